@@ -1,0 +1,74 @@
+"""What a caller can get wrong, said in one form: ValueError("<op>: <argument> must be ..., got ...").
+
+Shapes, dtypes and devices are checked where the public function runs, so under torch.compile too. Values are checked on
+CPU only, inside the operator where tensors are real: on a device the same check would be a hidden synchronisation.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def require(holds: bool, op: str, argument: str, rule: str, got: object) -> None:
+    if not holds:
+        raise ValueError(f"{op}: {argument} must be {rule}, got {got}")
+
+
+def check_head(op: str, hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> None:
+    """hidden [..., H], weight [V, H], targets [...], bias [V]; one device; floating operands."""
+    for name, tensor in (("hidden", hidden), ("weight", weight), ("targets", targets)):
+        require(isinstance(tensor, Tensor), op, name, "a tensor", type(tensor).__name__)
+    # A DTensor looks like a tensor of the full shape but holds a shard; multiplying it here would use the shard alone.
+    sharded = hasattr(weight, "placements")
+    require(
+        not sharded,
+        op,
+        "weight",
+        "unsharded (call the op inside the FSDP root's forward, or full_tensor())",
+        "a DTensor",
+    )
+    require(weight.ndim == 2, op, "weight", "[V, H]", tuple(weight.shape))
+    vocabulary, width = weight.shape
+    shape = f"[..., {width}] to match weight"
+    require(hidden.ndim >= 1 and hidden.shape[-1] == width, op, "hidden", shape, tuple(hidden.shape))
+    leading = tuple(hidden.shape[:-1])
+    require(tuple(targets.shape) == leading, op, "targets", f"{leading} to match hidden", tuple(targets.shape))
+    require(targets.dtype == torch.int64, op, "targets", "int64", targets.dtype)
+    for name, operand in (("hidden", hidden), ("weight", weight)):
+        require(operand.dtype in FLOATS, op, name, "bfloat16, float16, float32 or float64", operand.dtype)
+    tensors = [("weight", weight), ("targets", targets)]
+    if bias is not None:
+        require(tuple(bias.shape) == (vocabulary,), op, "bias", f"[{vocabulary}]", tuple(bias.shape))
+        require(bias.dtype in FLOATS, op, "bias", "floating point", bias.dtype)
+        tensors.append(("bias", bias))
+    for name, tensor in tensors:
+        require(tensor.device == hidden.device, op, name, f"on {hidden.device} like hidden", tensor.device)
+
+
+def per_token(op: str, name: str, value: float | Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
+    """A number, 0-d tensor or tensor that broadcasts dimension by dimension to targets' shape -> [N] or 0-d, detached."""
+    if not isinstance(value, Tensor):
+        return torch.full((), value, dtype=dtype, device=targets.device)
+    require(
+        value.device == targets.device or value.ndim == 0, op, name, f"on {targets.device} like targets", value.device
+    )
+    value = value.detach().to(device=targets.device, dtype=dtype)
+    if value.ndim == 0:
+        return value
+    fits = value.ndim == targets.ndim and all(a in (1, b) for a, b in zip(value.shape, targets.shape, strict=True))
+    require(fits, op, name, f"broadcastable to {tuple(targets.shape)}, with as many dimensions", tuple(value.shape))
+    return value.expand(targets.shape).reshape(-1)
+
+
+def check_head_values(op: str, targets: Tensor, vocabulary: int, ignore_index: int, temperature: Tensor) -> None:
+    """Target range and temperature, on CPU."""
+    if targets.device.type != "cpu":
+        return
+    bad = targets[(targets != ignore_index) & ((targets < 0) | (targets >= vocabulary))]
+    if bad.numel():
+        require(False, op, "targets", f"in [0, {vocabulary}) or {ignore_index}", int(bad[0]))
+    if not bool((temperature > 0).all()):
+        require(False, op, "temperature", "positive", float(temperature.min()))
