@@ -1,16 +1,6 @@
-"""Families about expressions: chains of sums, nested operations, equations, sequences, units, gcd, polynomials."""
+"""Families about expressions: chains of sums, nested operations, linear equations, polynomials."""
 
 from luffy.problems.family import Family, Params, Pen, Solution, integer, number
-
-# bigger unit, smaller unit, how many of the smaller make one of the bigger
-UNITS = (
-    ("hours", "minutes", 60),
-    ("minutes", "seconds", 60),
-    ("days", "hours", 24),
-    ("weeks", "days", 7),
-    ("feet", "inches", 12),
-    ("pounds", "ounces", 16),
-)
 
 
 def _draw_chain(rng, knobs) -> Params:
@@ -86,58 +76,6 @@ def _solve_linear(params: Params, pen: Pen) -> Solution:
     return [*steps, f"{right}/{slope}={root}"], str(root)
 
 
-def _draw_sequence(rng, knobs) -> Params:
-    return integer(rng, 1, 20), integer(rng, 2, 9), knobs["position"]
-
-
-def _solve_sequence(params: Params, pen: Pen) -> Solution:
-    first, step, position = params
-    gaps = pen(position - 1)
-    rise = pen(gaps * step)
-    last = pen(first + rise)
-    return [f"step {step}", f"{position}-1={gaps}", f"{gaps}*{step}={rise}", f"{first}+{rise}={last}"], str(last)
-
-
-def _draw_units(rng, knobs) -> Params:
-    kind = integer(rng, 0, len(UNITS) - 1)
-    return kind, knobs["amount"], integer(rng, 1, UNITS[kind][2] - 1)
-
-
-def _ask_units(params: Params) -> str:
-    big, small, _ = UNITS[params[0]]
-    return f"How many {small} are {params[1]} {big} and {params[2]} {small}?"
-
-
-def _solve_units(params: Params, pen: Pen) -> Solution:
-    kind, amount, rest = params
-    factor = UNITS[kind][2]
-    whole = pen(amount * factor)
-    total = pen(whole + rest)
-    return [f"{amount}*{factor}={whole}", f"{whole}+{rest}={total}"], str(total)
-
-
-def _euclid_length(a: int, b: int) -> int:
-    return 0 if b == 0 else 1 + _euclid_length(b, a % b)
-
-
-def _draw_gcd(rng, knobs) -> Params:
-    while True:
-        shared = integer(rng, 1, 12)
-        b = shared * integer(rng, 2, 99 // shared)
-        a = shared * integer(rng, 2, 99 // shared)
-        if a > b and _euclid_length(a, b) == knobs["divisions"]:
-            return a, b
-
-
-def _solve_gcd(params: Params, pen: Pen) -> Solution:
-    (a, b), steps = params, []
-    while b:
-        rest = pen(a % b)
-        steps.append(f"{a} mod {b}={rest}")
-        a, b = b, rest
-    return steps, str(a)
-
-
 def _draw_polynomial(rng, knobs) -> Params:
     return integer(rng, 2, 5), *(integer(rng, 1, 9) for _ in range(knobs["degree"] + 1))
 
@@ -183,30 +121,6 @@ FAMILIES = (
         draw=_draw_linear,
         ask=_ask_linear,
         solve=_solve_linear,
-    ),
-    Family(
-        name="arithmetic_sequence",
-        knobs={"position": (5, 12)},
-        ood=(13, 20),
-        draw=_draw_sequence,
-        ask=lambda p: f"What is term {p[2]} of {p[0]}, {p[0] + p[1]}, {p[0] + 2 * p[1]}, ...?",
-        solve=_solve_sequence,
-    ),
-    Family(
-        name="unit_conversion",
-        knobs={"amount": (2, 9)},
-        ood=(10, 19),
-        draw=_draw_units,
-        ask=_ask_units,
-        solve=_solve_units,
-    ),
-    Family(
-        name="gcd",
-        knobs={"divisions": (2, 3)},
-        ood=(4, 5),
-        draw=_draw_gcd,
-        ask=lambda p: f"What is the greatest common divisor of {p[0]} and {p[1]}?",
-        solve=_solve_gcd,
     ),
     Family(
         name="polynomial",

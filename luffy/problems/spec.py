@@ -16,12 +16,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from luffy.problems import algebra, digits
+from luffy.problems import algebra, digits, measures
 from luffy.problems.family import Family, Params, Pen, Range, integer, solve_wrong
 from luffy.problems.teachers import TEACHERS, VERBOSE, write_trace
 
 GENERATOR_VERSION = 1
-FAMILIES: dict[str, Family] = {family.name: family for family in (*digits.FAMILIES, *algebra.FAMILIES)}
+FAMILIES: dict[str, Family] = {
+    family.name: family for family in (*digits.FAMILIES, *algebra.FAMILIES, *measures.FAMILIES)
+}
 SPLITS = ("train", "heldout", "ood")
 HELDOUT_SHARE = 0.25
 MAX_DRAWS = 2000
@@ -97,10 +99,11 @@ class ProblemSpec:
     def canonical(self) -> dict[str, Any]:
         """The spec as plain JSON values with every range spelled out; equal specs give equal dicts."""
         plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        plain["families"] = {name: [*map(list, self.ranges(name))] for name in self.families}
-        for name in self.families:
-            knobs, ood = self.ranges(name)
-            plain["families"][name] = {**{k: list(v) for k, v in knobs.items()}, "ood": list(ood)}
+        ranges = {name: self.ranges(name) for name in self.families}
+        plain["families"] = {
+            name: {**{knob: list(bounds) for knob, bounds in knobs.items()}, "ood": list(ood)}
+            for name, (knobs, ood) in ranges.items()
+        }
         plain["teachers"] = list(self.teachers)
         return plain
 

@@ -44,7 +44,9 @@ def write_splits(spec: ProblemSpec, directory: str | Path) -> dict[str, Path]:
     if _is_written(spec, folder, paths):
         return paths
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / MANIFEST).unlink(missing_ok=True)
+    # The manifest goes first and a split that is no longer asked for goes too: nothing stale is ever read as new.
+    for name in (MANIFEST, *(f"{split}.parquet" for split in SPLITS if split not in paths)):
+        (folder / name).unlink(missing_ok=True)
     for split, path in paths.items():
         _write_parquet(spec, split, path)
     manifest = {
