@@ -1,0 +1,13 @@
+"""Rewards: pure graders, and a pool of processes that runs them under a hard wall clock.
+
+    with VerifierPool("train", workers=2, timeout_s=10) as pool:
+        verdicts = pool.grade([(response_text, answer), ...])
+
+A grader maps (response text, answer) to a float and may hang or die; the pool's verdict then says `timeout` or `crash`
+with reward 0. Deliberately absent: advantages, and any judgement of what a trace is worth without grading it.
+"""
+
+from luffy.rewards.graders import GRADERS, grade_answer, grade_boxed, grade_train
+from luffy.rewards.pool import Verdict, VerifierPool
+
+__all__ = ["GRADERS", "Verdict", "VerifierPool", "grade_answer", "grade_boxed", "grade_train"]

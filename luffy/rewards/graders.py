@@ -1,0 +1,125 @@
+"""Graders: pure functions (response text, answer) -> reward in [0, 1]. An answer may be several accepted ones.
+
+    train    LUFFY's reward version 3: needs `</think>`, grades what stands between the first and a second one
+    answer   LUFFY's reward version 4: the whole response; no box is required
+    boxed    strict, for evaluation: the last `\\boxed{}` of the response, and 0 without one
+
+All three compare with math-verify, gold first, and a verdict counts only if it `is True`. math-verify's own timeouts
+are alarms that need a main thread and cannot stop C code: they are off, the pool's wall clock stands in for them.
+Deliberately absent: length or format rewards.
+"""
+
+import functools
+import importlib
+import logging
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+Answer = str | Sequence[str]
+Grader = Callable[[str, Answer], float]
+
+THINK_END = "</think>"
+
+_INTEGER = re.compile(r"0|-?[1-9][0-9]{0,11}")
+_BOXED_INTEGER = re.compile(r"\\boxed\{(0|-?[1-9][0-9]{0,11})\}")
+_ANNOUNCED = re.compile(r"(?i:final answer)")
+_DIGIT = re.compile(r"\d")
+_LATEX = re.compile(r"[$\\\[]")
+
+
+def grade_train(response: str, answer: Answer) -> float:
+    """1.0 when the text after the first `</think>` (up to a second one) holds the answer, else 0.0."""
+    parts = response.split(THINK_END)
+    return 0.0 if len(parts) < 2 else grade_answer(parts[1], answer)
+
+
+def grade_answer(response: str, answer: Answer) -> float:
+    """1.0 when math-verify finds an accepted answer in the response, else 0.0."""
+    golds = (answer,) if isinstance(answer, str) else tuple(answer)
+    verdict = shortcut(response, golds)
+    if verdict is None:
+        verdict = symbolic(response, golds)
+    return float(verdict)
+
+
+def grade_boxed(response: str, answer: Answer) -> float:
+    """1.0 when the last `\\boxed{}` of the response holds an accepted answer, else 0.0."""
+    content = last_boxed(response)
+    return 0.0 if content is None else grade_answer(f"\\boxed{{{content}}}", answer)
+
+
+def last_boxed(text: str) -> str | None:
+    """Content of the last `\\boxed{...}` with its braces matched; None when there is none or it never closes."""
+    start = text.rfind("\\boxed{")
+    if start < 0:
+        return None
+    start, depth = start + len("\\boxed{"), 1
+    for at in range(start, len(text)):
+        if text[at] == "{":
+            depth += 1
+        elif text[at] == "}":
+            depth -= 1
+        if depth == 0:
+            return text[start:at]
+    return None
+
+
+def shortcut(response: str, golds: Sequence[str]) -> bool | None:
+    """math-verify's verdict where it is certain without symbolic work, None elsewhere.
+
+    Certain negatives: a response with no digit and no LaTeX opener has nothing that math-verify extracts.
+    Certain verdicts: every gold is a plain integer, the response's only braces and only backslash belong to one
+    `\\boxed{integer}`, nothing else could open LaTeX, and no "final answer" pattern ranks above the box. Then the box
+    is the one match at its priority, and integers are compared exactly.
+    """
+    if not _DIGIT.search(response) and not _LATEX.search(response):
+        return False
+    if not all(_INTEGER.fullmatch(gold) for gold in golds):
+        return None
+    if response.count("\\") != 1 or response.count("{") != 1 or response.count("}") != 1:
+        return None
+    if "$" in response or "[" in response or _ANNOUNCED.search(response):
+        return None
+    box = _BOXED_INTEGER.search(response)
+    return None if box is None else box.group(1) in golds
+
+
+def symbolic(response: str, golds: Sequence[str]) -> bool:
+    """math-verify on the whole text: default extraction, gold wrapped in dollars and passed first."""
+    from math_verify import parse, verify
+
+    prediction = parse(response, parsing_timeout=None)
+    return any(verify(_parse_gold(gold), prediction, timeout_seconds=None) is True for gold in golds)
+
+
+@functools.lru_cache(maxsize=4096)
+def _parse_gold(gold: str) -> list[Any]:
+    from math_verify import parse
+
+    return parse(f"${gold}$", parsing_timeout=None)
+
+
+def warm_up() -> None:
+    """Import math-verify and build its regexes now, so that the first answer's clock does not pay for them."""
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns once that its timeouts are off
+    symbolic("so x is $\\frac{1}{2}$", ("0.5",))
+
+
+GRADERS: dict[str, Grader] = {"train": grade_train, "answer": grade_answer, "boxed": grade_boxed}
+
+
+def find_grader(name: str) -> Grader:
+    """The grader called `name`, or the function at an import path `module:function`.
+
+    Raises ValueError for an unknown name, and ImportError when the module cannot be imported.
+    """
+    if name in GRADERS:
+        return GRADERS[name]
+    module, _, function = name.partition(":")
+    if not (module and function):
+        raise ValueError(f"grader must be among {', '.join(GRADERS)} or 'module:function', got {name!r}")
+    found = getattr(importlib.import_module(module), function, None)
+    if not callable(found):
+        raise ValueError(f"grader {name!r}: module {module} has no function {function!r}")
+    return found

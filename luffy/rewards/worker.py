@@ -1,0 +1,68 @@
+"""The process behind one slot of the pool: reads one JSON request a line, writes one JSON reply a line.
+
+Run as `python -P -m luffy.rewards.worker GRADER TIMEOUT_S` with pipes on stdin and stdout; end of input ends it.
+The wall clock is the parent's. What this file adds is for when the parent is gone or memory runs out: a backstop alarm
+that kills the process, and a memory limit that turns a giant power into a MemoryError. Imports neither torch nor vllm.
+"""
+
+import json
+import logging
+import os
+import resource
+import signal
+import sys
+from typing import Any, TextIO
+
+MEMORY_LIMIT_BYTES = 4 << 30
+
+
+def main(argv: list[str]) -> int:
+    """Serve requests until end of input; 1 when the grader cannot be loaded (the reason is sent to the parent)."""
+    name, timeout_s = argv[0], float(argv[1])
+    replies = _claim_stdout()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    logging.disable(logging.ERROR)
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT_BYTES, resource.getrlimit(resource.RLIMIT_AS)[1]))
+
+    from luffy.rewards.graders import GRADERS, find_grader, warm_up
+
+    try:
+        grader = find_grader(name)
+        if name in GRADERS:
+            warm_up()
+    except (ImportError, ValueError) as error:
+        _send(replies, {"failed": str(error)})
+        return 1
+    _send(replies, {"ready": True})
+    for line in sys.stdin:
+        response, answer = json.loads(line)
+        # SIGALRM's default action needs no Python code to run, so it ends a grader that is stuck in C as well.
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_REAL, 2 * timeout_s + 5)
+        _send(replies, _reply(grader, response, answer))
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    return 0
+
+
+def _reply(grader: Any, response: str, answer: Any) -> dict[str, Any]:
+    try:
+        reward = float(grader(response, answer if isinstance(answer, str) else tuple(answer)))
+    except Exception as error:  # whatever a grader raises is a counted crash of this answer, not of the pool
+        return {"crash": f"{type(error).__name__}: {error}"[:500]}
+    return {"reward": reward} if reward == reward else {"crash": "the grader returned NaN"}
+
+
+def _claim_stdout() -> TextIO:
+    """Keep the pipe for replies and point stdout at stderr: a grader that prints cannot break the protocol."""
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    return replies
+
+
+def _send(stream: TextIO, message: dict[str, Any]) -> None:
+    stream.write(json.dumps(message) + "\n")
+    stream.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
