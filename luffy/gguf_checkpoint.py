@@ -1,13 +1,16 @@
 """Turn the GGUF file of a Llama model into an ordinary Hugging Face checkpoint: config, bf16 safetensors, tokenizer.
 
-It reads the file with the `gguf` package alone: transformers' own reader needs `accelerate`, and its tokenizer forgets
-that SmolLM2 splits numbers into single digits, so that arithmetic problems would be tokenised as in no training text.
+It reads the file with the `gguf` package alone: transformers' own reader needs `accelerate` as well, parses the file
+three times over, and has changed its interface with every major release. Only SmolLM2's tokenizer is known here: a
+byte-level BPE that splits numbers into single digits.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+
+from luffy.errors import UserError
 
 
 def convert_llama(gguf_file: Path, out: Path) -> None:
@@ -46,7 +49,7 @@ def convert_llama(gguf_file: Path, out: Path) -> None:
         model = LlamaForCausalLM(config)
     missing, unexpected = model.load_state_dict(weights, strict=False, assign=True)
     if unexpected or set(missing) - {"lm_head.weight"}:
-        raise ValueError(f"{gguf_file.name} does not fit its config: missing {missing}, unexpected {unexpected}")
+        raise UserError(f"{gguf_file.name} does not fit its config: missing {missing}, unexpected {unexpected}")
     model.tie_weights()
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.bfloat16)
