@@ -9,8 +9,6 @@ several per cent, the published model is bf16 itself, the sampler serves bf16 in
 the trainer's numbers), and the file is half as large as fp32. A trainer with fp32 masters passes `dtype=torch.float32`.
 """
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import json

@@ -5,8 +5,6 @@ three times over, and has changed its interface with every major release. Only S
 byte-level BPE that splits numbers into single digits.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -6,8 +6,6 @@ that is a CUDA build, PyTorch's own CPU index is tried; and what is installed in
 Standard library only: it runs in an empty environment.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -127,7 +125,7 @@ def install_torch(pin: str, extra: str) -> list[str]:
     return [*arguments, "--constraint", str(lock)]
 
 
-def remove_broken_companions() -> None:
+def remove_broken_companions(again: bool = True) -> None:
     """Uninstall those of torchvision, torchaudio and torchcodec that are installed and do not import."""
     command = [sys.executable, "-c", COMPANION_PROBE, *COMPANIONS]
     said = subprocess.run(command, capture_output=True, text=True, cwd=sys.prefix).stdout.splitlines()
@@ -136,8 +134,8 @@ def remove_broken_companions() -> None:
         say(f"removing {', '.join(broken)}: not usable with this torch, and not needed")
         with LOG.open("a") as log:
             subprocess.run([*PIP, "uninstall", "--yes", *broken], stdout=log, stderr=subprocess.STDOUT, check=True)
-        if set(broken) != set(COMPANIONS):
-            remove_broken_companions()  # torchcodec may have hidden behind torchvision
+        if again:
+            remove_broken_companions(again=False)  # one that leaned on another
 
 
 def build_requirements(project: dict[str, Any]) -> list[str]:
