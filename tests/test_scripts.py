@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -11,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted([*(ROOT / "scripts").glob("*.sh"), ROOT / ".ci" / "run"])
-TOOLS = ["bash", "dirname", "cat", "cksum", "find", "sort", "head", "rm", "env", "sh"]
+TOOLS = ["bash", "dirname", "cat", "cksum", "find", "sort", "head", "rm", "env", "sh", "sleep"]
 
 
 def write_tool(path: Path, text: str) -> None:
@@ -56,7 +57,8 @@ class Project:
         for tool in TOOLS:
             (self.bin / tool).symlink_to(shutil.which(tool) or tool)
         write_tool(self.bin / "c++", "#!/bin/sh\n")
-        installer = f'case "$1" in *install.py) echo "$2 $3" >>"{self.notes}"; exit "${{FAIL:-0}}" ;; esac\n'
+        note = f'echo "$2 $3" >>"{self.notes}"; sleep "${{SLEEP:-0}}"; exit "${{FAIL:-0}}"'
+        installer = f'case "$1" in *install.py) {note} ;; esac\n'
         write_tool(self.root / ".venv/bin/python", f'#!/bin/sh\n{installer}exec "{sys.executable}" "$@"\n')
         write_tool(self.root / ".venv/bin/luffy", '#!/bin/sh\nprintf "%s|" "$@"\n')
 
@@ -132,6 +134,19 @@ def test_a_python_without_venv_is_named_with_its_remedy(project):
     shutil.rmtree(project.root / ".venv")
     write_tool(project.bin / "python3", '#!/bin/sh\ncase "$2" in *ensurepip*) exit 1 ;; esac\n')
     assert "apt install python3-venv" in project.run().stderr
+
+
+def test_ctrl_c_says_one_line_and_exits_130(project):
+    command = [str(project.bin / "bash"), str(project.root / "scripts/quickstart.sh")]
+    env = {"PATH": str(project.bin), "SLEEP": "60"}
+    with subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        deadline = time.monotonic() + 30
+        while not project.installs() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGINT)  # what a terminal does
+        _, said = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert said == "luffy: stopped; run the same command again to go on.\n"
 
 
 def test_quickstart_passes_everything_on(project):
