@@ -50,7 +50,7 @@ def check_columns(columns: Iterable[str], where: str) -> bool:
             near = difflib.get_close_matches(column, present, n=1, cutoff=0.0)
             nearest = f"the nearest column present is {near[0]!r}" if near else "there are no columns"
             raise DataError(f"{where}: column {column!r} is missing, {nearest}; expected {SCHEMA}")
-    for column in set(OPTIONAL) - set(present):
+    for column in (column for column in OPTIONAL if column not in present):
         # A misspelt optional column would silently turn guided training into on-policy training.
         near = difflib.get_close_matches(column, set(present) - set(OPTIONAL), n=1, cutoff=0.8)
         if near:

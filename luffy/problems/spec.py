@@ -33,7 +33,7 @@ MAX_DRAWS = 2000
 class ProblemSpec:
     """What to generate.
 
-    families: names, or name -> {knob: (low, high)} with inclusive ranges; `ood_<first knob>` sets the harder range.
+    families: names, or name -> {knob: (low, high) or one number}, inclusive; `ood_<first knob>` sets the harder range.
     train, heldout, ood: number of problems in each split.
     wrong, missing, verbose: fractions of training problems whose trace ends wrong, is absent, or is long-winded.
     teachers: styles mixed evenly, names of `TEACHERS`.
@@ -42,7 +42,7 @@ class ProblemSpec:
     Raises ValueError for an unknown name or an impossible range.
     """
 
-    families: Mapping[str, Mapping[str, Sequence[int]]] | Sequence[str] = ("digit_sum",)
+    families: Mapping[str, Mapping[str, int | Sequence[int]]] | Sequence[str] = ("digit_sum",)
     train: int = 1000
     heldout: int = 200
     ood: int = 200
@@ -79,7 +79,8 @@ class ProblemSpec:
             raise ValueError(f"ProblemSpec: families must be among {', '.join(FAMILIES)}, got {name!r}")
         knobs, ood = dict(family.knobs), family.ood
         given = self.families[name] if isinstance(self.families, Mapping) else {}
-        for knob, bounds in given.items():
+        for knob, value in given.items():
+            bounds = (value, value) if isinstance(value, int) else value
             if len(bounds) != 2 or not 1 <= bounds[0] <= bounds[1]:
                 raise ValueError(f"ProblemSpec: {name}.{knob} must be (low, high) with 1 <= low <= high, got {bounds}")
             if knob == f"ood_{family.difficulty}":
