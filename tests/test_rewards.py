@@ -31,6 +31,8 @@ ODD_GRADERS = """
             os._exit(3)
         if response == "raise":
             raise OverflowError("too large")
+        if response == "fill memory":
+            return float(len(bytearray(64 << 30)))
         if response == "nan":
             return float("nan")
         if response.startswith("sleep"):
@@ -147,11 +149,11 @@ def test_a_hanging_answer_is_killed_and_the_others_are_graded(odd, way):
 
 def test_a_dying_or_raising_grader_is_a_counted_crash(odd):
     with VerifierPool(odd, workers=1, timeout_s=5) as pool:
-        verdicts = pool.grade([("die", "1"), ("raise", "1"), ("nan", "1"), ("a 1", "1")])
+        verdicts = pool.grade([(way, "1") for way in ("die", "raise", "nan", "fill memory", "a 1")])
         status = pool.status()
-    assert [verdict.status for verdict in verdicts] == ["crash", "crash", "crash", "ok"]
-    assert [verdict.reward for verdict in verdicts] == [0.0, 0.0, 0.0, 1.0]
-    assert (status["crashes"], status["timeouts"], status["respawns"]) == (3, 0, 1)
+    assert [verdict.status for verdict in verdicts] == ["crash"] * 4 + ["ok"]
+    assert [verdict.reward for verdict in verdicts] == [0.0] * 4 + [1.0]
+    assert (status["crashes"], status["timeouts"], status["respawns"]) == (4, 0, 1)
 
 
 def test_a_worker_killed_while_idle_costs_no_answer(odd):
@@ -190,15 +192,16 @@ def test_no_worker_outlives_the_pool(odd):
         pool.grade([("a 1", "1")])
 
 
-def test_ctrl_c_leaves_no_worker_and_no_worker_traceback(odd, tmp_path):
+def start_parent(odd, tmp_path, last_line):
+    """A process that opens a pool, prints its workers' ids and then runs `last_line`."""
     script = f"""
-        import sys
+        import sys, time
         sys.path.insert(0, {str(tmp_path)!r})
         from luffy.rewards import VerifierPool
         pool = VerifierPool({odd!r}, workers=2, timeout_s=60)
-        pool.grade([("a 1", "1")])
+        pool.grade([("a 1", "1"), ("sleep 0.3 1", "1")])
         print(*[slot.process.pid for slot in pool._slots], flush=True)
-        pool.grade([("hang", "1"), ("hang", "2")])
+        {last_line}
     """
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
     command = [sys.executable, "-c", textwrap.dedent(script)]
@@ -208,12 +211,56 @@ def test_ctrl_c_leaves_no_worker_and_no_worker_traceback(odd, tmp_path):
     assert parent.stdout is not None
     pids = [int(pid) for pid in parent.stdout.readline().split()]
     assert len(pids) == 2
+    return parent, pids
+
+
+def wait_until_gone(pids, limit_s=20.0):
+    start = time.monotonic()
+    while any(alive(pid) for pid in pids):
+        assert time.monotonic() - start < limit_s, f"still there: {pids}"
+        time.sleep(0.05)
+
+
+def test_ctrl_c_leaves_no_worker_and_no_worker_traceback(odd, tmp_path):
+    parent, pids = start_parent(odd, tmp_path, 'pool.grade([("hang", "1"), ("hang", "2")])')
     time.sleep(0.3)
     os.killpg(parent.pid, signal.SIGINT)  # what the terminal sends: to the parent's whole group
     _, errors = parent.communicate(timeout=20)
     assert errors.count("Traceback") == 1, errors
     assert "worker" not in errors
-    assert not any(alive(pid) for pid in pids)
+    wait_until_gone(pids)
+
+
+def test_a_parent_that_just_ends_leaves_no_worker(odd, tmp_path):
+    parent, pids = start_parent(odd, tmp_path, "pass")
+    _, errors = parent.communicate(timeout=20)
+    assert parent.returncode == 0
+    assert "Traceback" not in errors
+    wait_until_gone(pids)
+
+
+def test_workers_end_when_the_parent_is_killed(odd, tmp_path):
+    parent, pids = start_parent(odd, tmp_path, "time.sleep(60)")
+    parent.kill()
+    parent.communicate(timeout=20)
+    wait_until_gone(pids)
+
+
+def test_an_interrupted_call_does_not_spoil_the_next(odd):
+    def interrupt(signum, frame):
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        with VerifierPool(odd, workers=1, timeout_s=20) as pool:
+            pool.grade([("a 1", "1")])
+            signal.setitimer(signal.ITIMER_REAL, 0.3)
+            with pytest.raises(KeyboardInterrupt):
+                pool.grade([("sleep 1.5 1", "1")])
+            assert pool.grade([("b 2", "3")]) == [Verdict(0.0, "ok")]
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
 
 
 def test_a_grader_that_does_not_load_is_an_error():

@@ -22,7 +22,7 @@ def main(argv: list[str]) -> int:
     replies = _claim_stdout()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.disable(logging.ERROR)
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT_BYTES, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    _limit_memory()
 
     from luffy.rewards.graders import GRADERS, find_grader, warm_up
 
@@ -50,6 +50,12 @@ def _reply(grader: Any, response: str, answer: Any) -> dict[str, Any]:
     except Exception as error:  # whatever a grader raises is a counted crash of this answer, not of the pool
         return {"crash": f"{type(error).__name__}: {error}"[:500]}
     return {"reward": reward} if reward == reward else {"crash": "the grader returned NaN"}
+
+
+def _limit_memory() -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    allowed = MEMORY_LIMIT_BYTES if hard == resource.RLIM_INFINITY else min(MEMORY_LIMIT_BYTES, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (allowed, hard))
 
 
 def _claim_stdout() -> TextIO:
