@@ -1,0 +1,128 @@
+"""Attention over packed sequences, strictly per sequence, with the prompt of a group computed once.
+
+A packed stream holds segments; a segment is a prompt followed by the answers (rows) to it:
+
+    [ prompt | row 0 | row 1 | ... ][ prompt | row 0 ] ...
+
+Token i attends to token j <= i of the same segment if j belongs to the prompt or to i's own row. That is exactly what
+each (prompt + row) sequence would see alone; sharing the prompt saves (rows - 1) * prompt tokens of the whole body.
+
+On CPU every row is one scaled_dot_product_attention call against its prompt and itself: no padding and no
+[T, T] mask. On a GPU one flex_attention call takes the rule as a block mask. `register()` makes the pair known to
+transformers as the attention implementation "luffy_packed"; the layout travels as a keyword of the body's forward.
+"""
+
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+NAME = "luffy_packed"
+
+
+@dataclass(slots=True)
+class Segment:
+    """Half-open token spans in the packed stream: the prompt [start, prompt_end) and the rows that follow it."""
+
+    start: int
+    prompt_end: int
+    rows: list[tuple[int, int]]
+
+    @property
+    def end(self) -> int:
+        return self.rows[-1][1] if self.rows else self.prompt_end
+
+
+@dataclass(slots=True)
+class Layout:
+    """Segments of one packed stream of `num_tokens` tokens, with what attention derives from them once per batch."""
+
+    segments: list[Segment]
+    num_tokens: int
+    _masks: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    _block_mask: Any = None
+
+    def continuation_mask(self, queries: int, prompt: int, device: torch.device) -> Tensor:
+        """[queries, prompt + queries] bool: the whole prompt, then causal over the row itself."""
+        key = (queries, prompt)
+        if key not in self._masks:
+            full = torch.ones(queries, prompt + queries, dtype=torch.bool, device=device)
+            self._masks[key] = full.tril(prompt)
+        return self._masks[key]
+
+    def labels(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """[T] segment of each token, and [T] row of each token within it (0 for the prompt, rows from 1)."""
+        segment = torch.empty(self.num_tokens, dtype=torch.int32)
+        row = torch.zeros(self.num_tokens, dtype=torch.int32)
+        for index, item in enumerate(self.segments):
+            segment[item.start : item.end] = index
+            for number, (begin, end) in enumerate(item.rows, start=1):
+                row[begin:end] = number
+        return segment.to(device), row.to(device)
+
+    def block_mask(self, device: torch.device):
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        if self._block_mask is None:
+            segment, row = self.labels(device)
+
+            def visible(_batch, _head, q, k):
+                return (q >= k) & (segment[q] == segment[k]) & ((row[k] == 0) | (row[q] == row[k]))
+
+            self._block_mask = create_block_mask(visible, None, None, self.num_tokens, self.num_tokens, device=device)
+        return self._block_mask
+
+
+def per_row_attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float | None) -> Tensor:
+    """query [1, Hq, T, D], key and value [1, Hkv, T, D] -> [1, Hq, T, D], one call per row; any device, any dtype."""
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    outputs = []
+    for segment in layout.segments:
+        start, prompt_end = segment.start, segment.prompt_end
+        prompt = slice(start, prompt_end)
+        if len(segment.rows) <= 1:  # a plain sequence
+            whole = slice(start, segment.end)
+            q, k, v = query[:, :, whole], key[:, :, whole], value[:, :, whole]
+            outputs.append(scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale))
+            continue
+        k_prompt, v_prompt = key[:, :, prompt], value[:, :, prompt]
+        outputs.append(scaled_dot_product_attention(query[:, :, prompt], k_prompt, v_prompt, is_causal=True, scale=scale))
+        for begin, end in segment.rows:
+            own = slice(begin, end)
+            k = torch.cat((k_prompt, key[:, :, own]), dim=2)
+            v = torch.cat((v_prompt, value[:, :, own]), dim=2)
+            mask = layout.continuation_mask(end - begin, prompt_end - start, query.device)
+            outputs.append(scaled_dot_product_attention(query[:, :, own], k, v, attn_mask=mask, scale=scale))
+    return torch.cat(outputs, dim=2)
+
+
+@cache
+def _flex():
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=True)
+
+
+def packed_attention(
+    module, query: Tensor, key: Tensor, value: Tensor, attention_mask, *, scaling=None, layout: Layout, **_
+) -> tuple[Tensor, None]:
+    """transformers' attention signature; returns [1, T, Hq, D]."""
+    if query.device.type == "cpu":
+        out = per_row_attention(query, key, value, layout, scaling)
+    else:
+        enable_gqa = query.shape[1] != key.shape[1]
+        mask = layout.block_mask(query.device)
+        out = _flex()(query, key, value, block_mask=mask, scale=scaling, enable_gqa=enable_gqa)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def register() -> str:
+    """Make the implementation known to transformers; returns its name."""
+    AttentionInterface.register(NAME, packed_attention)
+    return NAME

@@ -1,0 +1,178 @@
+"""The `luffy` command: train, eval, generate.
+
+Heavy imports happen inside the commands, so `--help` and a mistyped key answer at once. Exit codes: 0 done, 2 something
+the user can mend (one sentence on stderr), 130 interrupted.
+"""
+
+import argparse
+import os
+import sys
+from typing import Any
+
+from luffy.errors import UserError
+
+
+def main(argv: list[str] | None = None) -> int:
+    args, rest = build_parser().parse_known_args(argv)
+    if rest and args.command != "train":
+        build_parser().parse_args(argv)  # ends with argparse's own message
+    try:
+        return {"train": run_train, "eval": run_eval, "generate": run_generate}[args.command](args, rest)
+    except UserError as error:
+        print(f"luffy: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("luffy: interrupted", file=sys.stderr)
+        return 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="luffy", description="Train reasoning models under off-policy guidance.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    train = commands.add_parser(
+        "train",
+        help="train as a recipe or TOML file says",
+        usage="luffy train RECIPE|FILE.toml [--run-dir DIR] [--resume] [--section.key VALUE ...]",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Train as a recipe or TOML file says. Any key can be overridden: --optim.lr 2e-5",
+        epilog=keys_help() if _wants_help(("train",)) else None,
+    )
+    train.add_argument("source", metavar="RECIPE|FILE.toml")
+    train.add_argument("--run-dir", metavar="DIR", help="run folder (default: runs/NAME of the recipe)")
+    train.add_argument("--resume", action="store_true", help="continue the run in the folder; print it again if complete")
+
+    evaluate = commands.add_parser("eval", help="accuracy of a model on problems with known answers")
+    evaluate.add_argument("--data", required=True, metavar="PATH", help="parquet or JSONL file, folder, or dataset id")
+    _add_model_options(evaluate, temperature=0.0)
+    evaluate.add_argument("--limit", type=_positive, metavar="N", help="only the first N problems")
+    evaluate.add_argument("--grader", default="answer", help="answer (whole text) or train (after </think>)")
+    evaluate.add_argument("--max-prompt-tokens", type=_positive, default=1024, metavar="N")
+    evaluate.add_argument("--out", metavar="FILE", help="write every answer as JSON lines")
+
+    generate = commands.add_parser("generate", help="answer a question")
+    generate.add_argument("question")
+    _add_model_options(generate, temperature=0.6)
+    return parser
+
+
+def _add_model_options(parser: argparse.ArgumentParser, temperature: float) -> None:
+    default = "embedded:smollm2-135m-instruct"
+    parser.add_argument(
+        "--model", default=default, help="run folder, model folder or Hugging Face id (default: %(default)s)"
+    )
+    parser.add_argument("--temperature", type=float, default=temperature, help="0 is greedy (default: %(default)s)")
+    parser.add_argument("--max-tokens", type=_positive, default=512, metavar="N", help="default: %(default)s")
+    parser.add_argument("--prompt-style", choices=("chat", "luffy", "plain"), help="default: the run's own, else chat")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def keys_help() -> str:
+    """Every configuration key with its default and meaning."""
+    from luffy.config import flat_keys, recipe_names
+
+    lines = [f"recipes: {', '.join(recipe_names())}", "", "keys (default of an empty recipe):"]
+    for key, field in flat_keys().items():
+        default = field.get_default(call_default_factory=True)
+        lines.append(f"  --{key} {'null' if default is None else default}")
+        if field.description:
+            lines.append(f"      {' '.join(field.description.split())}")
+    return "\n".join(lines)
+
+
+def run_train(args: argparse.Namespace, overrides: list[str]) -> int:
+    from luffy.config import load_config
+
+    config = load_config(args.source, overrides)
+    from luffy.run_folder import RunFolder
+
+    run = RunFolder(args.run_dir or f"runs/{config.name}")
+    if run.holds_a_run and not args.resume:
+        run.open(config, resume=False)  # refuses, before anything slow
+    _quiet()
+    from luffy.report import draw_curves, print_result
+    from luffy.train import train
+
+    result = train(config, run, args.resume)
+    draw_curves(run)
+    print_result(run, result)
+    return 0
+
+
+def run_eval(args: argparse.Namespace, _: list[str]) -> int:
+    from pathlib import Path
+
+    from luffy.report import print_evaluation
+
+    _quiet()
+    engine, template, config = _open_model(args)
+    from luffy.evaluate import evaluate
+    from luffy.rewards import VerifierPool
+    from luffy.sources import load_examples
+
+    config.data.max_prompt_tokens = args.max_prompt_tokens
+    loaded = load_examples(args.data, template, config, args.limit)
+    print(f"problems: {loaded.report}")
+    with VerifierPool(args.grader) as verifier:
+        options: dict[str, Any] = {"temperature": args.temperature, "max_tokens": args.max_tokens, "seed": args.seed}
+        result = evaluate(Path(args.data).stem, loaded.examples, engine, verifier, template, **options)
+    if args.out:
+        result.write_samples(Path(args.out))
+    print_evaluation(result)
+    return 0
+
+
+def run_generate(args: argparse.Namespace, _: list[str]) -> int:
+    _quiet()
+    engine, template, _config = _open_model(args)
+    prompt = tuple(template.encode_prompt([{"role": "user", "content": args.question}]))
+    [[answer]] = engine.generate(
+        [prompt], [1], temperature=args.temperature, max_tokens=args.max_tokens, seeds=[args.seed]
+    )
+    print(template.decode(answer.token_ids))
+    return 0
+
+
+def _open_model(args: argparse.Namespace):
+    """The engine, prompt template and configuration for `--model`: a run folder brings its own."""
+    from pathlib import Path
+
+    from luffy.checkpoint import latest
+    from luffy.config import Config, load_config
+    from luffy.rollout.vllm_engine import VllmEngine
+    from luffy.run_folder import RunFolder
+    from luffy.sources import load_template, resolve
+
+    config = Config()
+    config.model.name = args.model
+    run = RunFolder(args.model)
+    if run.holds_a_run:
+        config = load_config(str(run.path / "config.toml"))
+        if (newest := latest(run.checkpoints)) is None:
+            raise UserError(f"model: {args.model} is a run folder without a checkpoint")
+        config.model.name = str(Path(newest).resolve())
+    if args.prompt_style:
+        config.model.prompt_style = args.prompt_style
+    path = resolve(config.model)
+    template = load_template(path, config.model)
+    length = getattr(args, "max_prompt_tokens", 1024) + args.max_tokens
+    engine = VllmEngine(path, config.rollout, dtype=config.model.dtype, max_model_len=length)
+    return engine, template, config
+
+
+def _quiet() -> None:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from luffy.console import quiet_libraries
+
+    quiet_libraries()
+
+
+def _wants_help(commands: tuple[str, ...]) -> bool:
+    return any(flag in sys.argv for flag in ("-h", "--help")) and any(command in sys.argv for command in commands)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value

@@ -1,0 +1,303 @@
+"""Configuration: pydantic models, TOML recipes, `--section.key value` overrides.
+
+One class per section; every field says what it means and its unit. A run is described completely by a `Config`: the
+resolved one is written into the run folder, and `luffy train THAT_FILE` repeats the run. Unknown keys are errors that
+name the nearest valid one. This module imports neither torch nor transformers nor vllm.
+"""
+
+import difflib
+import tomllib
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict, SettingsError
+
+from luffy.errors import UserError
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+NonNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True)
+
+
+class ModelConfig(Section):
+    name: str = "embedded:smollm2-135m-instruct"
+    """Local folder, Hugging Face id, or `embedded:smollm2-135m-instruct` (needs no hub)."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Compute type of the trainer and of the rollout engine. Master weights and reductions are always float32."""
+    prompt_style: Literal["chat", "luffy", "plain"] = "chat"
+    """`chat`: the tokenizer's template; `luffy`: the paper's plain-text template; `plain`: the user's text alone."""
+    system: str | None = None
+    """System turn put before every prompt; null keeps what the data says, "" removes it."""
+    chat_template: str | None = None
+    """A Jinja template that replaces the tokenizer's own."""
+    gradient_checkpointing: bool = False
+    """Recompute each block in the backward pass: less memory, about a third more time."""
+    trust_remote_code: bool = False
+    """Run code that comes with a model. Off unless you ask for it."""
+
+
+class ProblemsConfig(Section):
+    """Generated problems (`luffy.problems`), used when `data.path` is null."""
+
+    families: dict[str, dict[str, int | list[int]]] = {"digit_sum": {}}
+    """Family name -> its difficulty knobs, each a number or a [low, high] range; {} takes the family's defaults."""
+    train: PositiveInt = 2000
+    """Number of training problems."""
+    heldout: PositiveInt = 256
+    """Number of held-out problems, never trained on."""
+    ood: PositiveInt = 128
+    """Number of out-of-distribution problems: harder than any in training."""
+    seed: int = 0
+    wrong: Fraction = 0.0
+    """Fraction of traces whose reasoning goes wrong and whose final answer is therefore wrong."""
+    missing: Fraction = 0.0
+    """Fraction of problems without a trace."""
+    verbose: Fraction = 0.0
+    """Fraction of traces told at length."""
+    teachers: list[str] = ["terse"]
+    """Styles mixed at random; `python -m luffy.problems --help` lists them."""
+    suffix: str = " Put the answer in \\boxed{}."
+    """Added to every question."""
+    think: bool = False
+    """Traces put their steps between think tags, as the `train` grader demands."""
+
+
+class DataConfig(Section):
+    path: str | None = None
+    """Parquet / JSONL file, folder or Hugging Face dataset id with the training problems; null: generated ones."""
+    problems: ProblemsConfig = ProblemsConfig()
+    limit: PositiveInt | None = None
+    """Use only the first so many problems."""
+    max_prompt_tokens: PositiveInt = 1024
+    """Longer prompts are skipped and counted."""
+    max_trace_tokens: PositiveInt = 8192
+    """Longer traces are dropped and counted, never truncated."""
+
+
+class RolloutConfig(Section):
+    temperature: Positive = 1.0
+    """Sampling temperature; the trainer's log-probs use the same. Sampling is never truncated (top-p 1, top-k off)."""
+    max_tokens: PositiveInt = 8192
+    """Longest answer, tokens."""
+    memory_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.3
+    """Share of the device's memory (of the machine's, on CPU) that vLLM may use."""
+    max_sequences: PositiveInt = 256
+    """Most sequences that vLLM decodes at a time."""
+    eager: bool = True
+    """Run vLLM without graph capture: starts faster, decodes slower on a GPU."""
+    dtype: Literal["bfloat16", "float32"] | None = None
+    """Type of the engine's weights; null: `model.dtype`."""
+
+
+class RewardConfig(Section):
+    grader: str = "train"
+    """`train`: math-verify on what follows </think> (LUFFY's); `answer`: math-verify on the whole answer."""
+    workers: PositiveInt = 2
+    """Verifier processes."""
+    timeout_s: Positive = 10.0
+    """Wall-clock limit of one answer, seconds; a verifier over it is killed and the answer counted."""
+
+
+class ObjectiveConfig(Section):
+    name: Literal["luffy", "grpo", "sft"] = "luffy"
+    rows: PositiveInt = 8
+    """Rows per prompt. luffy: rows-1 rollouts and one trace; grpo: as many rollouts; sft: the trace alone."""
+    gamma: Positive = 0.1
+    """Shaping of trace tokens: f(p) = p / (p + gamma)."""
+    clip_low: Positive | None = None
+    """Clip of the on-policy ratio below, as a distance from 1; null: no clip (LUFFY removes it)."""
+    clip_high: Positive | None = None
+    """The same above."""
+    advantage_std: bool = False
+    """Divide advantages by the group's standard deviation (GRPO); false is Dr.GRPO, as LUFFY uses."""
+    trace_filter: bool = False
+    """sft only: leave out traces that fail the verifier."""
+    normalizer: Positive = 65536.0
+    """The summed policy loss of one update is divided by this constant (the paper's code: 65536 per 512 rows)."""
+    entropy_coef: NonNegative = 0.001
+    """Weight of the entropy bonus, a mean over response tokens."""
+
+
+class OptimConfig(Section):
+    lr: Positive = 1e-6
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    weight_decay: NonNegative = 0.01
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Updates over which the learning rate rises linearly from 0."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """What follows the warm-up, down to 0 at the last update."""
+    max_grad_norm: Positive = 1.0
+    max_bad_steps: PositiveInt = 3
+    """Updates with a non-finite loss or gradient are skipped; after so many in a row the run stops with a dump."""
+
+
+class TrainConfig(Section):
+    steps: PositiveInt = 500
+    """Batches of prompts to train on."""
+    max_minutes: Positive | None = None
+    """Stop after so many minutes of training (evaluation not counted), whatever `steps` says."""
+    prompts_per_step: PositiveInt = 128
+    updates_per_step: PositiveInt = 1
+    """Optimizer updates that one batch of rollouts is split into."""
+    tokens_per_micro: PositiveInt = 32768
+    """Token budget of a micro-batch; sequences are packed, nothing is padded."""
+    seed: int = 0
+
+
+class EvalConfig(Section):
+    path: str | None = None
+    """Problems to evaluate on; null: the generated held-out split."""
+    limit: PositiveInt | None = None
+    """Evaluate before and after training on the first so many problems; null: all."""
+    every: Annotated[int, Field(ge=0)] = 10
+    """Steps between evaluations during training; 0: only before and after."""
+    every_limit: PositiveInt | None = None
+    """Problems used by the evaluations during training; null: all."""
+    temperature: NonNegative = 0.0
+    """0 is greedy."""
+    max_tokens: PositiveInt | None = None
+    """Longest answer; null: `rollout.max_tokens`."""
+
+
+class CheckpointConfig(Section):
+    every: Annotated[int, Field(ge=0)] = 50
+    """Steps between checkpoints; 0: only at the end."""
+    keep: PositiveInt = 1
+    """Newest checkpoints to keep."""
+
+
+class Config(BaseSettings):
+    model_config = SettingsConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    name: str = "run"
+    """Name of the run; the default run folder is runs/NAME."""
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    reward: RewardConfig = RewardConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Config":
+        if self.train.prompts_per_step % self.train.updates_per_step:
+            raise ValueError(
+                f"train.prompts_per_step must be a multiple of train.updates_per_step, got "
+                f"{self.train.prompts_per_step} and {self.train.updates_per_step}"
+            )
+        if self.objective.name == "luffy" and self.objective.rows < 2:
+            raise ValueError(f"objective.rows must be >= 2 for luffy (rollouts and a trace), got {self.objective.rows}")
+        return self
+
+    @classmethod
+    def settings_customise_sources(cls, settings_cls, init_settings, **_):  # type: ignore[override]
+        return (init_settings,)  # neither the environment nor .env files configure a run
+
+
+def recipe_names() -> list[str]:
+    """Names of the built-in recipes."""
+    return sorted(p.name.removesuffix(".toml") for p in _recipes().iterdir() if p.name.endswith(".toml"))
+
+
+def load_config(source: str, overrides: list[str] | None = None) -> Config:
+    """The configuration of a recipe name or TOML file, with `--section.key value` overrides on top.
+
+    Raises:
+        UserError: no such recipe or file, not TOML, an unknown key (the nearest valid one is named), a bad value.
+    """
+    values = _read_toml(source)
+    _refuse_unknown(values, Config, source)
+    merged = _merge(values, _parse_overrides(overrides or []))
+    try:
+        return Config(**merged)
+    except ValidationError as error:
+        raise UserError(_first_problem(error)) from None
+
+
+def flat_keys(model: type[BaseModel] = Config, prefix: str = "") -> dict[str, Any]:
+    """Every `section.key` with its pydantic field, in order."""
+    keys: dict[str, Any] = {}
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys |= flat_keys(field.annotation, f"{prefix}{name}.")
+        else:
+            keys[prefix + name] = field
+    return keys
+
+
+def _recipes():
+    return resources.files("luffy") / "recipes"
+
+
+def _read_toml(source: str) -> dict[str, Any]:
+    path = Path(source)
+    if path.suffix == ".toml":
+        if not path.is_file():
+            raise UserError(f"config: no file {source}")
+        text = path.read_text()
+    elif source in recipe_names():
+        text = (_recipes() / f"{source}.toml").read_text()
+    else:
+        raise UserError(f"config: no recipe named {source!r}{_nearest(source, recipe_names())}; a file ends in .toml")
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"config: {source} is not valid TOML: {error}") from None
+
+
+def _refuse_unknown(values: dict[str, Any], model: type[BaseModel], source: str, prefix: str = "") -> None:
+    for key, value in values.items():
+        field = model.model_fields.get(key)
+        if field is None:
+            known = [prefix + name for name in model.model_fields]
+            raise UserError(f"config: unknown key {prefix + key!r} in {source}{_nearest(prefix + key, known)}")
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            if not isinstance(value, dict):
+                raise UserError(f"config: {prefix + key} in {source} must be a table [{prefix + key}], got {value!r}")
+            _refuse_unknown(value, field.annotation, source, f"{prefix}{key}.")
+
+
+def _parse_overrides(args: list[str]) -> dict[str, Any]:
+    if not args:
+        return {}
+    known = list(flat_keys())
+    for arg in args:
+        key = arg.removeprefix("--").split("=")[0]
+        if arg.startswith("--") and key not in known:
+            raise UserError(f"config: unknown option --{key}{_nearest(key, known, '--')}")
+    try:
+        source = CliSettingsSource(Config, cli_parse_args=args, cli_exit_on_error=False, cli_prog_name="luffy train")
+        return source()
+    except (SettingsError, ValidationError) as error:
+        reason = str(error).split("\n")[0].removeprefix("error parsing CLI: ")
+        raise UserError(f"config: {reason}") from None
+
+
+def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in top.items():
+        # `families` is one value: naming families replaces those of the recipe
+        nested = isinstance(value, dict) and isinstance(merged.get(key), dict) and key != "families"
+        merged[key] = _merge(merged[key], value) if nested else value
+    return merged
+
+
+def _nearest(key: str, known: list[str], dashes: str = "") -> str:
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f"; did you mean {dashes}{close[0]}?" if close else f" (known: {', '.join(known)})"
+
+
+def _first_problem(error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    message = first["msg"].removeprefix("Value error, ")
+    return f"config: {where} {message[0].lower()}{message[1:]}, got {first['input']!r}" if where else f"config: {message}"

@@ -1,0 +1,98 @@
+"""Accuracy on a set of problems: one answer each, graded by the verifier pool."""
+
+from collections import defaultdict
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import NormalDist, fmean
+from typing import Any
+
+from luffy.data import Example
+from luffy.files import write_text
+from luffy.prompts import PromptTemplate
+from luffy.rewards import VerifierPool
+from luffy.rollout.vllm_engine import VllmEngine
+from luffy.seeds import derive
+
+
+@dataclass(slots=True, kw_only=True)
+class Evaluation:
+    name: str
+    num_problems: int
+    accuracy: float
+    interval: tuple[float, float]
+    """95 % Wilson interval over problems."""
+    mean_tokens: float
+    truncated: float
+    """Fraction of answers cut off at the token limit."""
+    timeouts: int
+    by_source: dict[str, float] = field(default_factory=dict)
+    samples: list[dict[str, Any]] = field(default_factory=list, repr=False)
+
+    def record(self) -> dict[str, Any]:
+        """Everything but the samples."""
+        return {key: value for key, value in asdict(self).items() if key != "samples"}
+
+    def write_samples(self, path: Path) -> None:
+        import json
+
+        write_text(path, "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in self.samples))
+
+
+def evaluate(
+    name: str,
+    examples: list[Example],
+    engine: VllmEngine,
+    verifier: VerifierPool,
+    template: PromptTemplate,
+    *,
+    temperature: float,
+    max_tokens: int,
+    seed: int = 0,
+) -> Evaluation:
+    """One answer to each problem; greedy at temperature 0."""
+    completions = engine.generate(
+        [example.prompt_ids for example in examples],
+        [1] * len(examples),
+        temperature=temperature,
+        max_tokens=max_tokens,
+        seeds=[derive(seed, "eval", index) for index in range(len(examples))],
+    )
+    answers = [answer[0] for answer in completions]
+    texts = [template.decode(answer.token_ids) for answer in answers]
+    verdicts = verifier.grade([(text, ex.problem.answer) for text, ex in zip(texts, examples, strict=True)])
+    correct = [verdict.reward > 0 for verdict in verdicts]
+    by_source: dict[str, list[bool]] = defaultdict(list)
+    for example, right in zip(examples, correct, strict=True):
+        by_source[example.problem.data_source].append(right)
+    return Evaluation(
+        name=name,
+        num_problems=len(examples),
+        accuracy=fmean(correct),
+        interval=wilson(sum(correct), len(correct)),
+        mean_tokens=fmean(len(answer.token_ids) for answer in answers),
+        truncated=fmean(not answer.finished for answer in answers),
+        timeouts=sum(verdict.status != "ok" for verdict in verdicts),
+        by_source={source: fmean(right) for source, right in sorted(by_source.items())},
+        samples=[
+            {
+                "id": example.problem.id,
+                "question": example.problem.messages[-1]["content"],
+                "response": text,
+                "answer": example.problem.answer,
+                "reward": verdict.reward,
+                "verdict": verdict.status,
+                "tokens": len(answer.token_ids),
+                "finished": answer.finished,
+            }
+            for example, text, verdict, answer in zip(examples, texts, verdicts, answers, strict=True)
+        ],
+    )
+
+
+def wilson(successes: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval of a proportion."""
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    p, n = successes / trials, trials
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * ((p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5)
+    return max(0.0, centre - half), min(1.0, centre + half)

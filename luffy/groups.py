@@ -1,0 +1,42 @@
+"""What a training step is made of: groups of rows.
+
+A group is one prompt with everything that answers it: rollouts sampled from the policy and traces of a stronger model.
+A row is one answer, as token ids from sampling to the loss; nothing is decoded and encoded again.
+"""
+
+from dataclasses import dataclass, field
+
+from luffy.data import Example
+
+
+@dataclass(slots=True, kw_only=True)
+class Row:
+    """One answer to a group's prompt.
+
+    `token_ids` ends with the EOS when the answer is finished. `sampler_logp` are the engine's log-probs of the same
+    tokens (nats; empty for a trace). The objective fills `advantage`, `loss_id` and `needs_update`.
+    """
+
+    token_ids: tuple[int, ...]
+    text: str
+    is_trace: bool = False
+    finished: bool = True
+    sampler_logp: tuple[float, ...] = ()
+    reward: float = 0.0
+    verdict: str = ""
+    advantage: float = 0.0
+    loss_id: int = 0
+
+
+@dataclass(slots=True, kw_only=True)
+class Group:
+    example: Example
+    rows: list[Row] = field(default_factory=list)
+
+    @property
+    def rollouts(self) -> list[Row]:
+        return [row for row in self.rows if not row.is_trace]
+
+    @property
+    def traces(self) -> list[Row]:
+        return [row for row in self.rows if row.is_trace]

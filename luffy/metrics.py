@@ -1,0 +1,189 @@
+"""What a step is measured by. Names and meanings follow LUFFY's logs (its `batch/`, `on_off_metrics/`, `actor/`, ...),
+except that every mean is over the whole step, never a mean of micro-batch means.
+
+`on` are rollouts, `off` are traces. Lengths are tokens, times seconds, log-probs nats.
+"""
+
+import json
+import math
+from collections import defaultdict
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from luffy_kernels import PolicyLoss, TokenLoss
+from luffy_kernels.token_losses import encode, evaluate
+from torch import Tensor
+
+from luffy.groups import Group, Row
+from luffy.packing import MicroBatch
+
+
+class MetricsLog:
+    """Appends records to a JSON-lines file and to TensorBoard.
+
+    Opening it to go on from step n forgets what followed step n; n = 0 forgets everything.
+    """
+
+    def __init__(self, path: Path, tensorboard: Path | None, step: int) -> None:
+        kept = [line for line in read_jsonl(path) if 0 < step >= line["step"]] if path.exists() else []
+        path.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        self._file = path.open("a")
+        self._writer = None
+        if tensorboard is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(tensorboard), purge_step=step + 1)
+
+    def write(self, step: int, record: dict[str, Any]) -> None:
+        """Non-finite numbers become null: the file stays valid JSON."""
+        clean = {key: _finite(value) for key, value in record.items()}
+        self._file.write(json.dumps({"step": step} | clean) + "\n")
+        self._file.flush()
+        if self._writer is not None:
+            for key, value in clean.items():
+                if isinstance(value, (int, float)):
+                    self._writer.add_scalar(key, value, step)
+            self._writer.flush()
+
+    def close(self) -> None:
+        self._file.close()
+        if self._writer is not None:
+            self._writer.close()
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Records of a file of ours; a last line cut short by a kill is left out."""
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def group_metrics(groups: list[Group], updated: int) -> dict[str, float]:
+    """Of the groups of a step, rewards known; `updated` rows of them enter the model."""
+    rows = [row for group in groups for row in group.rows]
+    on, off = [row for row in rows if not row.is_trace], [row for row in rows if row.is_trace]
+    solved = [row.reward > 0 for row in rows]
+    rewards = [[row.reward for row in group.rows] for group in groups]
+    lengths = [len(row.token_ids) for row in rows]
+    verdicts = [row.verdict for row in rows]
+    return {
+        "batch/avg_prefix_ratio": len(off) / max(len(rows), 1),
+        "batch/solve_none": sum(max(r, default=0) <= 0 for r in rewards),
+        "batch/solve_all": sum(min(r, default=0) > 0 for r in rewards),
+        "batch/solved": _mean(solved),
+        "batch/failed": 1 - _mean(solved),
+        "batch/on_solved": _mean([row.reward > 0 for row in on]),
+        "batch/off_solved": _mean([row.reward > 0 for row in off]),
+        "batch/rows": len(rows),
+        "batch/zero_rows": len(rows) - updated,
+        "batch/groups_without_trace": sum(not group.traces for group in groups),
+        "on_off_metrics/on_response_length_mean": _mean([len(row.token_ids) for row in on]),
+        "on_off_metrics/off_response_length_mean": _mean([len(row.token_ids) for row in off]),
+        "on_off_metrics/on_score": _mean([row.reward for row in on]),
+        "on_off_metrics/off_score": _mean([row.reward for row in off]),
+        "on_off_metrics/off_on_example_ratio": len(off) / len(on) if on else math.nan,
+        **_spread("critic/score", [row.reward for row in rows]),
+        **_spread("critic/advantages", [row.advantage for row in rows]),
+        **_spread("response_length", lengths),
+        "response_length/clip_ratio": _mean([not row.finished for row in rows]),
+        **_spread("prompt_length", [len(group.example.prompt_ids) for group in groups]),
+        "verify/timeouts": verdicts.count("timeout"),
+        "verify/crashes": verdicts.count("crash"),
+    }
+
+
+class UpdateMetrics:
+    """Token sums over the micro-batches of a step."""
+
+    def __init__(self, losses: tuple[TokenLoss, ...], gamma: float) -> None:
+        self.table = encode(losses)
+        self.gamma = gamma
+        self.sums: dict[str, float] = defaultdict(float)
+        self.gap_max = 0.0
+        self.num_updates = 0
+        self.bad_updates = 0
+        self.grad_norms: list[float] = []
+        self.loss = 0.0
+        self.lr = 0.0
+
+    @torch.no_grad()
+    def add(self, micro: MicroBatch, out: PolicyLoss, first_update: bool) -> None:
+        old_logp = out.logp if micro.old_logp is None else micro.old_logp
+        rows = self.table.to(out.logp.device)[micro.loss_id]
+        value = evaluate(out.logp, micro.advantages, old_logp, rows).loss
+        off, on, prob = micro.is_trace, ~micro.is_trace, out.logp.exp()
+        self._sum("tokens", torch.ones_like(prob))
+        self._sum("entropy", out.entropy)
+        self._sum("drift", old_logp - out.logp)
+        for side, mask in (("on", on), ("off", off)):
+            self._sum(f"{side}_tokens", mask)
+            self._sum(f"{side}_loss", value[mask])
+            self._sum(f"{side}_clipped", out.clipped[mask])
+            self._sum(f"{side}_prob", prob[mask])
+        self._sum("off_shaped", (prob / (prob + self.gamma))[off])
+        if first_update:  # the engine sampled with the very weights of this pass
+            gap = (out.logp - micro.sampler_logp).abs()
+            sampled = ~gap.isnan()
+            self._sum("sampled_tokens", sampled)
+            self._sum("gap", gap[sampled])
+            self.gap_max = max(self.gap_max, gap[sampled].max().item() if sampled.any() else 0.0)
+
+    def finish_update(self, loss: float, grad_norm: float, lr: float, good: bool) -> None:
+        """Close an update; one with a non-finite loss or gradient is counted apart."""
+        self.loss += loss
+        self.lr = lr
+        self.num_updates += good
+        self.bad_updates += not good
+        self.grad_norms.append(grad_norm)
+
+    def _sum(self, name: str, value: Tensor) -> None:
+        self.sums[name] += value.sum(dtype=torch.float64).item()
+
+    def result(self) -> dict[str, float]:
+        s = self.sums
+
+        def mean(name: str, count: str) -> float:
+            return s[name] / s[count] if s[count] else math.nan
+
+        return {
+            "actor/pg_loss": self.loss,
+            "actor/on_pg_loss": mean("on_loss", "on_tokens"),
+            "actor/off_pg_loss": mean("off_loss", "off_tokens"),
+            "actor/pg_clipfrac": mean("on_clipped", "on_tokens"),
+            "actor/off_pg_clipfrac": mean("off_clipped", "off_tokens"),
+            "actor/ppo_kl": mean("drift", "tokens"),
+            "actor/on_policy_prob": mean("on_prob", "on_tokens"),
+            "actor/off_policy_prob": mean("off_prob", "off_tokens"),
+            "actor/off_ratio_mean": mean("off_shaped", "off_tokens"),
+            "actor/entropy_loss": mean("entropy", "tokens"),
+            "actor/grad_norm": fmean(self.grad_norms) if self.grad_norms else math.nan,
+            "actor/lr": self.lr,
+            "actor/updates": self.num_updates,
+            "actor/bad_updates": self.bad_updates,
+            "rollout/logp_gap_mean": mean("gap", "sampled_tokens"),
+            "rollout/logp_gap_max": self.gap_max if s["sampled_tokens"] else math.nan,
+        }
+
+
+def count_tokens(rows: list[Row]) -> int:
+    return sum(len(row.token_ids) for row in rows)
+
+
+def _mean(values: list) -> float:
+    return fmean(values) if values else math.nan
+
+
+def _spread(name: str, values: list) -> dict[str, float]:
+    if not values:
+        return {}
+    return {f"{name}/mean": fmean(values), f"{name}/max": float(max(values)), f"{name}/min": float(min(values))}
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

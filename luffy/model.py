@@ -1,0 +1,92 @@
+"""The policy: a Hugging Face causal LM as an FSDP2 module whose forward ends in a loss, never in logits.
+
+Body and loss run inside the root module's forward, so the head's weight is unsharded when `linear_policy_loss` reads
+it. FSDP's own averaging is off: the loss is divided once, by a normaliser that the loop knows before the first
+backward. Master weights and gradient reductions are float32, compute is `dtype`.
+"""
+
+from typing import Any
+
+import torch
+from luffy_kernels import linear_logprobs, linear_policy_loss
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from luffy import attention
+from luffy.config import ModelConfig
+from luffy.packing import MicroBatch
+
+
+class Policy(nn.Module):
+    """`policy(micro, losses=..., normalizer=...)` -> PolicyLoss; `policy(micro)` -> log-probs [N] of the targets."""
+
+    def __init__(self, lm: PreTrainedModel, temperature: float) -> None:
+        super().__init__()
+        self.lm = lm
+        self.head_options = head_options(lm.config) | {"temperature": temperature}
+
+    def forward(self, micro: MicroBatch, **loss: Any):
+        body = self.lm.get_decoder()
+        hidden = body(
+            input_ids=micro.token_ids[None], position_ids=micro.positions[None], use_cache=False, layout=micro.layout
+        ).last_hidden_state[0]
+        head = self.lm.get_output_embeddings()
+        inputs = hidden.index_select(0, micro.source), head.weight, micro.targets
+        options = self.head_options | {"bias": getattr(head, "bias", None)}
+        if not loss:
+            return linear_logprobs(*inputs, **options).logp
+        old_logp = "current" if micro.old_logp is None else micro.old_logp
+        return linear_policy_loss(
+            *inputs, advantages=micro.advantages, loss_id=micro.loss_id, old_logp=old_logp, **options, **loss
+        )
+
+
+def head_options(config: Any) -> dict[str, Any]:
+    """What a model family does to its logits, from its config: soft cap (Gemma 2/3), scale (Cohere, Granite)."""
+    scale = getattr(config, "logit_scale", None) or 1.0
+    if divisor := getattr(config, "logits_scaling", None):
+        scale = scale / divisor
+    return {"softcap": getattr(config, "final_logit_softcapping", None), "logit_scale": scale}
+
+
+def load_lm(path: str, config: ModelConfig) -> PreTrainedModel:
+    """The causal LM with float32 weights and packed attention."""
+    lm = AutoModelForCausalLM.from_pretrained(
+        path,
+        dtype=torch.float32,
+        attn_implementation=attention.register(),
+        trust_remote_code=config.trust_remote_code,
+    )
+    if config.gradient_checkpointing:
+        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return lm
+
+
+def shard(policy: Policy, mesh: DeviceMesh, dtype: torch.dtype) -> Policy:
+    """Apply FSDP2: every block is a unit; embedding, final norm and head (tied or not) stay together in the root's."""
+    mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    # with one rank there is nothing to free by resharding, only copies to pay for
+    reshard = mesh.size() > 1
+    for block in policy.lm.get_decoder().layers:
+        fully_shard(block, mesh=mesh, mp_policy=mixed, reshard_after_forward=reshard)
+    fully_shard(policy, mesh=mesh, mp_policy=mixed, reshard_after_forward=reshard)
+    for module in policy.modules():
+        if hasattr(module, "set_gradient_divide_factor"):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
+    return policy
+
+
+def hf_weights(policy: Policy, dtype: torch.dtype | None = None):
+    """Yield (Hugging Face name, full tensor) in layer order; cast before gathering; a tied head is skipped."""
+    tied = set(policy.lm.all_tied_weights_keys)
+    for name, tensor in policy.lm.state_dict().items():
+        if name not in tied:
+            yield name, full(tensor if dtype is None else tensor.to(dtype))
+
+
+def full(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,39 @@
+"""Objectives: which rows a group has, their advantages, and the token loss of each.
+
+One small file per objective; the loop asks it four things (see `Objective`) and knows nothing else of the method.
+"""
+
+from typing import Protocol
+
+from luffy_kernels.token_losses import TokenLoss
+
+from luffy.config import ObjectiveConfig
+from luffy.data import Example
+from luffy.groups import Group, Row
+
+
+class Objective(Protocol):
+    losses: tuple[TokenLoss, ...]
+    """Token losses, indexed by a row's `loss_id`."""
+
+    def num_rollouts(self, example: Example) -> int:
+        """Rollouts to sample for a problem."""
+
+    def num_traces(self, example: Example) -> int:
+        """Traces of the problem that join its group."""
+
+    def assign(self, group: Group) -> list[Row]:
+        """Fill `advantage` and `loss_id` of every row, rewards being known; returns the rows whose gradient is not
+        zero by construction. The others never enter the model."""
+
+    def scales(self, num_tokens: int) -> tuple[float, float]:
+        """(normalizer, entropy_coef) of an update over `num_tokens` response tokens: what the summed loss is divided
+        by, and the entropy coefficient in units of that sum."""
+
+
+def make_objective(config: ObjectiveConfig) -> Objective:
+    from luffy.objectives.grpo import Grpo
+    from luffy.objectives.luffy import Luffy
+    from luffy.objectives.sft import Sft
+
+    return {"luffy": Luffy, "grpo": Grpo, "sft": Sft}[config.name](config)

@@ -1,0 +1,29 @@
+"""Supervised baseline: negative log-likelihood of the traces, one global token mean per update.
+
+The rows are the same traces, a step at a time, that LUFFY would see. Nothing is sampled. `trace_filter` drops the
+traces that fail the verifier; without it SFT imitates whatever it is given.
+"""
+
+from luffy_kernels.token_losses import nll
+
+from luffy.config import ObjectiveConfig
+from luffy.data import Example
+from luffy.groups import Group, Row
+
+
+class Sft:
+    def __init__(self, config: ObjectiveConfig) -> None:
+        self.config = config
+        self.losses = (nll(),)
+
+    def num_rollouts(self, example: Example) -> int:
+        return 0
+
+    def num_traces(self, example: Example) -> int:
+        return min(1, len(example.traces))
+
+    def assign(self, group: Group) -> list[Row]:
+        return [row for row in group.rows if row.reward > 0 or not self.config.trace_filter]
+
+    def scales(self, num_tokens: int) -> tuple[float, float]:
+        return float(max(num_tokens, 1)), 0.0

@@ -1,0 +1,130 @@
+"""vLLM in the trainer's own process: token ids in, token ids and log-probs out.
+
+Sampling is a pure function of (weights, prompt, seed): every request carries its own seed, so a resumed run draws what
+the uninterrupted one would have drawn. Log-probs are those of the distribution actually sampled from (temperature
+applied). This file and `luffy.weight_sync` are the only ones that know vLLM.
+"""
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from luffy.config import RolloutConfig
+from luffy.errors import UserError
+
+# Read by vLLM when it is imported. One process, no telemetry; torch's own threads, unpinned, shared with the trainer.
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    token_ids: tuple[int, ...]
+    """With the EOS if the answer is finished."""
+    logp: tuple[float, ...]
+    """Log-prob of each token under the sampling distribution, nats."""
+    finished: bool
+    """False where `max_tokens` cut the answer off."""
+
+
+class VllmEngine:
+    """An in-process vLLM with the model at `path`.
+
+    Raises:
+        UserError: vLLM is not installed or does not start (its own last error line is quoted).
+    """
+
+    def __init__(
+        self, path: str, config: RolloutConfig, *, dtype: str, max_model_len: int, trust_remote_code: bool = False
+    ) -> None:
+        try:
+            from vllm import LLM
+        except ImportError as error:
+            raise UserError(
+                f"rollout: vLLM cannot be imported ({_last_line(error)}); run scripts/setup.sh, or install the "
+                f"`cpu` or `cuda` extra of luffy-rl"
+            ) from error
+        try:
+            self.llm = LLM(
+                path,
+                dtype=dtype,
+                max_model_len=max_model_len,
+                max_num_seqs=config.max_sequences,
+                gpu_memory_utilization=config.memory_fraction,
+                enforce_eager=config.eager,
+                logprobs_mode="processed_logprobs",
+                # vLLM 0.32 rewinds a seeded generator after a partial prefill, which CPU generators cannot do
+                enable_chunked_prefill=torch.cuda.is_available(),
+                generation_config="vllm",  # no sampling defaults from the checkpoint behind the config's back
+                trust_remote_code=trust_remote_code,
+                disable_log_stats=True,
+                seed=0,
+            )
+        except Exception as error:  # vLLM raises anything here; whatever it is, its last line is what helps
+            raise UserError(f"rollout: vLLM failed to start: {_last_line(error)}") from error
+
+    def generate(
+        self,
+        prompts: list[tuple[int, ...]],
+        counts: list[int],
+        *,
+        temperature: float,
+        max_tokens: int,
+        seeds: list[int],
+    ) -> list[list[Completion]]:
+        """`counts[i]` completions of prompt i, drawn with `seeds[i]`; temperature 0 is greedy."""
+        from vllm import SamplingParams
+
+        wanted = [i for i, count in enumerate(counts) if count]
+        requests = [{"prompt_token_ids": list(prompts[i])} for i in wanted]
+        params = [
+            SamplingParams(
+                n=counts[i],
+                temperature=temperature,
+                max_tokens=max_tokens,
+                logprobs=0,
+                seed=seeds[i] if temperature else None,
+                detokenize=False,
+            )
+            for i in wanted
+        ]
+        results: list[list[Completion]] = [[] for _ in prompts]
+        if not wanted:
+            return results
+        for i, output in zip(wanted, self.llm.generate(requests, params, use_tqdm=False), strict=True):
+            results[i] = [_completion(o) for o in sorted(output.outputs, key=lambda o: o.index)]
+        return results
+
+    def score(self, sequences: list[tuple[int, ...]]) -> list[list[float]]:
+        """Log-prob of every token but the first of each sequence, at temperature 1, nats."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
+        requests = [{"prompt_token_ids": list(ids)} for ids in sequences]
+        self.llm.reset_prefix_cache()
+        outputs = self.llm.generate(requests, params, use_tqdm=False)
+        return [
+            [entry[token].logprob for token, entry in zip(ids[1:], output.prompt_logprobs[1:], strict=True)]
+            for ids, output in zip(sequences, outputs, strict=True)
+        ]
+
+    def close(self) -> None:
+        """Free the engine's memory."""
+        self.llm.llm_engine.engine_core.shutdown()
+        del self.llm
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _completion(output) -> Completion:
+    token_ids = tuple(output.token_ids)
+    logp = tuple(entry[token].logprob for token, entry in zip(token_ids, output.logprobs, strict=True))
+    return Completion(token_ids, logp, output.finish_reason == "stop")
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

