@@ -49,7 +49,7 @@ def check_head(op: str, hidden: Tensor, weight: Tensor, targets: Tensor, bias: T
 
 
 def per_token(op: str, name: str, value: float | Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
-    """A number, 0-d tensor or tensor that broadcasts dimension by dimension to targets' shape -> [N] or 0-d, detached."""
+    """A number or a tensor that broadcasts dimension by dimension to targets' shape -> [N] or 0-d, detached."""
     if not isinstance(value, Tensor):
         return torch.full((), value, dtype=dtype, device=targets.device)
     require(

@@ -7,8 +7,8 @@
     dz   = g onehot(y) + e / s * (l - g - u (z - max z - mean))      with g = dL/dlogp, u = dL/dentropy, l = dL/dlse
 
 Only two [C, V] buffers in the compute dtype (fp32, fp64 for fp64 operands) and one in the operands' dtype exist; where
-the two dtypes agree the third is not needed. Logits are centred before anything is summed, so a large common offset costs
-no digits. Results do not depend on the chunk size beyond the rounding of a GEMM.
+the two dtypes agree the third is not needed. Logits are centred before anything is summed, so a large common offset
+costs no digits. Results do not depend on the chunk size beyond the rounding of a GEMM.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from . import _native
 
 # Small enough to sit beside a model on a laptop, large enough that the GEMMs of a chunk run near full speed.
 DEFAULT_CHUNK_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
@@ -29,7 +31,8 @@ class Head(NamedTuple):
     """The linear head, as every chunk sees it."""
 
     weight: Tensor  # [V, H], operand dtype
-    wide: Tensor | None  # [V, H], the weight in the compute dtype, where the GEMM cannot widen on its own
+    wide: Tensor | None  # [V, H], the weight in the compute dtype, where no GEMM here widens on its own
+    packed: Tensor | None  # the weight in the layout of the compiled widening GEMM
     bias: Tensor | None  # [V], compute dtype
     temperature: Tensor  # [N], compute dtype
     softcap: float | None
@@ -92,9 +95,14 @@ def make_head(
     """Converts what every chunk shares once. `rows` is N, for a temperature that is one number."""
     dtype = compute_dtype(operand)
     weight = weight.detach().to(operand)
-    wide = weight.to(dtype) if dtype != operand and weight.device.type == "cpu" else None
+    wide = packed = None
+    if weight.device.type == "cpu" and dtype != operand:
+        if _native.has_wide_mm(operand, weight.shape[1]):
+            packed = torch.ops.luffy_kernels.wide_pack(weight.contiguous())
+        else:
+            wide = weight.to(dtype)
     bias = None if bias is None else bias.detach().to(dtype)
-    return Head(weight, wide, bias, temperature.detach().to(dtype).expand(rows), softcap, logit_scale)
+    return Head(weight, wide, packed, bias, temperature.detach().to(dtype).expand(rows), softcap, logit_scale)
 
 
 class Workspace:
@@ -114,9 +122,11 @@ class Workspace:
 
 
 def row_stats(hidden: Tensor, rows: Tensor, targets: Tensor, head: Head, work: Workspace) -> Stats:
-    """GEMM and statistics of one chunk: hidden [C, H] (operand dtype), rows [C] into the per-token tensors, targets [C]."""
+    """GEMM and statistics of a chunk: hidden [C, H] in the operands' dtype, rows [C] (indices in [0, N)), targets [C]."""
     z = work.logits[: hidden.shape[0]]
-    if head.wide is not None:
+    if head.packed is not None:
+        torch.ops.luffy_kernels.wide_mm(z, hidden, head.packed)
+    elif head.wide is not None:
         torch.mm(hidden.to(z.dtype), head.wide.T, out=z)
     elif head.weight.dtype == z.dtype:
         torch.mm(hidden, head.weight.T, out=z)
@@ -193,8 +203,9 @@ class Gradients:
         if self.weight is not None:
             if dz.dtype == self.weight.dtype:
                 self.weight.addmm_(dz.T, hidden)
+            elif head.packed is not None:
+                torch.ops.luffy_kernels.wide_addmm_t(self.weight, dz, hidden)
             else:
                 self.weight.add_(dz.T @ hidden)
         if self.bias is not None:
             self.bias.add_(dz.sum(0, dtype=self.bias.dtype))
-        # logit_scale and temperature are part of dz already: it is the gradient of h W^T + b.

@@ -1,15 +1,16 @@
-"""Policy loss of a linear head in 3 GEMMs: no [N, V] logits, no second forward, exact skipping of rows that cannot matter.
+"""Policy loss of a linear head in 3 GEMMs: no [N, V] logits, no second forward, rows that cannot matter skipped exactly.
 
     z    = softcap(logit_scale * (hidden W^T + bias)) / temperature        [N, V], a chunk at a time, fp32
     logp = z[target] - logsumexp z     ent = -sum_v p_v log p_v             p = softmax z
     loss = sum_t (token_weight_t loss_t + kl_coef_t kl_t - entropy_coef_t ent_t) / normalizer
 
-Advantages and old log-probs are known before the forward pass, so d loss / d logp is known as soon as a chunk's logits are:
-the sweep that computes the loss computes both gradients, and backward only scales them. N tokens, H hidden, V vocabulary.
+Advantages and old log-probs are known before the forward pass, so d loss / d logp is known as soon as a chunk's logits
+are: the sweep that computes the loss computes both gradients, and backward only scales them. N tokens, H hidden, V
+vocabulary. Ignored rows enter no GEMM; rows whose coefficients are exactly zero (advantage 0, clipped) only the first.
 
-Ignored rows enter no GEMM. Rows whose coefficients are exactly zero (advantage 0, clipped) enter the forward GEMM alone.
-Memory: `chunk_bytes` for the [C, V] buffers (`_chunks.chunk_rows`), dW in fp32, dh in hidden's dtype; on CPU, 16-bit
-weights are widened once (4 V H bytes). Deterministic. Do not place the head inside a checkpointed region: it would run twice.
+Memory: `chunk_bytes` for the [C, V] buffers (`_chunks.chunk_rows`), dW in fp32, dh in the operands' dtype; on CPU a
+16-bit weight is packed or widened once (2 or 4 V H bytes). Deterministic. Do not place the head inside a checkpointed
+region: it would run twice.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ KL_TYPES = ("k1", "k2", "k3")
 
 
 class PolicyLoss(NamedTuple):
-    """`loss` carries the gradient; the rest is detached, per token, in targets' shape, and 0 (False) in ignored rows."""
+    """`loss` carries the gradient; the rest is detached, per token, in targets' shape, 0 in ignored rows."""
 
     loss: Tensor  # [] float32 (float64 for float64 operands)
     logp: Tensor  # log-probability of the target, nats
@@ -67,8 +68,8 @@ def linear_policy_loss(
         targets: [...] int64, already aligned with hidden (nothing is shifted); `ignore_index` marks rows to skip.
         advantages: number or tensor broadcastable to targets with as many dimensions ([B, 1] for per-sequence ones).
         losses: one `token_losses` spec, or a tuple of them that `loss_id` (int64, targets' shape) indexes.
-        old_logp: tensor like targets, or "current" for this pass's own log-probs (ratio 1). Read only where a token's loss
-            is a function of it; elsewhere it may hold anything. ref_logp: tensor like targets, for the KL term.
+        old_logp: tensor like targets, or "current" for this pass's own log-probs (ratio 1). Read only where a token's
+            loss is a function of it; elsewhere it may hold anything. ref_logp: tensor like targets, for the KL term.
         token_weight: multiplies the policy term only.
         normalizer: positive number or 0-d tensor; nothing else is divided by (no token mean, no row mean).
         entropy_coef, kl_coef: number, 0-d or per-token tensor. kl_type, with d = logp - ref_logp: k1 = d, k2 = d^2/2,
@@ -100,7 +101,7 @@ def linear_policy_loss(
         return None if isinstance(value, (int, float)) and value == 0.0 else per_token(OP, name, value, targets, dtype)
 
     grad = torch.is_grad_enabled()
-    op = _library.resolve(OP, backend, hidden.device)
+    op = _library.resolve(OP, backend, hidden.device, operand)
     total, logp, entropy, ratio, kl, clipped, *_ = op(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
@@ -239,7 +240,11 @@ def policy_loss_torch(
     tokens = _Tokens(
         losses.to(dtype)[_table_index(loss_id, losses.shape[0], targets, ignore_index)],
         advantages.expand(n),
-        *(spread(x) for x in (old_logp, ref_logp, token_weight, entropy_coef, kl_coef)),
+        spread(old_logp),
+        spread(ref_logp),
+        spread(token_weight),
+        spread(entropy_coef),
+        spread(kl_coef),
         kl_type,
     )
     outputs = [targets.new_zeros(n, dtype=dtype) for _ in range(5)] + [targets.new_zeros(n, dtype=torch.bool)]
@@ -253,8 +258,9 @@ def policy_loss_torch(
     for group, backward in groups:
         for part in _chunks.balanced(len(group), most):
             _sweep(hidden, targets, group[part], tokens, head, work, outputs, grads if backward else None)
-    empty = hidden.new_empty(0)
-    return (outputs[0].sum(), *outputs[1:], *(empty.clone() if g is None else g for g in grads.all()))
+    loss, logp, entropy, ratio, kl, clipped = outputs
+    dh, dw, db = (hidden.new_empty(0) if g is None else g for g in grads.all())
+    return loss.sum(), logp, entropy, ratio, kl, clipped, dh, dw, db
 
 
 def _sweep(

@@ -2,15 +2,15 @@
 
     r = exp(logp - old_logp)    p = exp(logp)    q = exp(old_logp)    A = advantage    x = p or r (`ratio`)
 
-    name              loss                      d loss / d logp          zero gradient where
-    policy_gradient   max(-A r, -A clip(r))     -A r                     A > 0, r > 1 + clip_high; A < 0, r < 1 - clip_low;
-                                                                         A < 0, r > dual_clip
-    shaped            -A x / (x + gamma)        -A gamma x/(x+gamma)^2   x outside [x_min, x_max]
-    behaviour_ratio   -A p / (q + eps)          -A p / (q + eps)         x outside [x_min, x_max]
-    nll               -logp                     -1
+    name              loss                    d loss / d logp           zero gradient where
+    policy_gradient   max(-A r, -A clip(r))   -A r                      A > 0: r > 1 + clip_high
+                                                                        A < 0: r < 1 - clip_low or r > dual_clip
+    shaped            -A x / (x + gamma)      -A gamma x / (x+gamma)^2  x outside [x_min, x_max]
+    behaviour_ratio   -A p / (q + eps)        -A p / (q + eps)          x outside [x_min, x_max]
+    nll               -logp                   -1
 
-`p_max` drops a token (loss and gradient zero) whose p exceeds it, for every kind. A spec holds no callables: it encodes to
-one fp32 row, so a table of specs is an ordinary tensor and `loss_id` chooses a row per token.
+`p_max` drops a token (loss and gradient zero) whose p exceeds it, for every kind. A spec holds no callables: it encodes
+to one fp32 row, so a table of specs is an ordinary tensor and `loss_id` chooses a row per token.
 
 Sources: PPO (arXiv 1707.06347), dual clip (arXiv 1912.09729), LUFFY's shaping (arXiv 2504.14945, eq. 6).
 """
@@ -56,7 +56,7 @@ def policy_gradient(
     *,
     p_max: float | None = None,
 ) -> TokenLoss:
-    """PPO's ratio loss. Clips are distances from 1 (0.2, 0.28); `dual_clip` > 1 bounds r where A < 0. Unclipped by default."""
+    """PPO's ratio loss, unclipped by default. Clips are distances from 1; `dual_clip` > 1 bounds r where A < 0."""
     _bound("clip_low", clip_low, 0.0)
     _bound("clip_high", clip_high, 0.0)
     _bound("dual_clip", dual_clip, 1.0)
@@ -80,7 +80,7 @@ def shaped(
     x_max: float | None = None,
     p_max: float | None = None,
 ) -> TokenLoss:
-    """LUFFY's shaping -A x/(x+gamma): x is the policy's own probability ("prob": teacher taken as 1) or the ratio ("old")."""
+    """LUFFY's shaping -A x/(x+gamma). x: the policy's own probability ("prob", teacher taken as 1) or the ratio ("old")."""
     if not gamma > 0.0:
         raise ValueError(f"shaped: gamma must be positive, got {gamma}")
     if ratio not in ("prob", "old"):
@@ -100,7 +100,7 @@ def nll(*, p_max: float | None = None) -> TokenLoss:
 def behaviour_ratio(
     eps: float = 1e-6, *, x_min: float | None = None, x_max: float | None = None, p_max: float | None = None
 ) -> TokenLoss:
-    """True importance ratio -A p/(q+eps), with q = exp(old_logp) the probability under the policy that wrote the token."""
+    """True importance ratio -A p/(q+eps), q = exp(old_logp) the probability under the policy that wrote the token."""
     if not eps >= 0.0:
         raise ValueError(f"behaviour_ratio: eps must be at least 0, got {eps}")
     low = -math.inf if x_min is None else x_min

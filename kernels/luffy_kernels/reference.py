@@ -1,0 +1,94 @@
+"""Every operator in plain autograd torch, in any dtype up to float64: the specification, and the oracle of the tests.
+
+Stores all logits. N tokens, H hidden, V vocabulary; leading dimensions are free. Arguments as in the fused operators.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .logprobs import LogProbs
+from .policy_loss import PolicyLoss
+from .token_losses import BEHAVIOUR_RATIO, NLL, SHAPED, TokenLoss
+
+
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+) -> LogProbs:
+    valid = targets != ignore_index
+    # Cut ignored rows off before the product: 0 * NaN would carry their junk into the weight's gradient.
+    z = torch.where(valid[..., None], hidden, 0.0) @ weight.T
+    z = logit_scale * (z if bias is None else z + bias)
+    z = z if softcap is None else softcap * torch.tanh(z / softcap)
+    z = z / (temperature[..., None] if isinstance(temperature, Tensor) and temperature.ndim else temperature)
+    lse = z.logsumexp(-1)
+    logp = z.gather(-1, torch.where(valid, targets, 0)[..., None])[..., 0] - lse
+    log_p = z - lse[..., None]
+    entropy = -(log_p.exp() * log_p.clamp(min=torch.finfo(z.dtype).min)).sum(-1)
+    return LogProbs(*(torch.where(valid, x, 0.0) for x in (logp, entropy, lse)))
+
+
+def token_loss(spec: TokenLoss, logp: Tensor, advantages: Tensor, old_logp: Tensor) -> Tensor:
+    """The loss of every token under one spec, differentiable in logp."""
+    p, r, a = logp.exp(), (logp - old_logp).exp(), advantages
+    x = (r if spec.old else p).clamp(spec.x_min, spec.x_max)
+    if spec.kind == NLL:
+        loss = -logp
+    elif spec.kind == SHAPED:
+        loss = -a * x / (x + spec.constant)
+    elif spec.kind == BEHAVIOUR_RATIO:
+        loss = -a * x / (old_logp.exp() + spec.constant)
+    else:
+        loss = torch.maximum(-a * r, -a * r.clamp(1 - spec.clip_low, 1 + spec.clip_high))
+        loss = torch.where(a < 0, torch.minimum(loss, -a * spec.dual_clip), loss)
+    return torch.where(p > spec.p_max, 0.0, loss)
+
+
+def kl_estimate(logp: Tensor, ref_logp: Tensor, kl_type: str) -> Tensor:
+    d = logp - ref_logp
+    return {"k1": d, "k2": d.square() / 2, "k3": (-d).exp() + d - 1}[kl_type]
+
+
+def linear_policy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    advantages: Tensor,
+    losses: TokenLoss | tuple[TokenLoss, ...],
+    loss_id: Tensor | None = None,
+    old_logp: Tensor | str | None = None,
+    ref_logp: Tensor | None = None,
+    token_weight: Tensor | float = 1.0,
+    normalizer: float | Tensor,
+    entropy_coef: float | Tensor = 0.0,
+    kl_coef: float | Tensor = 0.0,
+    kl_type: str = "k3",
+    ignore_index: int = -100,
+    **head,
+) -> PolicyLoss:
+    logp, entropy, _ = linear_logprobs(hidden, weight, targets, ignore_index=ignore_index, **head)
+    assert entropy is not None, "the reference always computes the entropy"
+    specs = (losses,) if isinstance(losses, TokenLoss) else losses
+    loss_id = torch.zeros_like(targets) if loss_id is None else loss_id
+    given = old_logp if isinstance(old_logp, Tensor) else logp.detach()
+    reads = torch.stack([torch.full_like(targets, spec.needs_old_logp, dtype=torch.bool) for spec in specs])
+    old = torch.where(reads.gather(0, loss_id[None])[0], given, logp.detach())
+    per_spec = torch.stack([token_loss(spec, logp, advantages, old) for spec in specs])
+    loss = per_spec.gather(0, loss_id[None])[0]
+    slope = torch.autograd.grad(loss.sum(), logp, retain_graph=True)[0] if logp.requires_grad else None
+    kl = torch.zeros_like(logp) if ref_logp is None else kl_estimate(logp, ref_logp, kl_type)
+    valid = targets != ignore_index
+    total = torch.where(valid, token_weight * loss + kl_coef * kl - entropy_coef * entropy, 0.0).sum() / normalizer
+    clipped = torch.zeros_like(valid) if slope is None else valid & (slope == 0) & (advantages != 0)
+    ratio = torch.where(valid, (logp - old).exp(), 0.0)
+    return PolicyLoss(total, *(x.detach() for x in (logp, entropy, ratio, torch.where(valid, kl, 0.0), clipped)))
