@@ -21,7 +21,7 @@ ODD_GRADERS = """
     import os, sys, time
 
     def odd(response, answer):
-        print("noise on stdout")
+        print("noise on stdout", flush=True)
         if response == "hang":
             while True:
                 pass
@@ -32,7 +32,7 @@ ODD_GRADERS = """
         if response == "raise":
             raise OverflowError("too large")
         if response == "fill memory":
-            return float(len(bytearray(64 << 30)))
+            return float(len(bytearray(6 << 30)))
         if response == "nan":
             return float("nan")
         if response.startswith("sleep"):
@@ -97,6 +97,7 @@ def test_the_shortcut_agrees_with_math_verify():
         "a -> \\boxed{{{}}}",
         "answer: 99 then \\boxed{{{}}} and 98 apples, 50%",
         "The Final Answer is 99. \\boxed{{{}}}",
+        "The final answer is 99. I hope so. \\boxed{{{}}}",
         "The answer is $7$, no \\boxed{{{}}}",
         " [\\boxed{{{}}}] ",
         "\\boxed{{{}}}% of 3/4 = 8",
@@ -135,7 +136,7 @@ def test_verdicts_keep_their_order_and_are_cached(odd):
 
 @pytest.mark.parametrize("way", ["hang", "hang in C"])
 def test_a_hanging_answer_is_killed_and_the_others_are_graded(odd, way):
-    with VerifierPool(odd, workers=2, timeout_s=1.0) as pool:
+    with VerifierPool(odd, workers=2, timeout_s=2.0) as pool:
         pool.grade([("x 1", "1")])
         start = time.monotonic()
         verdicts = pool.grade([("a 1", "1"), (way, "1"), ("b 2", "2"), (f"{way}", "2"), ("c 3", "3")])
