@@ -193,13 +193,13 @@ def test_no_worker_outlives_the_pool(odd):
         pool.grade([("a 1", "1")])
 
 
-def start_parent(odd, tmp_path, last_line):
+def start_parent(odd, tmp_path, last_line, timeout_s=60):
     """A process that opens a pool, prints its workers' ids and then runs `last_line`."""
     script = f"""
         import sys, time
         sys.path.insert(0, {str(tmp_path)!r})
         from luffy.rewards import VerifierPool
-        pool = VerifierPool({odd!r}, workers=2, timeout_s=60)
+        pool = VerifierPool({odd!r}, workers=2, timeout_s={timeout_s})
         pool.grade([("a 1", "1"), ("sleep 0.3 1", "1")])
         print(*[slot.process.pid for slot in pool._slots], flush=True)
         {last_line}
@@ -240,8 +240,10 @@ def test_a_parent_that_just_ends_leaves_no_worker(odd, tmp_path):
     wait_until_gone(pids)
 
 
-def test_workers_end_when_the_parent_is_killed(odd, tmp_path):
-    parent, pids = start_parent(odd, tmp_path, "time.sleep(60)")
+@pytest.mark.parametrize("doing", ["time.sleep(60)", 'pool.grade([("hang in C", "1"), ("hang", "2")])'])
+def test_workers_end_when_the_parent_is_killed(odd, tmp_path, doing):
+    parent, pids = start_parent(odd, tmp_path, doing, timeout_s=2)
+    time.sleep(0.3)
     parent.kill()
     parent.communicate(timeout=20)
     wait_until_gone(pids)

@@ -14,6 +14,7 @@ import sys
 from typing import Any, TextIO
 
 MEMORY_LIMIT_BYTES = 4 << 30
+BACKSTOP_S = 2.0
 
 
 def main(argv: list[str]) -> int:
@@ -38,7 +39,7 @@ def main(argv: list[str]) -> int:
         response, answer = json.loads(line)
         # SIGALRM's default action needs no Python code to run, so it ends a grader that is stuck in C as well.
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.setitimer(signal.ITIMER_REAL, 2 * timeout_s + 5)
+        signal.setitimer(signal.ITIMER_REAL, 2 * timeout_s + BACKSTOP_S)
         _send(replies, _reply(grader, response, answer))
         signal.setitimer(signal.ITIMER_REAL, 0)
     return 0
