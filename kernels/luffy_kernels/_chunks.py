@@ -122,7 +122,7 @@ class Workspace:
 
 
 def row_stats(hidden: Tensor, rows: Tensor, targets: Tensor, head: Head, work: Workspace) -> Stats:
-    """GEMM and statistics of a chunk: hidden [C, H] in the operands' dtype, rows [C] (indices in [0, N)), targets [C]."""
+    """GEMM and statistics of a chunk. hidden: [C, H], operands' dtype. rows: [C] indices of its tokens. targets: [C]."""
     z = work.logits[: hidden.shape[0]]
     if head.packed is not None:
         torch.ops.luffy_kernels.wide_mm(z, hidden, head.packed)

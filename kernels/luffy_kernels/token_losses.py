@@ -80,7 +80,7 @@ def shaped(
     x_max: float | None = None,
     p_max: float | None = None,
 ) -> TokenLoss:
-    """LUFFY's shaping -A x/(x+gamma). x: the policy's own probability ("prob", teacher taken as 1) or the ratio ("old")."""
+    """LUFFY's shaping -A x/(x+gamma); x is p ("prob": the teacher's probability is taken as 1) or the ratio ("old")."""
     if not gamma > 0.0:
         raise ValueError(f"shaped: gamma must be positive, got {gamma}")
     if ratio not in ("prob", "old"):

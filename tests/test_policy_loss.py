@@ -1,0 +1,271 @@
+"""linear_policy_loss against the float64 reference: values, gradients, skipping, memory, contracts."""
+
+import math
+
+import pytest
+import torch
+from luffy_kernels import _chunks, behaviour_ratio, linear_policy_loss, nll, policy_gradient, reference, shaped
+from luffy_kernels.testing import assert_as_good_as
+
+B, T, H, V = 2, 21, 32, 203
+LOSSES = (policy_gradient(0.2, 0.28, 3.0), shaped(0.1), nll(), behaviour_ratio(), shaped(0.2, "old", x_max=3.0))
+FLAGS = {
+    "plain": {},
+    "entropy": {"entropy_coef": 0.1},
+    "kl_k1": {"kl_coef": 0.2, "kl_type": "k1"},
+    "kl_k2": {"kl_coef": 0.2, "kl_type": "k2"},
+    "kl_k3": {"kl_coef": 0.2},
+    "token_coefs": {"entropy_coef": "token", "kl_coef": "token", "token_weight": "token"},
+    "softcap": {"softcap": 4.0, "entropy_coef": 0.1},
+    "head": {"bias": "bias", "temperature": "token", "logit_scale": 1.3},
+    "current": {"old_logp": "current"},
+    "everything": {
+        "bias": "bias",
+        "temperature": "token",
+        "softcap": 4.0,
+        "logit_scale": 1.3,
+        "entropy_coef": "token",
+        "kl_coef": "token",
+        "token_weight": "token",
+    },
+}
+
+
+def problem(dtype, flags=None, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+
+    def rand(*shape):
+        return torch.rand(*shape, generator=rng, dtype=torch.float64)
+
+    hidden = torch.randn(B, T, H, generator=rng).to(dtype)
+    weight = (torch.randn(V, H, generator=rng) * 0.3).to(dtype)
+    targets = torch.randint(V, (B, T), generator=rng)
+    targets[0, :4] = -100
+    options = {
+        "advantages": 4 * rand(B, T) - 2,
+        "losses": LOSSES,
+        "loss_id": torch.randint(len(LOSSES), (B, T), generator=rng),
+        "old_logp": -6 * rand(B, T),
+        "ref_logp": -6 * rand(B, T),
+        "normalizer": 7.0,
+    }
+    options["advantages"][1, 5:9] = 0
+    for name, value in (flags or {}).items():
+        options[name] = rand(B, T) + 0.5 if value == "token" else value
+    if options.get("bias") == "bias":
+        options["bias"] = torch.randn(V, generator=rng).to(dtype)
+    return hidden, weight, targets, options
+
+
+def run(fn, dtype, hidden, weight, targets, options, **extra):
+    """Result and gradients of fn with the operands in this dtype."""
+    options = dict(options)
+    leaves = [x.to(dtype, copy=True).requires_grad_() for x in (hidden, weight)]
+    if isinstance(options.get("bias"), torch.Tensor):
+        options["bias"] = options["bias"].to(dtype, copy=True).requires_grad_()
+        leaves.append(options["bias"])
+    if fn is reference.linear_policy_loss and dtype != torch.float64:
+        options = {
+            k: x.to(dtype) if isinstance(x, torch.Tensor) and x.dtype == torch.float64 else x
+            for k, x in options.items()
+        }
+    out = fn(leaves[0], leaves[1], targets, **options, **extra)
+    return out, torch.autograd.grad(out.loss, leaves)
+
+
+@pytest.mark.parametrize("flags", FLAGS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_matches_float64(flags, dtype):
+    case = problem(dtype, FLAGS[flags])
+    ours, grads = run(linear_policy_loss, dtype, *case, chunk_bytes=20_000, backend="torch")
+    truth, exact = run(reference.linear_policy_loss, torch.float64, *case)
+    _, plain = run(reference.linear_policy_loss, dtype, *case)
+    # 1e-6 for float64: the table of losses holds its constants in float32.
+    rtol = 2e-6 if dtype == torch.float64 else 1e-5 if dtype == torch.float32 else 1e-4
+    for name in ("logp", "entropy", "ratio", "kl"):
+        torch.testing.assert_close(getattr(ours, name).double(), getattr(truth, name), rtol=rtol, atol=rtol, msg=name)
+    torch.testing.assert_close(ours.loss.double(), truth.loss, rtol=10 * rtol, atol=10 * rtol)
+    for name, mine, baseline, wanted in zip(("hidden", "weight", "bias"), grads, plain, exact, strict=False):
+        assert mine.dtype == dtype
+        eps = 2**-7 if dtype == torch.bfloat16 else 5e-6
+        assert_as_good_as(mine, baseline, wanted, atol=eps * float(wanted.abs().max()), name=name)
+
+
+@pytest.mark.parametrize("spec", LOSSES, ids=lambda spec: spec.name)
+def test_gradcheck(spec):
+    hidden, weight, targets, options = problem(torch.float64)
+    hidden, targets = hidden[:, :3, :4].requires_grad_(), torch.tensor([[0, 5, 2], [3, -100, 1]])
+    weight = weight[:6, :4].clone().requires_grad_()
+    cut = {
+        k: x[:, :3] if isinstance(x, torch.Tensor) else x for k, x in options.items() if k not in ("losses", "loss_id")
+    }
+
+    def fn(hidden, weight):
+        return linear_policy_loss(hidden, weight, targets, losses=spec, entropy_coef=0.3, kl_coef=0.2, **cut).loss
+
+    assert torch.autograd.gradcheck(fn, (hidden, weight))
+
+
+@pytest.mark.parametrize("p", [1e-3, 0.01, 0.1, 0.5])
+def test_shaped_gradient_is_the_published_one(p):
+    """d loss / d logits = -A gamma p / (p + gamma)^2 (onehot - softmax), read off with an identity head."""
+    v, y, advantage, gamma = 11, 3, 1.7, 0.1
+    logits = torch.randn(v, dtype=torch.float64)
+    logits[y] = -math.inf
+    logits[y] = logits.logsumexp(0) + math.log(p / (1 - p))
+    hidden = logits[None].requires_grad_()
+    eye = torch.eye(v, dtype=torch.float64)
+    out = linear_policy_loss(hidden, eye, torch.tensor([y]), advantages=advantage, losses=shaped(gamma), normalizer=1.0)
+    (grad,) = torch.autograd.grad(out.loss, hidden)
+    onehot = torch.nn.functional.one_hot(torch.tensor(y), v)
+    want = -advantage * gamma * p / (p + gamma) ** 2 * (onehot - logits.softmax(0))
+    torch.testing.assert_close(grad[0], want.detach(), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ignored_rows_leak_nothing(dtype):
+    hidden, weight, targets, options = problem(dtype, FLAGS["everything"])
+    clean, want = run(linear_policy_loss, dtype, hidden, weight, targets, options)
+    ignored = targets == -100
+    hidden[ignored] = math.nan
+    for name in ("advantages", "old_logp", "ref_logp", "token_weight", "entropy_coef"):
+        options[name] = torch.where(ignored, math.nan, options[name])
+    options["loss_id"] = torch.where(ignored, 99, options["loss_id"])
+    dirty, got = run(linear_policy_loss, dtype, hidden, weight, targets, options)
+    for a, b in zip((*clean, *want), (*dirty, *got), strict=True):
+        assert torch.equal(a, b)
+    assert not any(x[ignored].any() for x in dirty[1:])
+    assert not got[0][ignored].any()
+
+
+def test_dropping_rows_changes_nothing_but_the_work(monkeypatch):
+    hidden, weight, targets, options = problem(torch.float64)
+    seen = []
+    add = _chunks.Gradients.add
+    monkeypatch.setattr(_chunks.Gradients, "add", lambda s, dz, h, r, w: (seen.append(len(r)), add(s, dz, h, r, w)))
+    out, grads = run(linear_policy_loss, torch.float64, hidden, weight, targets, options)
+    valid = targets != -100
+    live = valid & ~out.clipped & ((options["advantages"] != 0) | (options["loss_id"] == 2))
+    assert sum(seen) == int(live.sum()) < int(valid.sum())
+    _, exact = run(reference.linear_policy_loss, torch.float64, hidden, weight, targets, options)
+    for mine, truth in zip(grads, exact, strict=True):
+        torch.testing.assert_close(mine, truth, rtol=1e-6, atol=1e-7)
+
+
+def test_weight_gradient_error_does_not_grow_with_chunks():
+    n, h, v = 512, 32, 64
+    hidden, weight = torch.randn(n, h).bfloat16(), torch.randn(v, h).bfloat16().requires_grad_()
+    targets, advantages = torch.randint(v, (n,)), torch.rand(n)
+    common = {"advantages": advantages, "losses": policy_gradient(), "old_logp": "current", "normalizer": 1.0}
+
+    def error(chunk_bytes):
+        out = linear_policy_loss(hidden, weight, targets, chunk_bytes=chunk_bytes, **common)
+        (grad,) = torch.autograd.grad(out.loss, weight)
+        return float((grad.double() - exact).norm() / exact.norm())
+
+    wide = weight.detach().double().requires_grad_()
+    options = common | {"advantages": advantages.double()}
+    (exact,) = torch.autograd.grad(reference.linear_policy_loss(hidden.double(), wide, targets, **options).loss, wide)
+    per_row = v * 10
+    assert error(2 * per_row) <= 1.2 * error(n * per_row) + 1e-4
+
+
+def test_grad_output_and_retain_graph():
+    hidden, weight, targets, options = problem(torch.float32)
+    hidden.requires_grad_()
+    out = linear_policy_loss(hidden, weight, targets, **options)
+    (once,) = torch.autograd.grad(out.loss, hidden, retain_graph=True)
+    (thrice,) = torch.autograd.grad(3 * out.loss, hidden, retain_graph=True)
+    (again,) = torch.autograd.grad(out.loss, hidden)
+    assert torch.equal(once, again)
+    torch.testing.assert_close(thrice, 3 * once)
+
+
+def test_deterministic():
+    case = problem(torch.bfloat16, FLAGS["everything"])
+    first, second = (run(linear_policy_loss, torch.bfloat16, *case, chunk_bytes=20_000) for _ in range(2))
+    for a, b in zip((*first[0], *first[1]), (*second[0], *second[1]), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("empty", [True, False], ids=["empty", "all_ignored"])
+def test_nothing_to_train_on_is_zero_and_connected(empty):
+    hidden, weight, targets, options = problem(torch.float32, FLAGS["everything"])
+    targets = torch.full_like(targets, -100)
+    if empty:
+        hidden, targets = hidden[:, :0], targets[:, :0]
+        options = {k: x[:, :0] if isinstance(x, torch.Tensor) and x.ndim == 2 else x for k, x in options.items()}
+    out, grads = run(linear_policy_loss, torch.float32, hidden, weight, targets, options)
+    assert out.loss == 0
+    assert out.logp.shape == targets.shape
+    assert not any(grad.any() for grad in grads)
+
+
+def test_only_the_gradients_that_are_asked_for(monkeypatch):
+    hidden, weight, targets, options = problem(torch.float32)
+    needs = []
+    init = _chunks.Gradients.__init__
+    monkeypatch.setattr(
+        _chunks.Gradients, "__init__", lambda s, h, w, need: (needs.append(need), init(s, h, w, need))[1]
+    )
+    with torch.no_grad():
+        assert not linear_policy_loss(hidden, weight.requires_grad_(), targets, **options).loss.requires_grad
+    linear_policy_loss(hidden, weight.detach(), targets, **options)
+    out = linear_policy_loss(hidden.requires_grad_(), weight.detach(), targets, **options)
+    out.loss.backward()
+    assert needs == [(False,) * 3, (False,) * 3, (True, False, False)]
+    assert not any(x.requires_grad for x in out[1:])
+
+
+def test_mixed_dtypes_broadcast_advantages_and_tensor_normalizer():
+    hidden, weight, targets, options = problem(torch.bfloat16)
+    options |= {"advantages": torch.tensor([[1.0], [-1.0]]), "normalizer": torch.tensor(7.0)}
+    hidden, weight = hidden.requires_grad_(), weight.float().requires_grad_()
+    out = linear_policy_loss(hidden, weight, targets, **options)
+    out.loss.backward()
+    assert (hidden.grad.dtype, weight.grad.dtype, out.loss.dtype) == (torch.bfloat16, torch.float32, torch.float32)
+
+
+def test_workspace_follows_the_documented_formula():
+    for dtype, softcap, per_entry in ((torch.bfloat16, None, 10), (torch.float32, None, 8), (torch.bfloat16, 1.0, 14)):
+        head = _chunks.make_head(torch.zeros(100, 4, dtype=dtype), None, torch.ones(()), softcap, 1.0, dtype, 1)
+        assert _chunks.chunk_rows(head, 100 * per_entry * 7 + 99) == 7
+        work = _chunks.Workspace(7, head)
+        held = sum(x.nbytes for x in (work.logits, work.exp, work.narrow) if x is not None)
+        assert held <= 100 * per_entry * 7
+    assert _chunks.chunk_rows(head, 1) == 1
+    assert [part.stop - part.start for part in _chunks.balanced(10, 4)] == [4, 4, 2]
+
+
+BAD = {
+    "hidden": (lambda c: {"hidden": c["hidden"][..., :-1]}, r"hidden must be \[..., 32\]"),
+    "targets_shape": (lambda c: {"targets": c["targets"][:, 1:]}, "targets must be"),
+    "targets_dtype": (lambda c: {"targets": c["targets"].int()}, "targets must be int64"),
+    "targets_range": (lambda c: {"targets": c["targets"] + V}, r"targets must be in \[0, 203\)"),
+    "weight": (lambda c: {"weight": c["weight"].long()}, "weight must be bfloat16"),
+    "bias": (lambda c: {"bias": torch.zeros(3)}, r"bias must be \[203\]"),
+    "temperature": (lambda c: {"temperature": 0.0}, "temperature must be positive"),
+    "softcap": (lambda c: {"softcap": 0.0}, "softcap must be positive"),
+    "normalizer": (lambda c: {"normalizer": 0.0}, "normalizer must be positive"),
+    "normalizer_tensor": (lambda c: {"normalizer": torch.tensor(-1.0)}, "normalizer must be positive"),
+    "advantages": (lambda c: {"advantages": torch.ones(B)}, "advantages must be broadcastable"),
+    "old_logp": (lambda c: {"old_logp": None}, "old_logp must be given"),
+    "old_logp_word": (lambda c: {"old_logp": "rollout"}, "old_logp must be a tensor or 'current'"),
+    "ref_logp": (lambda c: {"ref_logp": None, "kl_coef": 0.1}, "ref_logp must be given"),
+    "loss_id": (lambda c: {"loss_id": c["loss_id"] + 5}, r"loss_id must be in \[0, 5\)"),
+    "loss_id_missing": (lambda c: {"loss_id": None}, "loss_id must be given"),
+    "losses": (lambda c: {"losses": ()}, "losses must be"),
+    "kl_type": (lambda c: {"kl_type": "k4"}, "kl_type must be one of"),
+    "backend": (lambda c: {"backend": "cuda"}, "backend must be one of"),
+    "backend_missing": (lambda c: {"backend": "cpp"}, "has no cpp implementation"),
+    "chunk_bytes": (lambda c: {"chunk_bytes": 0}, "chunk_bytes must be positive"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_errors_name_the_argument(case):
+    hidden, weight, targets, options = problem(torch.float32)
+    change, text = BAD[case]
+    arguments = {"hidden": hidden, "weight": weight, "targets": targets} | options
+    with pytest.raises(ValueError, match="linear_policy_loss: .*" + text):
+        linear_policy_loss(**(arguments | change(arguments)))
