@@ -5,7 +5,6 @@ the user can mend (one sentence on stderr), 130 interrupted.
 """
 
 import argparse
-import os
 import sys
 from typing import Any
 
@@ -161,9 +160,10 @@ def _open_model(args: argparse.Namespace):
 
 
 def _quiet() -> None:
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from luffy.console import quiet_libraries
+    from luffy.process import before_torch
 
+    before_torch()
     quiet_libraries()
 
 

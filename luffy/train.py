@@ -22,7 +22,7 @@ from luffy.errors import UserError
 from luffy.evaluate import Evaluation, evaluate
 from luffy.files import write_json
 from luffy.groups import Group, Row
-from luffy.malloc import keep_freed_memory
+from luffy.process import keep_freed_memory
 from luffy.metrics import MetricsLog, UpdateMetrics, count_tokens, group_metrics
 from luffy.model import Policy, load_lm, shard
 from luffy.objectives import Objective, make_objective

@@ -1,0 +1,37 @@
+"""Settings of the process that decide how fast a CPU trains. Measured in docs/cpu-training.md.
+
+`before_torch` must run before torch is imported: OpenMP reads its environment once.
+"""
+
+import ctypes
+import os
+import sys
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+KEEP_BYTES = 2**31 - 1
+
+
+def before_torch() -> None:
+    """Threads that wait at a barrier sleep instead of spinning.
+
+    Decoding one token crosses hundreds of barriers. On a machine that does anything else, a spinning thread holds the
+    core that its sibling needs in order to arrive.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def keep_freed_memory() -> None:
+    """Let the process keep freed memory: a no-op where the C library is not glibc.
+
+    Training frees and allocates the same large activations thousands of times. glibc returns such blocks to the kernel
+    and page-faults them in again, which costs more than the arithmetic of small layers.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return
+    mallopt(M_MMAP_THRESHOLD, KEEP_BYTES)
+    mallopt(M_TRIM_THRESHOLD, KEEP_BYTES)
