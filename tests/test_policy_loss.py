@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from luffy_kernels import _chunks, behaviour_ratio, linear_policy_loss, nll, policy_gradient, reference, shaped
+from luffy_kernels import _chunks, _native, behaviour_ratio, linear_policy_loss, nll, policy_gradient, reference, shaped
 from luffy_kernels.testing import assert_as_good_as
 
 B, T, H, V = 2, 21, 32, 203
@@ -226,8 +226,12 @@ def test_mixed_dtypes_broadcast_advantages_and_tensor_normalizer():
     assert (hidden.grad.dtype, weight.grad.dtype, out.loss.dtype) == (torch.bfloat16, torch.float32, torch.float32)
 
 
-def test_workspace_follows_the_documented_formula():
-    for dtype, softcap, per_entry in ((torch.bfloat16, None, 10), (torch.float32, None, 8), (torch.bfloat16, 1.0, 14)):
+@pytest.mark.parametrize("compiled", [True, False])
+def test_workspace_follows_the_documented_formula(monkeypatch, compiled):
+    if not compiled:
+        monkeypatch.setattr(_native, "error", "absent")
+    bf16, cases = torch.bfloat16, {(torch.float32, None): 8, (torch.bfloat16, 1.0): 14}
+    for (dtype, softcap), per_entry in (cases | {(bf16, None): 6 if compiled else 10}).items():
         head = _chunks.make_head(torch.zeros(100, 4, dtype=dtype), None, torch.ones(()), softcap, 1.0, dtype, 1)
         assert _chunks.chunk_rows(head, 100 * per_entry * 7 + 99) == 7
         work = _chunks.Workspace(7, head)

@@ -92,10 +92,70 @@ void accumulate(const float* tile, int64_t count, int64_t token, const Stats& st
   }
 }
 
+constexpr int64_t kBlock = 4096;  // entries summed in fp32 before they join a double: the error does not grow with V
+
+// The last, partial vector of a row, filled up with `fill`.
+inline Vec load_tail(const float* from, int64_t count, float fill) {
+  Vec x = Vec{} + fill;
+  std::memcpy(&x, from, count * sizeof(float));
+  return x;
+}
+
+void center_row(float* row, int64_t n, float* out) {
+  const int64_t whole = n / kLanes * kLanes;
+  Vec peaks = load_tail(row + whole, n - whole, kLowest);
+  for (int64_t v = 0; v < whole; v += kLanes) peaks = vec_max(load(row + v), peaks);
+  float peak = peaks[0];
+  for (int64_t i = 1; i < kLanes; ++i) peak = peaks[i] > peak ? peaks[i] : peak;
+  double sum = 0, weighted = 0;
+  for (int64_t start = 0; start < n; start += kBlock) {
+    const int64_t end = start + kBlock < n ? start + kBlock : n;
+    Vec sums{}, products{};
+    for (int64_t v = start; v < end; v += kLanes) {
+      const int64_t count = end - v < kLanes ? end - v : kLanes;
+      const Vec c = (count == kLanes ? load(row + v) : load_tail(row + v, count, kLowest)) - peak;
+      const Vec e = fast_exp(c);
+      std::memcpy(row + v, &c, count * sizeof(float));
+      sums += e;
+      products += e * c;
+    }
+    for (int64_t i = 0; i < kLanes; ++i) {
+      sum += sums[i];
+      weighted += products[i];
+    }
+  }
+  out[0] = peak;
+  out[1] = static_cast<float>(sum);
+  out[2] = static_cast<float>(weighted);
+}
+
+void grad_row(const float* row, int64_t n, float offset, float slope, float* out) {
+  for (int64_t v = 0; v < n; v += kLanes) {
+    const int64_t count = n - v < kLanes ? n - v : kLanes;
+    const Vec c = count == kLanes ? load(row + v) : load_tail(row + v, count, kLowest);
+    const Vec dz = fast_exp(c) * (offset + slope * c);
+    std::memcpy(out + v, &dz, count * sizeof(float));
+  }
+}
+
+void grad_row_bf16(const float* row, int64_t n, float offset, float slope, uint16_t* out) {
+  using ShortVec = uint16_t __attribute__((vector_size(kLanes * sizeof(uint16_t))));
+  for (int64_t v = 0; v < n; v += kLanes) {
+    const int64_t count = n - v < kLanes ? n - v : kLanes;
+    const Vec c = count == kLanes ? load(row + v) : load_tail(row + v, count, kLowest);
+    const Vec dz = fast_exp(c) * (offset + slope * c);
+    const IntVec bits = (IntVec)dz;
+    IntVec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    rounded = dz == dz ? rounded : IntVec{} + 0x7fc0;  // rounding must not turn a NaN into an infinity
+    const ShortVec half = __builtin_convertvector(rounded, ShortVec);
+    std::memcpy(out + v, &half, count * sizeof(uint16_t));
+  }
+}
+
 }  // namespace
 
 const TileKernels& LUFFY_NAME(LUFFY_VARIANT)() {
-  static constexpr TileKernels kernels{transform, accumulate};
+  static constexpr TileKernels kernels{transform, accumulate, center_row, grad_row, grad_row_bf16};
   return kernels;
 }
 

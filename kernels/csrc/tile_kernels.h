@@ -25,6 +25,11 @@ struct TileKernels {
   void (*transform)(float* tile, int64_t count, int64_t first, int64_t token, const Transform& how);
   // Folds a tile into the running statistics of its tokens.
   void (*accumulate)(const float* tile, int64_t count, int64_t token, const Stats& stats);
+  // Centres a row of n logits at its maximum, in place. out: max, sum exp(c), sum exp(c) c over the centred logits c.
+  void (*center_row)(float* row, int64_t n, float* out);
+  // out[v] = exp(c[v]) (offset + slope c[v]), as fp32 or, rounded to nearest even, as the bits of a bf16.
+  void (*grad_row)(const float* row, int64_t n, float offset, float slope, float* out);
+  void (*grad_row_bf16)(const float* row, int64_t n, float offset, float slope, uint16_t* out);
 };
 
 const TileKernels& tile_kernels_base();

@@ -87,9 +87,13 @@ at::Tensor& wide_addmm_t(at::Tensor& out, const at::Tensor& dz, const at::Tensor
     std::vector<at::BFloat16> left(kRows * even, at::BFloat16(0.0f));
     for (int64_t t = begin; t < end; ++t) {
       const int64_t first = t * kRows, count = std::min(kRows, vocabulary - first);
-      for (int64_t c = 0; c < rows; ++c) {
-        const at::BFloat16* const line = from + c * vocabulary + first;
-        for (int64_t v = 0; v < count; ++v) left[v * even + c] = line[v];
+      // Transposed 32 rows at a time, a cache line of each output row.
+      for (int64_t start = 0; start < rows; start += 32) {
+        const int64_t stop = std::min(rows, start + 32);
+        for (int64_t v = 0; v < count; ++v) {
+          const at::BFloat16* const column = from + first + v;
+          for (int64_t c = start; c < stop; ++c) left[v * even + c] = column[c * vocabulary];
+        }
       }
       for (int64_t b = 0; b < packed.size(0); ++b) {
         const int64_t column = b * kColumns;

@@ -6,9 +6,9 @@
     e    = exp(z - max z)    s = sum_v e    mean = sum_v e (z - max z) / s
     dz   = g onehot(y) + e / s * (l - g - u (z - max z - mean))      with g = dL/dlogp, u = dL/dentropy, l = dL/dlse
 
-Only two [C, V] buffers in the compute dtype (fp32, fp64 for fp64 operands) and one in the operands' dtype exist; where
-the two dtypes agree the third is not needed. Logits are centred before anything is summed, so a large common offset
-costs no digits. Results do not depend on the chunk size beyond the rounding of a GEMM.
+At most two [C, V] buffers in the compute dtype (fp32, fp64 for fp64 operands), a third with a softcap, and one in the
+operands' dtype where that is narrower exist; `chunk_rows` is the exact formula. Logits are centred before anything is
+summed, so a large common offset costs no digits. Results do not depend on the chunk size beyond the rounding of a GEMM.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ class Head(NamedTuple):
     weight: Tensor  # [V, H], operand dtype
     wide: Tensor | None  # [V, H], the weight in the compute dtype, where no GEMM here widens on its own
     packed: Tensor | None  # the weight in the layout of the compiled widening GEMM
+    fused_rows: bool  # the compiled row kernels serve this head's chunks, and exp(z - max) is never stored
     bias: Tensor | None  # [V], compute dtype
     temperature: Tensor  # [N], compute dtype
     softcap: float | None
@@ -43,7 +44,7 @@ class Stats(NamedTuple):
     """Per-row statistics of a chunk. `centred` and `exp` are the two [C, V] buffers."""
 
     centred: Tensor  # [C, V] z - max
-    exp: Tensor  # [C, V] exp(z - max)
+    exp: Tensor | None  # [C, V] exp(z - max); None where the compiled row kernels recompute it
     max: Tensor  # [C]
     sum: Tensor  # [C] sum_v exp
     mean: Tensor  # [C] E_p[z - max]
@@ -63,14 +64,16 @@ def compute_dtype(operand: torch.dtype) -> torch.dtype:
 
 
 def chunk_rows(head: Head, chunk_bytes: int) -> int:
-    """Rows of a chunk, C = max(1, chunk_bytes // (V (k wide + narrow))), k = 2, or 3 with a softcap.
+    """Rows of a chunk, C = max(1, chunk_bytes // (V (k wide + narrow))).
 
-    wide is the size of the compute dtype and narrow that of the operands where it is smaller, else 0.
+    wide is the size of the compute dtype and narrow that of the operands where it is smaller, else 0. k is 2; 3 with a
+    softcap; 1 where the compiled row kernels serve 16-bit operands.
     """
     operand = head.weight.dtype
     wide = compute_dtype(operand).itemsize
     narrow = operand.itemsize if operand.itemsize < wide else 0
-    return max(1, chunk_bytes // (head.weight.shape[0] * ((2 if head.softcap is None else 3) * wide + narrow)))
+    k = 1 if head.fused_rows and narrow else 2 if head.softcap is None else 3
+    return max(1, chunk_bytes // (head.weight.shape[0] * (k * wide + narrow)))
 
 
 def balanced(count: int, most: int) -> Iterator[slice]:
@@ -102,7 +105,8 @@ def make_head(
         else:
             wide = weight.to(dtype)
     bias = None if bias is None else bias.detach().to(dtype)
-    return Head(weight, wide, packed, bias, temperature.detach().to(dtype).expand(rows), softcap, logit_scale)
+    fused = softcap is None and weight.device.type == "cpu" and _native.has_row_kernels(operand)
+    return Head(weight, wide, packed, fused, bias, temperature.detach().to(dtype).expand(rows), softcap, logit_scale)
 
 
 class Workspace:
@@ -112,17 +116,18 @@ class Workspace:
         operand, device, size = head.weight.dtype, head.weight.device, (rows, head.weight.shape[0])
         dtype = compute_dtype(operand)
         self.logits = torch.empty(size, dtype=dtype, device=device)
-        self.exp = torch.empty(size, dtype=dtype, device=device)
         self.narrow = None if operand == dtype else torch.empty(size, dtype=operand, device=device)
+        stored = not (head.fused_rows and self.narrow is not None)
+        self.exp = torch.empty(size, dtype=dtype, device=device) if stored else None
 
     def spare(self, rows: int, operand: torch.dtype) -> Tensor:
         """[rows, V] in the operands' dtype over a buffer that the written dz no longer needs."""
-        buffer = self.logits if self.narrow is None else self.exp
-        return buffer.view(operand).view(-1)[: rows * buffer.shape[1]].view(rows, buffer.shape[1])
+        buffer = self.logits.view(operand).view(-1)
+        return buffer[: rows * self.logits.shape[1]].view(rows, self.logits.shape[1])
 
 
 def row_stats(hidden: Tensor, rows: Tensor, targets: Tensor, head: Head, work: Workspace) -> Stats:
-    """GEMM and statistics of a chunk. hidden: [C, H], operands' dtype. rows: [C] indices of its tokens. targets: [C]."""
+    """GEMM and statistics of a chunk. hidden: [C, H] operands. rows: [C] indices of its tokens. targets: [C]."""
     z = work.logits[: hidden.shape[0]]
     if head.packed is not None:
         torch.ops.luffy_kernels.wide_mm(z, hidden, head.packed)
@@ -138,12 +143,19 @@ def row_stats(hidden: Tensor, rows: Tensor, targets: Tensor, head: Head, work: W
     if head.softcap is not None:
         z.mul_(head.logit_scale / head.softcap).tanh_()
         scale = head.softcap / head.temperature[rows, None]
-    z.mul_(scale)
-    peak = z.amax(-1)
-    z.sub_(peak[:, None])
-    exp = torch.exp(z, out=work.exp[: z.shape[0]])
-    total = exp.sum(-1)
-    mean = torch.bmm(exp[:, None, :], z[:, :, None]).view(-1) / total
+    # On CPU a look at the scale is cheaper than a pass over the chunk.
+    if z.device.type != "cpu" or not bool((scale == 1).all()):
+        z.mul_(scale)
+    exp = None
+    if head.fused_rows:
+        peak, total, mean = torch.ops.luffy_kernels.center_rows_(z)
+    else:
+        peak = z.amax(-1)
+        z.sub_(peak[:, None])
+        assert work.exp is not None, "the workspace holds exp unless the row kernels are fused"
+        exp = torch.exp(z, out=work.exp[: z.shape[0]])
+        total = exp.sum(-1)
+        mean = torch.bmm(exp[:, None, :], z[:, :, None]).view(-1) / total
     logp = z.gather(1, targets[:, None]).squeeze(1) - total.log()
     return Stats(z, exp, peak, total, mean, logp)
 
@@ -160,28 +172,38 @@ def logits_grad(
 ) -> Tensor:
     """[C, V] gradient of h W^T + b in the operands' dtype. Overwrites the statistics' buffers."""
     count, at = stats.logp.shape[0], targets[:, None]
-    out = stats.exp if work.narrow is None else work.narrow[:count]
-    chain = head.logit_scale / head.temperature[rows]
+    buffer = work.exp if work.narrow is None else work.narrow
+    assert buffer is not None, "a workspace has exp or a narrow buffer"
+    out, chain = buffer[:count], head.logit_scale / head.temperature[rows]
+    # dz = exp (offset + slope centred), and one more factor, the cap's derivative, with a softcap.
     flat = -g if lse is None else lse - g
-    slope = None
-    if head.softcap is not None:
-        # d softcap(a)/da = 1 - tanh^2; tanh = z temperature / softcap with the maximum added back.
-        tanh = (stats.centred + stats.max[:, None]).mul_(head.temperature[rows, None] / head.softcap)
-        slope = tanh.square_().neg_().add_(1)
-    target_z, target_exp = stats.centred.gather(1, at).squeeze(1), stats.exp.gather(1, at).squeeze(1)
+    target_z = stats.centred.gather(1, at).squeeze(1)
     weight = flat if u is None else flat - u * (target_z - stats.mean)
     # The target's entry is written from fp32 scalars: 1 - p cancels, and a 16-bit p would leave nothing of it.
-    on_target = (g + target_exp / stats.sum * weight) * chain
-    if u is None:
-        torch.mul(stats.exp, (flat * chain / stats.sum)[:, None], out=out if slope is None else stats.exp)
+    on_target = (g + target_z.exp() / stats.sum * weight) * chain
+    offset = (flat if u is None else flat + u * stats.mean) * chain / stats.sum
+    slope = torch.zeros_like(offset) if u is None else -u * chain / stats.sum
+    if stats.exp is None:
+        torch.ops.luffy_kernels.grad_rows(out, stats.centred, offset, slope)
     else:
-        per_z, offset = -u * chain / stats.sum, (flat + u * stats.mean) * chain / stats.sum
-        torch.addcmul(offset[:, None], stats.centred, per_z[:, None], out=stats.centred)
-        torch.mul(stats.exp, stats.centred, out=out if slope is None else stats.exp)
-    if slope is not None:
-        on_target = on_target * slope.gather(1, at).squeeze(1)
-        torch.mul(stats.exp, slope, out=out)
-    return out.scatter_(1, at, on_target[:, None].to(out.dtype))
+        cap = None if head.softcap is None else _cap_derivative(stats, rows, head, head.softcap)
+        if cap is not None:
+            on_target = on_target * cap.gather(1, at).squeeze(1)
+        if u is None:
+            torch.mul(stats.exp, offset[:, None], out=out if cap is None else stats.exp)
+        else:
+            torch.addcmul(offset[:, None], stats.centred, slope[:, None], out=stats.centred)
+            torch.mul(stats.exp, stats.centred, out=out if cap is None else stats.exp)
+        if cap is not None:
+            torch.mul(stats.exp, cap, out=out)
+    out[torch.arange(count, device=out.device), targets] = on_target.to(out.dtype)
+    return out
+
+
+def _cap_derivative(stats: Stats, rows: Tensor, head: Head, softcap: float) -> Tensor:
+    """[C, V] 1 - tanh^2, where tanh = z temperature / softcap with the maximum added back."""
+    tanh = (stats.centred + stats.max[:, None]).mul_(head.temperature[rows, None] / softcap)
+    return tanh.square_().neg_().add_(1)
 
 
 class Gradients:

@@ -16,6 +16,8 @@ _SCHEMAS = (
     "wide_supported(int width) -> bool",
     "wide_pack(Tensor weight) -> Tensor",
     "wide_mm(Tensor(a!) out, Tensor a, Tensor packed) -> Tensor(a!)",
+    "center_rows_(Tensor(a!) z) -> (Tensor, Tensor, Tensor)",
+    "grad_rows(Tensor(a!) out, Tensor centred, Tensor offset, Tensor slope) -> Tensor(a!)",
     "wide_addmm_t(Tensor(a!) out, Tensor dz, Tensor h) -> Tensor(a!)",
 )
 for _schema in _SCHEMAS:
@@ -36,6 +38,11 @@ def _load() -> str | None:
 
 
 error = _load()
+
+
+def has_row_kernels(operand: torch.dtype) -> bool:
+    """Whether the compiled row kernels serve a chunk of these operands on CPU."""
+    return error is None and operand in (torch.bfloat16, torch.float32)
 
 
 def has_wide_mm(operand: torch.dtype, width: int) -> bool:
