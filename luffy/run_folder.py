@@ -52,6 +52,11 @@ class RunFolder:
         file = self.path / "result.json"
         return json.loads(file.read_text()) if file.is_file() else None
 
+    def is_complete(self, config: Config) -> bool:
+        """Whether the run went as far as `config` asks."""
+        asked = {"steps": config.train.steps, "max_minutes": config.train.max_minutes}
+        return self.result is not None and self.result["asked"] == asked
+
     @property
     def holds_a_run(self) -> bool:
         return (self.path / "config.toml").exists()

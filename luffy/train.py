@@ -52,6 +52,7 @@ class Trainer:
     optimizer: Optimizer
     engine: VllmEngine
     verifier: VerifierPool
+    engine_is_stale: bool = False
 
 
 def train(config: Config, run: RunFolder, resume: bool = False) -> dict[str, Any]:
@@ -60,8 +61,8 @@ def train(config: Config, run: RunFolder, resume: bool = False) -> dict[str, Any
     Raises:
         UserError: anything the user can mend; the run folder and its earlier checkpoints stay as they are.
     """
-    if resume and run.result is not None:
-        return run.result
+    if resume and run.is_complete(config):
+        return run.result  # type: ignore[return-value]
     t, loop = set_up(config, run, resume)
     batches = Batches(len(t.examples), config.train.prompts_per_step, config.train.seed)
     if loop["batches"]:
@@ -78,6 +79,9 @@ def train(config: Config, run: RunFolder, resume: bool = False) -> dict[str, Any
         phases = Phases()
         examples = [t.examples[index] for index in batches.next()]
 
+        with phases("sync"):
+            if any(t.objective.num_rollouts(example) for example in examples):
+                sync(t)
         with phases("rollout"):
             groups = roll_out(t, examples, step)
         with phases("verify"):
@@ -85,8 +89,6 @@ def train(config: Config, run: RunFolder, resume: bool = False) -> dict[str, Any
         with phases("update"):
             rows = {id(group): t.objective.assign(group) for group in groups}
             metrics = update(t, groups, rows, loop)
-        with phases("sync"):
-            sync_weights(t.policy, t.engine, optim.dtype_of(config.rollout.dtype or config.model.dtype))
 
         loop["train_seconds"] += phases.total
         loop["tokens"] += (tokens := count_tokens([row for group in groups for row in group.rows]))
@@ -112,6 +114,7 @@ def train(config: Config, run: RunFolder, resume: bool = False) -> dict[str, Any
     result = {
         "objective": config.objective.name,
         "steps": loop["step"],
+        "asked": {"steps": config.train.steps, "max_minutes": config.train.max_minutes},
         "train_minutes": round(loop["train_seconds"] / 60, 2),
         "response_tokens": loop["tokens"],
         "before": loop["before"],
@@ -162,6 +165,13 @@ def set_up(config: Config, run: RunFolder, resume: bool) -> tuple[Trainer, dict[
         config, run, device, template, training.examples, heldout, objective, policy, optimizer, engine, verifier
     )
     return parts, loop
+
+
+def sync(t: Trainer) -> None:
+    """Give the engine the policy's weights, if it is about to be asked and has older ones."""
+    if t.engine_is_stale:
+        sync_weights(t.policy, t.engine, optim.dtype_of(t.config.rollout.dtype or t.config.model.dtype))
+        t.engine_is_stale = False
 
 
 def roll_out(t: Trainer, examples: list[Example], step: int) -> list[Group]:
@@ -220,6 +230,7 @@ def update(t: Trainer, groups: list[Group], rows: dict[int, list[Row]], loop: di
         lr = optim.learning_rate(config.optim, loop["updates"], total)
         norm, good = optim.step(t.optimizer, t.policy, config.optim.max_grad_norm, loss, lr)
         metrics.finish_update(loss, norm, lr, good)
+        t.engine_is_stale = True
         loop["updates"] += 1
         loop["bad_in_a_row"] = 0 if good else loop["bad_in_a_row"] + 1
         if loop["bad_in_a_row"] >= config.optim.max_bad_steps:
@@ -235,6 +246,7 @@ def evaluate_all(
     t: Trainer, step: int, log: MetricsLog, limit: int | None, first_only: bool = False
 ) -> list[Evaluation]:
     """Evaluate on every problem set (or the first), write samples and one record each."""
+    sync(t)
     results = []
     for name, examples in list(t.heldout.items())[: 1 if first_only else None]:
         result = evaluate(

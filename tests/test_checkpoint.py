@@ -1,0 +1,129 @@
+"""Checkpoints and files: whole or absent."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import make_model, make_tokenizer
+
+from luffy import checkpoint, distributed, optim
+from luffy.config import Config, ModelConfig, OptimConfig
+from luffy.errors import UserError
+from luffy.files import new_folder, write_text
+from luffy.metrics import MetricsLog, read_jsonl
+from luffy.model import Policy, load_lm, shard
+from luffy.run_folder import RunFolder
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """A sharded policy after one optimizer step, and its optimizer."""
+    mesh, _ = distributed.init()
+    policy = shard(Policy(load_lm(str(make_model(tmp_path / "m")), ModelConfig()), 1.0), mesh, torch.float32)
+    optimizer = optim.make_optimizer(policy, OptimConfig(lr=1e-2))
+    for param in policy.parameters():
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    return policy, optimizer
+
+
+def test_a_checkpoint_is_a_model_folder_and_restores_the_optimizer(trained, tmp_path):
+    policy, optimizer = trained
+    path = checkpoint.save(tmp_path / "c", 7, policy, optimizer, {"tokens": 5}, make_tokenizer(), keep=1)
+    assert checkpoint.load_loop(path) == {"tokens": 5, "step": 7}
+    mesh, _ = distributed.init()
+    again = shard(Policy(load_lm(str(path), ModelConfig()), 1.0), mesh, torch.float32)
+    fresh = optim.make_optimizer(again, OptimConfig(lr=1e-2))
+    checkpoint.load_optimizer(path, again, fresh)
+    for (name, a), (_, b) in zip(policy.named_parameters(), again.named_parameters(), strict=True):
+        assert torch.equal(a.full_tensor(), b.full_tensor()), name
+        for key in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(optimizer.state[a][key].full_tensor(), fresh.state[b][key].full_tensor()), name
+        assert fresh.state[b]["step"].item() == 1
+
+
+def test_only_the_newest_are_kept(trained, tmp_path):
+    for step in (1, 2, 3):
+        checkpoint.save(tmp_path, step, *trained, {}, make_tokenizer(), keep=2)
+    assert [path.name for path in checkpoint.all_checkpoints(tmp_path)] == ["step-000002", "step-000003"]
+    assert checkpoint.latest(tmp_path) == tmp_path / "step-000003"
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(trained, tmp_path, monkeypatch):
+    folder = tmp_path / "checkpoints"
+    checkpoint.save(folder, 1, *trained, {}, make_tokenizer(), keep=1)
+
+    def full(*_):
+        raise OSError(28, "No space left on device", "optimizer.safetensors")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        checkpoint.save(folder, 2, *trained, {}, make_tokenizer(), keep=1)
+    assert [path.name for path in folder.iterdir()] == ["step-000001"]
+    assert checkpoint.load_loop(folder / "step-000001")["step"] == 1
+
+
+def test_a_half_written_checkpoint_is_not_one(tmp_path):
+    (tmp_path / "step-000005").mkdir()
+    (tmp_path / "step-000005" / "model.safetensors").write_bytes(b"half")
+    assert checkpoint.latest(tmp_path) is None
+
+
+def test_new_folder_vanishes_when_its_block_fails(tmp_path):
+    def fail():
+        with new_folder(tmp_path / "x") as new:
+            (new / "a").write_text("a")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_write_text_replaces_whole_files_only(tmp_path, monkeypatch):
+    file = tmp_path / "a.json"
+    write_text(file, "old")
+    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(UserError, match="No space left"):
+        write_text(file, "new")
+    assert file.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_the_metrics_log_forgets_what_followed_the_step_it_goes_on_from(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(path, None, 0)
+    for step in (1, 2, 3):
+        log.write(step, {"x": float("nan") if step == 3 else float(step)})
+    log.close()
+    assert [r["x"] for r in read_jsonl(path)] == [1.0, 2.0, None]
+    with path.open("a") as file:
+        file.write('{"step": 4, "x"')  # killed while writing
+    log = MetricsLog(path, None, 2)
+    log.write(3, {"x": 9.0})
+    log.close()
+    assert [(r["step"], r["x"]) for r in read_jsonl(path)] == [(1, 1.0), (2, 2.0), (3, 9.0)]
+
+
+def test_a_run_folder_is_resumed_only_with_its_own_settings(tmp_path):
+    run = RunFolder(tmp_path / "run")
+    run.open(Config(), resume=False)
+    assert json.loads((run.path / "environment.json").read_text())["packages"]
+    with pytest.raises(UserError, match="already holds a run"):
+        run.open(Config(), resume=False)
+    longer = Config()
+    longer.train.steps = 900
+    run.open(longer, resume=True)
+    other = Config()
+    other.objective.gamma = 0.5
+    with pytest.raises(UserError, match="objective.gamma"):
+        run.open(other, resume=True)
+
+
+def test_the_environment_names_no_user_and_no_path(tmp_path):
+    run = RunFolder(tmp_path / "run")
+    run.open(Config(), resume=False)
+    text = (run.path / "environment.json").read_text()
+    assert str(Path.home()) not in text
+    assert str(tmp_path) not in text

@@ -1,0 +1,78 @@
+"""After a sync vLLM computes with the trainer's new weights: parity of log-probs on fixed tokens, in fp32."""
+
+import pytest
+import torch
+from tiny import make_model
+
+from luffy import distributed, optim
+from luffy.attention import Layout, Segment
+from luffy.config import ModelConfig, OptimConfig, RolloutConfig
+from luffy.model import Policy, hf_weights, load_lm, shard
+from luffy.packing import MicroBatch
+from luffy.rollout.vllm_engine import VllmEngine
+from luffy.weight_sync import sync_weights
+
+SEQUENCES = [tuple(range(5, 40)), tuple(range(60, 100, 2)), (3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5)]
+
+
+def trainer_logp(policy: Policy, ids: tuple[int, ...]) -> torch.Tensor:
+    """Log-prob of every token but the first."""
+    size = len(ids) - 1
+    micro = MicroBatch(
+        token_ids=torch.tensor(ids[:-1]),
+        positions=torch.arange(size),
+        layout=Layout([Segment(0, 1, [(1, size)])], size),
+        source=torch.arange(size),
+        targets=torch.tensor(ids[1:]),
+        advantages=torch.ones(size),
+        loss_id=torch.zeros(size, dtype=torch.int64),
+        is_trace=torch.zeros(size, dtype=torch.bool),
+        sampler_logp=torch.zeros(size),
+    )
+    with torch.no_grad():
+        logp = policy(micro)
+    policy.reshard()  # FSDP reshards after a backward, and there is none: parameters() would be the gathered copies
+    return logp
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    path = str(make_model(tmp_path_factory.mktemp("m") / "model"))
+    mesh, _ = distributed.init()
+    policy = shard(Policy(load_lm(path, ModelConfig()), 1.0), mesh, torch.float32)
+    engine = VllmEngine(path, RolloutConfig(memory_fraction=0.05), dtype="float32", max_model_len=64)
+    yield policy, engine
+    engine.close()
+
+
+def gap(policy: Policy, engine: VllmEngine) -> float:
+    scored = engine.score(SEQUENCES)
+    return max((trainer_logp(policy, s) - torch.tensor(t)).abs().max().item() for s, t in zip(SEQUENCES, scored, strict=True))
+
+
+def test_sync_moves_the_engine_from_the_old_weights_to_the_new(parts):
+    policy, engine = parts
+    assert gap(policy, engine) < 1e-3
+    old = [torch.tensor(x) for x in engine.score(SEQUENCES)]
+    optimizer = optim.make_optimizer(policy, OptimConfig(lr=0.02))
+    for param in policy.parameters():
+        param.grad = torch.randn_like(param)
+    optimizer.step()
+    stale = gap(policy, engine)
+    assert stale > 0.05  # the update matters, and nothing reached the engine by itself
+    sent = sync_weights(policy, engine, torch.float32)
+    assert sent == len(list(hf_weights(policy)))
+    fresh = gap(policy, engine)
+    moved = max((torch.tensor(a) - b).abs().max().item() for a, b in zip(engine.score(SEQUENCES), old, strict=True))
+    assert fresh < 1e-3
+    assert moved > 10 * fresh
+
+
+def test_generation_uses_the_new_weights_too(parts):
+    policy, engine = parts
+    prompt = tuple(range(5, 25))
+    [[answer]] = engine.generate([prompt], [1], temperature=1.0, max_tokens=8, seeds=[3])
+    want = trainer_logp(policy, prompt + answer.token_ids)[len(prompt) - 1 :]
+    torch.testing.assert_close(torch.tensor(answer.logp), want, atol=1e-3, rtol=0)
+    [[again]] = engine.generate([prompt], [1], temperature=1.0, max_tokens=8, seeds=[3])
+    assert again == answer  # a pure function of weights, prompt and seed

@@ -1,0 +1,57 @@
+"""A tiny random model of the default architecture with a real tokenizer, as an ordinary model folder."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+
+from luffy.prompts import CHATML
+
+ROOT = Path(__file__).resolve().parent.parent
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level, no merges: every byte is a token, nothing is unknown."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: index for index, token in enumerate([*SPECIAL, *alphabet])}
+    core = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens(SPECIAL)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    tokenizer.chat_template = CHATML
+    return tokenizer
+
+
+def make_model(folder: Path, seed: int = 0) -> Path:
+    """Llama like SmolLM2 (tied head, grouped-query attention), a few hundred thousand parameters."""
+    torch.manual_seed(seed)
+    tokenizer = make_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    AutoModelForCausalLM.from_config(config).to(torch.float32).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def luffy(*args: str | Path, cwd: Path, timeout: int = 240, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run the command in a process of its own, as a user would; caches go below `cwd`."""
+    command = [sys.executable, "-m", "luffy", *map(str, args)]
+    environment = os.environ | {"LUFFY_CACHE": str(cwd / "cache"), "COLUMNS": "120"} | env
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
