@@ -20,5 +20,18 @@ def sync_weights(policy: Policy, engine: VllmEngine, dtype: torch.dtype) -> int:
             yield name, tensor
 
     engine.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": stream()})
+    engine.llm.collective_rpc(_repack_tied_head)
     engine.llm.reset_prefix_cache()
     return sent
+
+
+def _repack_tied_head(worker) -> None:
+    """Make a tied head see the new embedding.
+
+    On CPU vLLM 0.32 computes logits from a packed copy of the head's weight. A reload processes the embedding alone,
+    so the copy would stay that of the old weights, silently. Drop this once a reload repacks tied heads.
+    """
+    model = worker.model_runner.get_model()
+    head = getattr(model, "lm_head", None)
+    if hasattr(head, "cpu_linear"):
+        head.quant_method.process_weights_after_loading(head)

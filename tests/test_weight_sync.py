@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tiny import make_model
+from torch.distributed.fsdp import FSDPModule
 
 from luffy import distributed, optim
 from luffy.attention import Layout, Segment
@@ -31,7 +32,9 @@ def trainer_logp(policy: Policy, ids: tuple[int, ...]) -> torch.Tensor:
     )
     with torch.no_grad():
         logp = policy(micro)
-    policy.reshard()  # FSDP reshards after a backward, and there is none: parameters() would be the gathered copies
+    for module in policy.modules():  # FSDP reshards after a backward, and there is none: parameters() would be copies
+        if isinstance(module, FSDPModule):
+            module.reshard()
     return logp
 
 
