@@ -33,7 +33,12 @@ def explicit(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return scores.masked_fill(~mask, -torch.inf).softmax(-1).to(q.dtype) @ v
 
 
-VARIANTS = {"per row, fp32 (ours)": per_row_fp32, "per row, bf16": per_row, "batched, bf16": batched, "explicit": explicit}
+VARIANTS = {
+    "per row, fp32 (ours)": per_row_fp32,
+    "per row, bf16": per_row,
+    "batched, bf16": batched,
+    "explicit": explicit,
+}
 
 
 def main() -> None:

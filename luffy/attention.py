@@ -92,7 +92,7 @@ class Layout:
 def per_row_attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float | None) -> Tensor:
     """query [1, Hq, T, D], key and value [1, Hkv, T, D] -> [1, Hq, T, D], one call per row; any device, any dtype.
 
-    Runs in float32: the backward of torch's 16-bit CPU attention is 2.6 times slower than converting (bench/attention.py).
+    Runs in float32: the backward of torch's 16-bit CPU attention is slower than converting (bench/attention.py).
     The stream is split once, for the gradient of a slice is a zero-filled copy of the whole.
     """
     dtype = query.dtype

@@ -27,7 +27,9 @@ from luffy.model import Policy, full, hf_weights
 MODEL, OPTIMIZER, LOOP = "model.safetensors", "optimizer.safetensors", "loop.json"
 
 
-def save(folder: Path, step: int, policy: Policy, optimizer: Optimizer, loop: dict[str, Any], tokenizer, keep: int) -> Path:
+def save(
+    folder: Path, step: int, policy: Policy, optimizer: Optimizer, loop: dict[str, Any], tokenizer, keep: int
+) -> Path:
     """Write the checkpoint of `step`, then remove all but the newest `keep`.
 
     Raises:
@@ -87,6 +89,10 @@ def _optimizer_tensors(policy: Policy, optimizer: Optimizer):
 
 def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
     try:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, {"format": "pt"})
+        save_file(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, {"format": "pt"}
+        )
     except SafetensorError as error:  # its own I/O errors carry no errno
-        raise UserError(f"checkpoint: {path.name} could not be written: {error}; earlier checkpoints are intact") from error
+        raise UserError(
+            f"checkpoint: {path.name} could not be written: {error}; earlier checkpoints are intact"
+        ) from error

@@ -39,7 +39,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     train.add_argument("source", metavar="RECIPE|FILE.toml")
     train.add_argument("--run-dir", metavar="DIR", help="run folder (default: runs/NAME of the recipe)")
-    train.add_argument("--resume", action="store_true", help="continue the run in the folder; print it again if complete")
+    train.add_argument(
+        "--resume", action="store_true", help="continue the run in the folder; print it again if complete"
+    )
 
     evaluate = commands.add_parser("eval", help="accuracy of a model on problems with known answers")
     evaluate.add_argument("--data", required=True, metavar="PATH", help="parquet or JSONL file, folder, or dataset id")

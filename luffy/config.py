@@ -275,7 +275,9 @@ def _parse_overrides(args: list[str]) -> dict[str, Any]:
         if arg.startswith("--") and key not in known:
             raise UserError(f"config: unknown option --{key}{_nearest(key, known, '--')}")
     try:
-        source = CliSettingsSource(Config, cli_parse_args=args, cli_exit_on_error=False, cli_prog_name="luffy train")
+        source: Any = CliSettingsSource(
+            Config, cli_parse_args=args, cli_exit_on_error=False, cli_prog_name="luffy train"
+        )
         return source()
     except (SettingsError, ValidationError) as error:
         reason = str(error).split("\n")[0].removeprefix("error parsing CLI: ")
@@ -300,4 +302,6 @@ def _first_problem(error: ValidationError) -> str:
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
     message = first["msg"].removeprefix("Value error, ")
-    return f"config: {where} {message[0].lower()}{message[1:]}, got {first['input']!r}" if where else f"config: {message}"
+    return (
+        f"config: {where} {message[0].lower()}{message[1:]}, got {first['input']!r}" if where else f"config: {message}"
+    )

@@ -1,6 +1,7 @@
 """What a person sees: a live progress bar on a terminal, one plain line a step elsewhere."""
 
 import logging
+import os
 import sys
 import time
 import warnings
@@ -16,6 +17,10 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     for name in ("vllm", "transformers", "torch.distributed", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
 
 
 def say(text: str) -> None:

@@ -19,7 +19,9 @@ def disk_errors(what: str) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG):
-            raise UserError(f"{what}: {error.strerror}: {error.filename or 'while writing'}; nothing was replaced") from error
+            raise UserError(
+                f"{what}: {error.strerror}: {error.filename or 'while writing'}; nothing was replaced"
+            ) from error
         raise
 
 

@@ -11,7 +11,7 @@ import torch
 from luffy_kernels import linear_logprobs, linear_policy_loss
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -26,7 +26,7 @@ class Policy(nn.Module):
     def __init__(self, lm: PreTrainedModel, temperature: float) -> None:
         super().__init__()
         self.lm = lm
-        self.head_options = head_options(lm.config) | {"temperature": temperature}
+        self.head_options: dict[str, Any] = head_options(lm.config) | {"temperature": temperature}
 
     def forward(self, micro: MicroBatch, **loss: Any):
         body = self.lm.get_decoder()
@@ -34,14 +34,13 @@ class Policy(nn.Module):
             input_ids=micro.token_ids[None], position_ids=micro.positions[None], use_cache=False, layout=micro.layout
         ).last_hidden_state[0]
         head = self.lm.get_output_embeddings()
-        inputs = hidden.index_select(0, micro.source), head.weight, micro.targets
+        hidden = hidden.index_select(0, micro.source)
         options = self.head_options | {"bias": getattr(head, "bias", None)}
         if not loss:
-            return linear_logprobs(*inputs, **options).logp
-        old_logp = "current" if micro.old_logp is None else micro.old_logp
-        return linear_policy_loss(
-            *inputs, advantages=micro.advantages, loss_id=micro.loss_id, old_logp=old_logp, **options, **loss
-        )
+            return linear_logprobs(hidden, head.weight, micro.targets, **options).logp
+        options |= {"old_logp": "current" if micro.old_logp is None else micro.old_logp}
+        options |= {"advantages": micro.advantages, "loss_id": micro.loss_id}
+        return linear_policy_loss(hidden, head.weight, micro.targets, **options, **loss)
 
 
 def head_options(config: Any) -> dict[str, Any]:
@@ -74,7 +73,7 @@ def shard(policy: Policy, mesh: DeviceMesh, dtype: torch.dtype) -> Policy:
         fully_shard(block, mesh=mesh, mp_policy=mixed, reshard_after_forward=reshard)
     fully_shard(policy, mesh=mesh, mp_policy=mixed, reshard_after_forward=reshard)
     for module in policy.modules():
-        if hasattr(module, "set_gradient_divide_factor"):
+        if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
     return policy

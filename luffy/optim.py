@@ -11,9 +11,7 @@ from luffy.model import full
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
-    return AdamW(
-        model.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
-    )
+    return AdamW(model.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True)
 
 
 def learning_rate(config: OptimConfig, update: int, total: int) -> float:

@@ -14,7 +14,9 @@ SET_NAMES = {"heldout": "held-out problems", "ood": "harder than any in training
 
 
 def print_result(run: RunFolder, result: dict[str, Any]) -> None:
-    table = Table(title=f"{result['objective']}: {result['steps']} steps, {result['train_minutes']:.1f} min of training")
+    table = Table(
+        title=f"{result['objective']}: {result['steps']} steps, {result['train_minutes']:.1f} min of training"
+    )
     for column, justify in (("problems", "left"), ("n", "right"), ("before", "right"), ("after", "right")):
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
     for before, after in zip(result["before"], result["after"], strict=True):
@@ -49,7 +51,10 @@ def draw_curves(run: RunFolder) -> Path:
         "Reward": [("rollouts", "on_off_metrics/on_score"), ("traces", "on_off_metrics/off_score")],
         "Held-out accuracy": [],
         "Entropy, nats per token": [("response tokens", "actor/entropy_loss")],
-        "Probability of the token": [("trace tokens", "actor/off_policy_prob"), ("rollout tokens", "actor/on_policy_prob")],
+        "Probability of the token": [
+            ("trace tokens", "actor/off_policy_prob"),
+            ("rollout tokens", "actor/on_policy_prob"),
+        ],
     }
     for axis, (title, series) in zip(axes.flat, panels.items(), strict=True):
         for label, key in series:

@@ -1,12 +1,12 @@
 """The run folder: everything a run leaves behind.
 
-    config.toml        the resolved configuration; `luffy train config.toml` repeats the run
-    environment.json   versions, git state, machine
-    metrics.jsonl      one record a step           evals.jsonl   one record an evaluation
-    samples/           what was answered in each evaluation, JSON lines
-    checkpoints/       step-000040/: a Hugging Face model folder plus optimizer and loop state
-    tensorboard/       the same metrics            curves.png    learning curves
-    result.json        written when the run is complete
+config.toml        the resolved configuration; `luffy train config.toml` repeats the run
+environment.json   versions, git state, machine
+metrics.jsonl      one record a step           evals.jsonl   one record an evaluation
+samples/           what was answered in each evaluation, JSON lines
+checkpoints/       step-000040/: a Hugging Face model folder plus optimizer and loop state
+tensorboard/       the same metrics            curves.png    learning curves
+result.json        written when the run is complete
 """
 
 import importlib.metadata
@@ -70,7 +70,7 @@ class RunFolder:
         if self.holds_a_run:
             if not resume:
                 raise UserError(
-                    f"train: {self.path} already holds a run; pass --resume to continue it, or --run-dir for another folder"
+                    f"train: {self.path} already holds a run; pass --resume to continue it, or another --run-dir"
                 )
             self._refuse_other(config)
             return
@@ -86,7 +86,9 @@ class RunFolder:
         before = load_config(str(self.path / "config.toml")).model_dump()
         changed = _differences(before, config.model_dump())
         # running longer, looking more often and saving elsewhere do not change what was learned so far
-        changed = [key for key in changed if key not in ("train.steps", "train.max_minutes") and key.split(".")[0] != "name"]
+        changed = [
+            key for key in changed if key not in ("train.steps", "train.max_minutes") and key.split(".")[0] != "name"
+        ]
         if changed:
             raise UserError(
                 f"train: {self.path} holds a run with other settings ({', '.join(changed)}); resume it with its own "

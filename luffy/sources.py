@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from luffy.config import Config, ModelConfig
 from luffy.data import Example, load_problems, tokenize
 from luffy.embedded import cache_dir, resolve_model
+from luffy.errors import user_errors
 from luffy.problems import ProblemSpec, write_splits
 from luffy.prompts import PromptTemplate
 
@@ -24,16 +25,18 @@ def load_template(path: str, config: ModelConfig) -> PromptTemplate:
     """The tokenizer at `path` and how prompts are written for it."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
-    if config.chat_template is not None:
-        tokenizer.chat_template = config.chat_template
-    return PromptTemplate(tokenizer, style=config.prompt_style, system=config.system)
+    with user_errors(f"model {path}"):
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+        if config.chat_template is not None:
+            tokenizer.chat_template = config.chat_template
+        return PromptTemplate(tokenizer, style=config.prompt_style, system=config.system)
 
 
 def generated(config: Config) -> dict[str, Path]:
     """Paths of the generated splits, written on first use."""
-    spec = ProblemSpec(**config.data.problems.model_dump())
-    return write_splits(spec, cache_dir() / "problems" / spec.fingerprint()[:16])
+    with user_errors("data.problems"):
+        spec = ProblemSpec(**config.data.problems.model_dump())
+        return write_splits(spec, cache_dir() / "problems" / spec.fingerprint()[:16])
 
 
 def training_source(config: Config) -> str | Path:
@@ -50,16 +53,13 @@ def evaluation_sources(config: Config) -> dict[str, str | Path]:
 
 
 def load_examples(source: str | Path, template: PromptTemplate, config: Config, limit: int | None) -> Loaded:
-    problems = load_problems(source, limit=limit)
-    return Loaded(
-        *tokenize(
-            problems,
-            template,
-            max_prompt_tokens=config.data.max_prompt_tokens,
-            max_trace_tokens=config.data.max_trace_tokens,
-        )
-    )
+    with user_errors("data"):
+        problems = load_problems(source, limit=limit)
+        limits = {"max_prompt_tokens": config.data.max_prompt_tokens, "max_trace_tokens": config.data.max_trace_tokens}
+        return Loaded(*tokenize(problems, template, **limits))
 
 
 def resolve(config: ModelConfig) -> str:
-    return resolve_model(config.name)
+    """The folder or Hugging Face id to load the model from."""
+    with user_errors("model"):
+        return resolve_model(config.name)

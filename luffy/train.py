@@ -18,15 +18,15 @@ from luffy import checkpoint, distributed, optim
 from luffy.config import Config
 from luffy.console import StepProgress, say
 from luffy.data import Batches, Example
-from luffy.errors import UserError
+from luffy.errors import UserError, user_errors
 from luffy.evaluate import Evaluation, evaluate
 from luffy.files import write_json
 from luffy.groups import Group, Row
-from luffy.process import keep_freed_memory
 from luffy.metrics import MetricsLog, UpdateMetrics, count_tokens, group_metrics
 from luffy.model import Policy, load_lm, shard
 from luffy.objectives import Objective, make_objective
 from luffy.packing import pack
+from luffy.process import keep_freed_memory
 from luffy.prompts import PromptTemplate
 from luffy.rewards import VerifierPool
 from luffy.rollout.vllm_engine import VllmEngine
@@ -135,7 +135,9 @@ def set_up(config: Config, run: RunFolder, resume: bool) -> tuple[Trainer, dict[
     heldout = {}
     for name, source in evaluation_sources(config).items():
         heldout[name] = load_examples(source, template, config, None).examples
-    Batches(len(training.examples), config.train.prompts_per_step, config.train.seed)  # refuse too few before loading
+    with user_errors("train"):
+        Batches(len(training.examples), config.train.prompts_per_step, config.train.seed)
+        verifier = VerifierPool(config.reward.grader, config.reward.workers, config.reward.timeout_s)
     run.open(config, resume)
     found = checkpoint.latest(run.checkpoints) if resume else None
     if found:
@@ -152,14 +154,13 @@ def set_up(config: Config, run: RunFolder, resume: bool) -> tuple[Trainer, dict[
         max_model_len=config.data.max_prompt_tokens + max(config.rollout.max_tokens, config.eval.max_tokens or 0),
         trust_remote_code=config.model.trust_remote_code,
     )
-    policy = Policy(load_lm(path, config.model).to(device), config.rollout.temperature)
+    policy = Policy(load_lm(path, config.model), config.rollout.temperature).to(device)
     policy = shard(policy, mesh, optim.dtype_of(config.model.dtype)).train()
     optimizer = optim.make_optimizer(policy, config.optim)
     loop = {"step": 0, "updates": 0, "bad_in_a_row": 0, "train_seconds": 0.0, "tokens": 0, "batches": None}
     if found:
         loop = checkpoint.load_loop(found)
         checkpoint.load_optimizer(found, policy, optimizer)
-    verifier = VerifierPool(config.reward.grader, config.reward.workers, config.reward.timeout_s)
     objective = make_objective(config.objective)
     parts = Trainer(
         config, run, device, template, training.examples, heldout, objective, policy, optimizer, engine, verifier
@@ -236,8 +237,8 @@ def update(t: Trainer, groups: list[Group], rows: dict[int, list[Row]], loop: di
         if loop["bad_in_a_row"] >= config.optim.max_bad_steps:
             dump = dump_groups(t.run, groups, loop["step"])
             raise UserError(
-                f"train: loss or gradient was not finite {loop['bad_in_a_row']} updates in a row (loss {loss}, gradient "
-                f"norm {norm}); the rows are in {dump}; lower optim.lr, or resume from the last checkpoint"
+                f"train: loss or gradient was not finite {loop['bad_in_a_row']} updates in a row (loss {loss}, "
+                f"gradient norm {norm}); the rows are in {dump}; lower optim.lr, or resume from the last checkpoint"
             )
     return metrics
 

@@ -33,5 +33,5 @@ def _repack_tied_head(worker) -> None:
     """
     model = worker.model_runner.get_model()
     head = getattr(model, "lm_head", None)
-    if hasattr(head, "cpu_linear"):
+    if head is not None and hasattr(head, "cpu_linear"):
         head.quant_method.process_weights_after_loading(head)

@@ -26,7 +26,11 @@ def test_the_paper_recipe_states_the_published_values():
     assert (config.objective.normalizer, config.objective.entropy_coef) == (65536.0, 0.001)
     assert (config.optim.lr, config.optim.weight_decay, config.optim.schedule) == (1e-6, 0.01, "constant")
     assert (config.train.prompts_per_step, config.train.updates_per_step, config.train.steps) == (128, 2, 500)
-    assert (config.data.max_prompt_tokens, config.data.max_trace_tokens, config.rollout.max_tokens) == (1024, 8192, 8192)
+    assert (config.data.max_prompt_tokens, config.data.max_trace_tokens, config.rollout.max_tokens) == (
+        1024,
+        8192,
+        8192,
+    )
     assert (config.rollout.temperature, config.eval.temperature, config.reward.grader) == (1.0, 0.6, "train")
 
 
@@ -92,9 +96,9 @@ def test_a_misspelt_recipe_is_answered_with_the_nearest():
 
 def test_optional_keys_default_to_null_so_that_toml_can_say_everything():
     for key, field in flat_keys().items():
-        optional = typing.get_origin(field.annotation) in (types.UnionType, typing.Union) and type(None) in typing.get_args(
-            field.annotation
-        )
+        optional = typing.get_origin(field.annotation) in (types.UnionType, typing.Union) and type(
+            None
+        ) in typing.get_args(field.annotation)
         if optional:
             assert field.default is None, key
 

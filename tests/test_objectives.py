@@ -54,7 +54,9 @@ def test_luffy_gives_traces_the_shaped_loss_and_rollouts_the_ratio():
     assert objective.losses[1].constant == 0.3
 
 
-@pytest.mark.parametrize(("name", "with_trace", "without"), [("luffy", (7, 1), (8, 0)), ("grpo", (8, 0), (8, 0)), ("sft", (0, 1), (0, 0))])
+@pytest.mark.parametrize(
+    ("name", "with_trace", "without"), [("luffy", (7, 1), (8, 0)), ("grpo", (8, 0), (8, 0)), ("sft", (0, 1), (0, 0))]
+)
 def test_a_missing_trace_becomes_a_rollout(name, with_trace, without):
     objective = make_objective(ObjectiveConfig(name=name, rows=8))
     for ex, want in ((example(2), with_trace), (example(0), without)):
@@ -83,6 +85,8 @@ def test_scales_make_the_entropy_bonus_a_token_mean():
 
 def test_standard_deviation_only_when_asked_for():
     assert group_advantages([1.0, 0.0]) == [0.5, -0.5]
-    assert group_advantages([1.0, 0.0], divide_by_std=True) == pytest.approx([0.5 / 0.5**0.5, -0.5 / 0.5**0.5], rel=1e-4)
+    assert group_advantages([1.0, 0.0], divide_by_std=True) == pytest.approx(
+        [0.5 / 0.5**0.5, -0.5 / 0.5**0.5], rel=1e-4
+    )
     assert group_advantages([0.3] * 3, divide_by_std=True) == [0.0] * 3
     assert group_advantages([]) == []

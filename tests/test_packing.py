@@ -61,7 +61,11 @@ def test_packed_log_probs_equal_those_of_single_sequences(budget):
     with torch.no_grad():
         for micro in micros:
             got |= dict(zip(row_keys(micro), policy(micro).split(row_sizes(micro)), strict=True))
-        want = {(g.example.prompt_ids, r.token_ids): logp_alone(lm, g.example.prompt_ids, r.token_ids) for g in GROUPS for r in g.rows}
+        want = {
+            (g.example.prompt_ids, r.token_ids): logp_alone(lm, g.example.prompt_ids, r.token_ids)
+            for g in GROUPS
+            for r in g.rows
+        }
     assert got.keys() == want.keys()
     for key, value in want.items():
         torch.testing.assert_close(got[key].double(), value, atol=2e-5, rtol=0)

@@ -50,7 +50,9 @@ def parts(tmp_path_factory):
 
 def gap(policy: Policy, engine: VllmEngine) -> float:
     scored = engine.score(SEQUENCES)
-    return max((trainer_logp(policy, s) - torch.tensor(t)).abs().max().item() for s, t in zip(SEQUENCES, scored, strict=True))
+    return max(
+        (trainer_logp(policy, s) - torch.tensor(t)).abs().max().item() for s, t in zip(SEQUENCES, scored, strict=True)
+    )
 
 
 def test_sync_moves_the_engine_from_the_old_weights_to_the_new(parts):

@@ -13,6 +13,8 @@ from luffy.groups import Group, Row
 
 
 class Objective(Protocol):
+    def __init__(self, config: ObjectiveConfig) -> None: ...
+
     losses: tuple[TokenLoss, ...]
     """Token losses, indexed by a row's `loss_id`."""
 
@@ -36,4 +38,5 @@ def make_objective(config: ObjectiveConfig) -> Objective:
     from luffy.objectives.luffy import Luffy
     from luffy.objectives.sft import Sft
 
-    return {"luffy": Luffy, "grpo": Grpo, "sft": Sft}[config.name](config)
+    known: dict[str, type[Objective]] = {"luffy": Luffy, "grpo": Grpo, "sft": Sft}
+    return known[config.name](config)

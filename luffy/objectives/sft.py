@@ -4,7 +4,7 @@ The rows are the same traces, a step at a time, that LUFFY would see. Nothing is
 traces that fail the verifier; without it SFT imitates whatever it is given.
 """
 
-from luffy_kernels.token_losses import nll
+from luffy_kernels.token_losses import TokenLoss, nll
 
 from luffy.config import ObjectiveConfig
 from luffy.data import Example
@@ -14,7 +14,7 @@ from luffy.groups import Group, Row
 class Sft:
     def __init__(self, config: ObjectiveConfig) -> None:
         self.config = config
-        self.losses = (nll(),)
+        self.losses: tuple[TokenLoss, ...] = (nll(),)
 
     def num_rollouts(self, example: Example) -> int:
         return 0

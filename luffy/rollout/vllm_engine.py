@@ -7,6 +7,7 @@ applied). This file and `luffy.weight_sync` are the only ones that know vLLM.
 
 import os
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 
@@ -18,6 +19,9 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+
+
+Dtype = Literal["bfloat16", "float32"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +42,7 @@ class VllmEngine:
     """
 
     def __init__(
-        self, path: str, config: RolloutConfig, *, dtype: str, max_model_len: int, trust_remote_code: bool = False
+        self, path: str, config: RolloutConfig, *, dtype: Dtype, max_model_len: int, trust_remote_code: bool = False
     ) -> None:
         try:
             from vllm import LLM
@@ -61,6 +65,7 @@ class VllmEngine:
                 generation_config="vllm",  # no sampling defaults from the checkpoint behind the config's back
                 trust_remote_code=trust_remote_code,
                 disable_log_stats=True,
+                use_tqdm_on_load=False,
                 seed=0,
             )
         except Exception as error:  # vLLM raises anything here; whatever it is, its last line is what helps
@@ -79,7 +84,7 @@ class VllmEngine:
         from vllm import SamplingParams
 
         wanted = [i for i, count in enumerate(counts) if count]
-        requests = [{"prompt_token_ids": list(prompts[i])} for i in wanted]
+        requests: Any = [{"prompt_token_ids": list(prompts[i])} for i in wanted]
         params = [
             SamplingParams(
                 n=counts[i],
@@ -103,9 +108,9 @@ class VllmEngine:
         from vllm import SamplingParams
 
         params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
-        requests = [{"prompt_token_ids": list(ids)} for ids in sequences]
+        requests: Any = [{"prompt_token_ids": list(ids)} for ids in sequences]
         self.llm.reset_prefix_cache()
-        outputs = self.llm.generate(requests, params, use_tqdm=False)
+        outputs: Any = self.llm.generate(requests, params, use_tqdm=False)
         return [
             [entry[token].logprob for token, entry in zip(ids[1:], output.prompt_logprobs[1:], strict=True)]
             for ids, output in zip(sequences, outputs, strict=True)
@@ -127,4 +132,5 @@ def _completion(output) -> Completion:
 
 def _last_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [line for line in lines if not line.startswith("For further information")]  # pydantic's closing line
     return lines[-1] if lines else type(error).__name__
