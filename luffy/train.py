@@ -6,53 +6,26 @@
 One rank. The normaliser of an update is known before its first backward; every micro-batch divides by the same number.
 """
 
-import signal
-import time
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.optim import Optimizer
 
-from luffy import checkpoint, distributed, optim
+from luffy import checkpoint, optim
 from luffy.config import Config
-from luffy.console import StepProgress, say
+from luffy.console import StepProgress
 from luffy.data import Batches, Example
-from luffy.errors import UserError, user_errors
+from luffy.errors import UserError
 from luffy.evaluate import Evaluation, evaluate
 from luffy.files import write_json
 from luffy.groups import Group, Row
+from luffy.interrupt import StopOnInterrupt
 from luffy.metrics import MetricsLog, UpdateMetrics, count_tokens, group_metrics
-from luffy.model import Policy, load_lm, shard
-from luffy.objectives import Objective, make_objective
 from luffy.packing import pack
-from luffy.process import keep_freed_memory
-from luffy.prompts import PromptTemplate
-from luffy.rewards import VerifierPool
-from luffy.rollout.vllm_engine import VllmEngine
 from luffy.run_folder import RunFolder
 from luffy.seeds import derive
-from luffy.sources import evaluation_sources, load_examples, load_template, resolve, training_source
+from luffy.setup import Trainer, close, set_up
 from luffy.timing import Phases, peak_memory_gib
 from luffy.weight_sync import sync_weights
-
-
-@dataclass(slots=True)
-class Trainer:
-    """The parts that a step is made of."""
-
-    config: Config
-    run: RunFolder
-    device: torch.device
-    template: PromptTemplate
-    examples: list[Example]
-    heldout: dict[str, list[Example]]
-    objective: Objective
-    policy: Policy
-    optimizer: Optimizer
-    engine: VllmEngine
-    verifier: VerifierPool
-    engine_is_stale: bool = False
 
 
 def train(config: Config, run: RunFolder, resume: bool = False) -> dict[str, Any]:
@@ -124,48 +97,6 @@ def train(config: Config, run: RunFolder, resume: bool = False) -> dict[str, Any
     run.finish(result)
     close(t, log, evals)
     return result
-
-
-def set_up(config: Config, run: RunFolder, resume: bool) -> tuple[Trainer, dict[str, Any]]:
-    """Check everything cheap first, then load; returns the trainer and the loop's state."""
-    path = resolve(config.model)
-    template = load_template(path, config.model)
-    training = load_examples(training_source(config), template, config, config.data.limit)
-    say(f"problems: {training.report}")
-    heldout = {}
-    for name, source in evaluation_sources(config).items():
-        heldout[name] = load_examples(source, template, config, None).examples
-    with user_errors("train"):
-        Batches(len(training.examples), config.train.prompts_per_step, config.train.seed)
-        verifier = VerifierPool(config.reward.grader, config.reward.workers, config.reward.timeout_s)
-    run.open(config, resume)
-    found = checkpoint.latest(run.checkpoints) if resume else None
-    if found:
-        path = str(found)
-        say(f"resuming from {found}")
-
-    keep_freed_memory()
-    torch.manual_seed(config.train.seed)
-    mesh, device = distributed.init()
-    engine = VllmEngine(
-        path,
-        config.rollout,
-        dtype=config.rollout.dtype or config.model.dtype,
-        max_model_len=config.data.max_prompt_tokens + max(config.rollout.max_tokens, config.eval.max_tokens or 0),
-        trust_remote_code=config.model.trust_remote_code,
-    )
-    policy = Policy(load_lm(path, config.model), config.rollout.temperature).to(device)
-    policy = shard(policy, mesh, optim.dtype_of(config.model.dtype)).train()
-    optimizer = optim.make_optimizer(policy, config.optim)
-    loop = {"step": 0, "updates": 0, "bad_in_a_row": 0, "train_seconds": 0.0, "tokens": 0, "batches": None}
-    if found:
-        loop = checkpoint.load_loop(found)
-        checkpoint.load_optimizer(found, policy, optimizer)
-    objective = make_objective(config.objective)
-    parts = Trainer(
-        config, run, device, template, training.examples, heldout, objective, policy, optimizer, engine, verifier
-    )
-    return parts, loop
 
 
 def sync(t: Trainer) -> None:
@@ -292,24 +223,3 @@ def dump_groups(run: RunFolder, groups: list[Group], step: int) -> str:
     ]
     write_json(path, rows)
     return str(path)
-
-
-def close(t: Trainer, *logs: MetricsLog) -> None:
-    for log in logs:
-        log.close()
-    t.verifier.close()
-    t.engine.close()
-    distributed.close()
-
-
-class StopOnInterrupt:
-    """The first Ctrl-C lets the step finish and saves; the second is an ordinary one."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self._before = signal.signal(signal.SIGINT, self._ask)
-
-    def _ask(self, *_: object) -> None:
-        self.asked = True
-        signal.signal(signal.SIGINT, self._before)
-        say(f"\nstopping after this step and saving; press Ctrl-C again to stop at once ({time.strftime('%H:%M:%S')})")
