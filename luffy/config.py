@@ -97,7 +97,8 @@ class RolloutConfig(Section):
 
 class RewardConfig(Section):
     grader: str = "train"
-    """`train`: math-verify on what follows </think> (LUFFY's); `answer`: math-verify on the whole answer."""
+    """`train`: math-verify on what follows </think> (LUFFY's); `answer`: the same on the whole text; `boxed`: on the
+    last box; `number`: the last number is the answer; `module:function`: yours."""
     workers: PositiveInt = 2
     """Verifier processes."""
     timeout_s: Positive = 10.0

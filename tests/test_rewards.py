@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from luffy.data import load_problems
-from luffy.rewards import GRADERS, Verdict, VerifierPool, grade_answer, grade_boxed, grade_train
+from luffy.rewards import GRADERS, Verdict, VerifierPool, grade_answer, grade_boxed, grade_number, grade_train
 from luffy.rewards.graders import shortcut, symbolic
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -307,3 +307,28 @@ def test_gsm8k_traces_verify():
         wrong = pool.grade([(problem.traces[0], f"{problem.answer}1") for problem in sample])
     assert [verdict.reward for verdict in verdicts] == [1.0] * 200
     assert [verdict.reward for verdict in wrong] == [0.0] * 200
+
+
+@pytest.mark.parametrize(
+    ("response", "answer", "reward"),
+    [
+        ("6+0=6, 6+6=12, 12+7=19. The answer is \\boxed{19}.", "19", 1.0),
+        ("so it is 19", "19", 1.0),
+        ("The sum of the digits of 6067 is 6 + 0 + 6 + 7 =", "19", 0.0),
+        ("\\boxed{6+0+6+7}", "19", 0.0),
+        ("19 is wrong, it is \\boxed{18}", "19", 0.0),
+        ("\\boxed{19} or 20", "19", 1.0),
+        ("1,234 apples", "1234", 1.0),
+        ("it is 19.0", "19", 1.0),
+        ("-19", "19", 0.0),
+        ("no number", "19", 0.0),
+        ("x", "x", 0.0),
+    ],
+)
+def test_the_number_grader_wants_the_number_itself(response, answer, reward):
+    assert grade_number(response, answer) == reward
+
+
+def test_math_verify_takes_an_unfinished_sum_for_its_value():
+    # why `number` exists; should this ever fail, the quickstart can go back to `answer`
+    assert grade_answer("The sum of the digits of 6067 is 6 + 0 + 6 + 7 = ", "19") == 1.0

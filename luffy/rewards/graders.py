@@ -3,9 +3,10 @@
     train    LUFFY's reward version 3: needs `</think>`, grades what stands between the first and a second one
     answer   LUFFY's reward version 4: the whole response; no box is required
     boxed    strict, for evaluation: the last `\\boxed{}` of the response, and 0 without one
+    number   the last number written, in the last box if there is one; for answers that are plain numbers
 
-All three compare with math-verify, gold first, and a verdict counts only if it `is True`. math-verify's own timeouts
-are alarms that need a main thread and cannot stop C code: they are off, the pool's wall clock stands in for them.
+The first three compare with math-verify, gold first, and a verdict counts only if it `is True`. math-verify's own
+timeouts are alarms that need a main thread and cannot stop C code: they are off, the pool's wall clock stands in.
 Deliberately absent: length or format rewards.
 """
 
@@ -14,6 +15,7 @@ import importlib
 import logging
 import re
 from collections.abc import Callable, Sequence
+from decimal import Decimal
 from typing import Any
 
 Answer = str | Sequence[str]
@@ -24,6 +26,7 @@ THINK_END = "</think>"
 _INTEGER = re.compile(r"0|-?[1-9][0-9]{0,11}")
 _BOXED_INTEGER = re.compile(r"\\boxed\{(0|-?[1-9][0-9]{0,11})\}")
 _ANNOUNCED = re.compile(r"(?i:final answer)")
+_NUMBER = re.compile(r"-?\d+(?:,\d{3})*(?:\.\d+)?")
 _DIGIT = re.compile(r"\d")
 _LATEX = re.compile(r"[$\\\[]")
 
@@ -47,6 +50,21 @@ def grade_boxed(response: str, answer: Answer) -> float:
     """1.0 when the last `\\boxed{}` of the response holds an accepted answer, else 0.0."""
     content = last_boxed(response)
     return 0.0 if content is None else grade_answer(f"\\boxed{{{content}}}", answer)
+
+
+def grade_number(response: str, answer: Answer) -> float:
+    """1.0 when the last number (in the last `\\boxed{}`, if there is one) is an accepted answer, else 0.0.
+
+    math-verify takes an expression that equals the answer for the answer: asked for the sum of the digits of 6067, the
+    unfinished "6 + 0 + 6 + 7 =" scores 1. Where the question is to work an expression out, that is no answer.
+    """
+    golds = (answer,) if isinstance(answer, str) else tuple(answer)
+    text = last_boxed(response)
+    numbers = _NUMBER.findall(response if text is None else text)
+    if not numbers:
+        return 0.0
+    given = Decimal(numbers[-1].replace(",", ""))
+    return float(any(_NUMBER.fullmatch(gold) and Decimal(gold.replace(",", "")) == given for gold in golds))
 
 
 def last_boxed(text: str) -> str | None:
@@ -106,7 +124,12 @@ def warm_up() -> None:
     symbolic("so x is $\\frac{1}{2}$", ("0.5",))
 
 
-GRADERS: dict[str, Grader] = {"train": grade_train, "answer": grade_answer, "boxed": grade_boxed}
+GRADERS: dict[str, Grader] = {
+    "train": grade_train,
+    "answer": grade_answer,
+    "boxed": grade_boxed,
+    "number": grade_number,
+}
 
 
 def find_grader(name: str) -> Grader:
