@@ -7,8 +7,7 @@ import ctypes
 import os
 import sys
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-KEEP_BYTES = 2**31 - 1
+M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # malloc.h
 
 
 def before_torch() -> None:
@@ -34,5 +33,6 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
         return
-    mallopt(M_MMAP_THRESHOLD, KEEP_BYTES)
-    mallopt(M_TRIM_THRESHOLD, KEEP_BYTES)
+    mallopt(M_MMAP_MAX, 0)  # large blocks from the heap too: glibc refuses a mmap threshold above 32 MiB
+    mallopt(M_ARENA_MAX, 1)  # only the main arena can hold them
+    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)

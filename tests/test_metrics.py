@@ -1,0 +1,70 @@
+"""Metrics against groups whose every number is known."""
+
+import math
+
+import pytest
+import torch
+from luffy_kernels import PolicyLoss, policy_gradient, shaped
+from test_objectives import group
+
+from luffy.attention import Layout
+from luffy.metrics import UpdateMetrics, group_metrics
+from luffy.packing import MicroBatch
+
+
+def test_group_metrics():
+    groups = [group([1.0, 0.0, 0.0], 1.0), group([0.0] * 4), group([1.0, 1.0, 1.0], 1.0)]
+    groups[0].rows[0].finished = False
+    groups[1].rows[1].verdict = "timeout"
+    got = group_metrics(groups, updated=8)
+    assert got["batch/avg_prefix_ratio"] == pytest.approx(2 / 12)
+    assert (got["batch/solve_none"], got["batch/solve_all"]) == (1, 1)
+    assert got["batch/solved"] == pytest.approx(6 / 12)
+    assert got["batch/on_solved"] == pytest.approx(4 / 10)
+    assert got["batch/off_solved"] == 1.0
+    assert got["batch/zero_rows"] == 4
+    assert got["batch/groups_without_trace"] == 1
+    assert got["on_off_metrics/on_response_length_mean"] == 2
+    assert got["on_off_metrics/off_response_length_mean"] == 3
+    assert got["on_off_metrics/off_on_example_ratio"] == pytest.approx(0.2)
+    assert got["response_length/clip_ratio"] == pytest.approx(1 / 12)
+    assert (got["response_length/max"], got["response_length/min"]) == (3, 2)
+    assert got["verify/timeouts"] == 1
+
+
+def test_a_side_that_is_absent_is_nan_and_not_zero():
+    assert math.isnan(group_metrics([group([1.0])], 0)["batch/off_solved"])
+
+
+def test_update_metrics_are_token_means_over_the_step():
+    logp = torch.tensor([0.5, 0.25, 0.8, 0.1]).log()
+    trace = torch.tensor([False, False, True, True])
+    advantages = torch.tensor([1.0, -1.0, 0.5, 0.5])
+    metrics = UpdateMetrics((policy_gradient(), shaped(0.1)), gamma=0.1)
+    for part in (slice(0, 3), slice(3, 4)):  # unequal micro-batches: a mean of means would differ
+        n = logp[part].numel()
+        micro = MicroBatch(
+            token_ids=torch.zeros(1),
+            positions=torch.zeros(1),
+            layout=Layout([], 0),
+            source=torch.zeros(n),
+            targets=torch.zeros(n),
+            advantages=advantages[part],
+            loss_id=trace[part].long(),
+            is_trace=trace[part],
+            sampler_logp=torch.where(trace, torch.nan, logp + 0.01)[part],
+        )
+        entropy, ones = torch.full((n,), 2.0), torch.ones(n)
+        out = PolicyLoss(torch.tensor(0.0), logp[part], entropy, ones, ones * 0, ones.bool() & False)
+        metrics.add(micro, out, first_update=True)
+    metrics.finish_update(loss=0.3, grad_norm=2.0, lr=1e-3, good=True)
+    metrics.finish_update(loss=0.1, grad_norm=4.0, lr=2e-3, good=False)
+    got = metrics.result()
+    assert got["actor/on_policy_prob"] == pytest.approx(0.375)
+    assert got["actor/off_policy_prob"] == pytest.approx(0.45)
+    assert got["actor/off_ratio_mean"] == pytest.approx((0.8 / 0.9 + 0.1 / 0.2) / 2)
+    assert got["actor/on_pg_loss"] == pytest.approx((-1 + 1) / 2, abs=1e-6)
+    assert got["actor/off_pg_loss"] == pytest.approx(-0.5 * (0.8 / 0.9 + 0.1 / 0.2) / 2)
+    assert got["actor/entropy_loss"] == 2.0
+    assert got["rollout/logp_gap_mean"] == pytest.approx(0.01, abs=1e-6)
+    assert (got["actor/updates"], got["actor/bad_updates"], got["actor/grad_norm"]) == (1, 1, 3.0)
