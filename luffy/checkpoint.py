@@ -69,6 +69,8 @@ def load_optimizer(checkpoint: Path, policy: Policy, optimizer: Optimizer) -> No
     except (SafetensorError, OSError) as error:
         raise UserError(f"checkpoint: {checkpoint / OPTIMIZER} cannot be read: {error}") from error
     for name, param in policy.named_parameters():
+        if f"{name}.step" not in saved:
+            continue  # no update had been made when it was saved
         state = optimizer.state[param]
         for key in ("exp_avg", "exp_avg_sq"):
             state[key] = _like(saved[f"{name}.{key}"], param)

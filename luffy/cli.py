@@ -47,8 +47,9 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--data", required=True, metavar="PATH", help="parquet or JSONL file, folder, or dataset id")
     _add_model_options(evaluate, temperature=0.0)
     evaluate.add_argument("--limit", type=_positive, metavar="N", help="only the first N problems")
-    evaluate.add_argument("--grader", default="answer", help="answer (whole text) or train (after </think>)")
-    evaluate.add_argument("--max-prompt-tokens", type=_positive, default=1024, metavar="N")
+    evaluate.add_argument(
+        "--grader", help="answer, train, boxed, number or module:function (default: the run's own, else answer)"
+    )
     evaluate.add_argument("--out", metavar="FILE", help="write every answer as JSON lines")
 
     generate = commands.add_parser("generate", help="answer a question")
@@ -62,8 +63,11 @@ def _add_model_options(parser: argparse.ArgumentParser, temperature: float) -> N
     parser.add_argument(
         "--model", default=default, help="run folder, model folder or Hugging Face id (default: %(default)s)"
     )
-    parser.add_argument("--temperature", type=float, default=temperature, help="0 is greedy (default: %(default)s)")
+    parser.add_argument(
+        "--temperature", type=_not_negative, default=temperature, help="0 is greedy (default: %(default)s)"
+    )
     parser.add_argument("--max-tokens", type=_positive, default=512, metavar="N", help="default: %(default)s")
+    parser.add_argument("--max-prompt-tokens", type=_positive, default=512, metavar="N", help="default: %(default)s")
     parser.add_argument("--prompt-style", choices=("chat", "luffy", "plain"), help="default: the run's own, else chat")
     parser.add_argument("--seed", type=int, default=0)
 
@@ -88,8 +92,7 @@ def run_train(args: argparse.Namespace, overrides: list[str]) -> int:
     from luffy.run_folder import RunFolder
 
     run = RunFolder(args.run_dir or f"runs/{config.name}")
-    if run.holds_a_run and not args.resume:
-        run.open(config, resume=False)  # refuses, before anything slow
+    run.check(config, args.resume)  # before anything slow
     _quiet()
     from luffy.report import draw_curves, print_result
     from luffy.train import train
@@ -103,19 +106,26 @@ def run_train(args: argparse.Namespace, overrides: list[str]) -> int:
 def run_eval(args: argparse.Namespace, _: list[str]) -> int:
     from pathlib import Path
 
-    from luffy.report import print_evaluation
+    from luffy.errors import user_errors
+    from luffy.rewards import VerifierPool
 
     _quiet()
-    engine, template, config = _open_model(args)
+    if args.out and not Path(args.out).resolve().parent.is_dir():
+        raise UserError(f"eval: the folder of --out {args.out} does not exist")
+    path, template, config = _open_model(args)
     from luffy.evaluate import evaluate
-    from luffy.rewards import VerifierPool
+    from luffy.report import print_evaluation
     from luffy.sources import load_examples
 
+    grader = args.grader or config.reward.grader
     config.data.max_prompt_tokens = args.max_prompt_tokens
     loaded = load_examples(args.data, template, config, args.limit)
     print(f"problems: {loaded.report}")
-    with VerifierPool(args.grader) as verifier:
+    with user_errors("eval"):
+        verifier = VerifierPool(grader, config.reward.workers, config.reward.timeout_s)
+    with verifier:
         options: dict[str, Any] = {"temperature": args.temperature, "max_tokens": args.max_tokens, "seed": args.seed}
+        engine = _start_engine(args, path, config)
         result = evaluate(Path(args.data).stem, loaded.examples, engine, verifier, template, **options)
     if args.out:
         result.write_samples(Path(args.out))
@@ -125,8 +135,11 @@ def run_eval(args: argparse.Namespace, _: list[str]) -> int:
 
 def run_generate(args: argparse.Namespace, _: list[str]) -> int:
     _quiet()
-    engine, template, _config = _open_model(args)
+    path, template, config = _open_model(args)
     prompt = tuple(template.encode_prompt([{"role": "user", "content": args.question}]))
+    if len(prompt) > args.max_prompt_tokens:
+        raise UserError(f"generate: the question has {len(prompt)} tokens, more than --max-prompt-tokens")
+    engine = _start_engine(args, path, config)
     [[answer]] = engine.generate(
         [prompt], [1], temperature=args.temperature, max_tokens=args.max_tokens, seeds=[args.seed]
     )
@@ -135,17 +148,17 @@ def run_generate(args: argparse.Namespace, _: list[str]) -> int:
 
 
 def _open_model(args: argparse.Namespace):
-    """The engine, prompt template and configuration for `--model`: a run folder brings its own."""
+    """Model path, prompt template and configuration for `--model`: a run folder brings its own, grader included."""
     from pathlib import Path
 
     from luffy.checkpoint import latest
     from luffy.config import Config, load_config
-    from luffy.rollout.vllm_engine import VllmEngine
     from luffy.run_folder import RunFolder
     from luffy.sources import load_template, resolve
 
     config = Config()
     config.model.name = args.model
+    config.reward.grader = "answer"
     run = RunFolder(args.model)
     if run.holds_a_run:
         config = load_config(str(run.path / "config.toml"))
@@ -155,10 +168,19 @@ def _open_model(args: argparse.Namespace):
     if args.prompt_style:
         config.model.prompt_style = args.prompt_style
     path = resolve(config.model)
-    template = load_template(path, config.model)
-    length = getattr(args, "max_prompt_tokens", 1024) + args.max_tokens
-    engine = VllmEngine(path, config.rollout, dtype=config.model.dtype, max_model_len=length)
-    return engine, template, config
+    return path, load_template(path, config.model), config
+
+
+def _start_engine(args: argparse.Namespace, path: str, config):
+    from luffy.rollout.vllm_engine import VllmEngine
+
+    return VllmEngine(
+        path,
+        config.rollout,
+        dtype=config.rollout.dtype or config.model.dtype,
+        max_model_len=args.max_prompt_tokens + args.max_tokens,
+        trust_remote_code=config.model.trust_remote_code,
+    )
 
 
 def _quiet() -> None:
@@ -171,6 +193,13 @@ def _quiet() -> None:
 
 def _wants_help(commands: tuple[str, ...]) -> bool:
     return any(flag in sys.argv for flag in ("-h", "--help")) and any(command in sys.argv for command in commands)
+
+
+def _not_negative(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be at least 0, got {value}")
+    return value
 
 
 def _positive(text: str) -> int:

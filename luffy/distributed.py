@@ -1,4 +1,4 @@
-"""The process group and mesh. One rank here; the loop already speaks in global sums."""
+"""The process group and mesh of FSDP2, on one rank."""
 
 import os
 from datetime import timedelta

@@ -19,4 +19,5 @@ def user_errors(what: str) -> Iterator[None]:
     except UserError:
         raise
     except (ValueError, OSError) as error:
-        raise UserError(f"{what}: {str(error).strip().splitlines()[0]}") from error
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{what}: {first}") from error

@@ -11,14 +11,31 @@ from typing import Any
 
 from luffy.errors import UserError
 
+DISK_ERRORS = {
+    getattr(errno, name)
+    for name in (
+        "ENOSPC",
+        "EDQUOT",
+        "EROFS",
+        "EACCES",
+        "EPERM",
+        "EFBIG",
+        "EIO",
+        "ENOENT",
+        "ENOTDIR",
+        "EISDIR",
+        "EEXIST",
+    )
+}
+
 
 @contextmanager
 def disk_errors(what: str) -> Iterator[None]:
-    """Turn a full or read-only disk into one sentence."""
+    """Turn a full disk, or a path that cannot be written, into one sentence."""
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG):
+        if error.errno in DISK_ERRORS:
             raise UserError(
                 f"{what}: {error.strerror}: {error.filename or 'while writing'}; nothing was replaced"
             ) from error
@@ -56,9 +73,14 @@ def new_folder(path: Path) -> Iterator[Path]:
             if file.is_file():
                 with file.open("rb") as handle:
                     os.fsync(handle.fileno())
-        if path.exists():
-            shutil.rmtree(path)
-        temporary.replace(path)
+        if path.exists():  # aside first: at every moment one of the two is whole
+            aside = path.with_name(f".{path.name}.old")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.replace(aside)
+            temporary.replace(path)
+            shutil.rmtree(aside)
+        else:
+            temporary.replace(path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

@@ -14,7 +14,7 @@ class Row:
     """One answer to a group's prompt.
 
     `token_ids` ends with the EOS when the answer is finished. `sampler_logp` are the engine's log-probs of the same
-    tokens (nats; empty for a trace). The objective fills `advantage`, `loss_id` and `needs_update`.
+    tokens (nats; empty for a trace). The objective fills `advantage` and `loss_id`.
     """
 
     token_ids: tuple[int, ...]

@@ -12,7 +12,10 @@ class StopOnInterrupt:
         self.asked = False
         self._before = signal.signal(signal.SIGINT, self._ask)
 
+    def restore(self) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
     def _ask(self, *_: object) -> None:
         self.asked = True
-        signal.signal(signal.SIGINT, self._before)
+        self.restore()
         say("\nstopping after this step and saving; press Ctrl-C again to stop at once")

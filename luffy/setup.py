@@ -40,19 +40,24 @@ class Trainer:
     engine_is_stale: bool = False
 
 
-def set_up(config: Config, run: RunFolder, resume: bool) -> tuple[Trainer, dict[str, Any]]:
-    """Check everything cheap first, then load; returns the trainer and the loop's state."""
+def set_up(config: Config, run: RunFolder, resume: bool) -> tuple[Trainer, dict[str, Any], Batches]:
+    """Check everything cheap first, then load; returns the trainer, the loop's state and the stream of batches."""
+    run.check(config, resume)
     path = resolve(config.model)
     template = load_template(path, config.model)
     training = load_examples(training_source(config), template, config, config.data.limit)
     say(f"problems: {training.report}")
     heldout = {}
     for name, source in evaluation_sources(config).items():
-        heldout[name] = load_examples(source, template, config, None).examples
+        loaded = load_examples(source, template, config, None)
+        heldout[name] = loaded.examples
+        if loaded.report.prompts_too_long:
+            say(f"{name}: {loaded.report}")
+    if not heldout:
+        say("no held-out problems: set eval.path to measure accuracy before, during and after")
     with user_errors("train"):
-        Batches(len(training.examples), config.train.prompts_per_step, config.train.seed)
+        batches = Batches(len(training.examples), config.train.prompts_per_step, config.train.seed)
         verifier = VerifierPool(config.reward.grader, config.reward.workers, config.reward.timeout_s)
-    run.open(config, resume)
     found = checkpoint.latest(run.checkpoints) if resume else None
     if found:
         path = str(found)
@@ -71,15 +76,18 @@ def set_up(config: Config, run: RunFolder, resume: bool) -> tuple[Trainer, dict[
     policy = Policy(load_lm(path, config.model), config.rollout.temperature).to(device)
     policy = shard(policy, mesh, optim.dtype_of(config.model.dtype)).train()
     optimizer = optim.make_optimizer(policy, config.optim)
-    loop = {"step": 0, "updates": 0, "bad_in_a_row": 0, "train_seconds": 0.0, "tokens": 0, "batches": None}
+    loop: dict[str, Any] = {"step": 0, "saved": 0, "updates": 0, "bad_in_a_row": 0, "train_seconds": 0.0, "tokens": 0}
     if found:
         loop = checkpoint.load_loop(found)
         checkpoint.load_optimizer(found, policy, optimizer)
+        with user_errors("resume"):
+            batches.load_state_dict(loop["batches"])
+    run.open(config)  # last, so that a start that fails leaves no run behind
     objective = make_objective(config.objective)
     parts = Trainer(
         config, run, device, template, training.examples, heldout, objective, policy, optimizer, engine, verifier
     )
-    return parts, loop
+    return parts, loop, batches
 
 
 def close(t: Trainer, *logs: MetricsLog) -> None:

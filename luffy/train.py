@@ -36,16 +36,13 @@ def train(config: Config, run: RunFolder, resume: bool = False) -> dict[str, Any
     """
     if resume and run.is_complete(config):
         return run.result  # type: ignore[return-value]
-    t, loop = set_up(config, run, resume)
-    batches = Batches(len(t.examples), config.train.prompts_per_step, config.train.seed)
-    if loop["batches"]:
-        batches.load_state_dict(loop["batches"])
+    t, loop, batches = set_up(config, run, resume)
     log = MetricsLog(run.metrics, run.path / "tensorboard", loop["step"])
-    evals = MetricsLog(run.evals, None, loop["step"])
-    stop = StopOnInterrupt()
+    evals = MetricsLog(run.evals, run.path / "tensorboard" / "evals", loop["step"])
     if loop["step"] == 0:
         loop["before"] = [e.record() for e in evaluate_all(t, 0, evals, config.eval.limit)]
     progress = StepProgress(config.train.steps, loop["step"])
+    stop = StopOnInterrupt()
 
     while loop["step"] < config.train.steps and not out_of_time(config, loop) and not stop.asked:
         step = loop["step"] = loop["step"] + 1
@@ -72,13 +69,14 @@ def train(config: Config, run: RunFolder, resume: bool = False) -> dict[str, Any
             "perf/train_minutes": loop["train_seconds"] / 60,
         }
         log.write(step, record)
-        if config.eval.every and step % config.eval.every == 0 and step < config.train.steps:
+        if t.heldout and config.eval.every and step % config.eval.every == 0 and step < config.train.steps:
             progress.accuracy(evaluate_all(t, step, evals, config.eval.every_limit, first_only=True)[0].accuracy)
         if config.checkpoint.every and step % config.checkpoint.every == 0:
             save(t, loop, batches)
         progress.step(step, record, share_done(config, loop))
 
     progress.close()
+    stop.restore()
     save(t, loop, batches)
     if stop.asked:
         close(t, log, evals)
@@ -169,7 +167,7 @@ def update(t: Trainer, groups: list[Group], rows: dict[int, list[Row]], loop: di
             dump = dump_groups(t.run, groups, loop["step"])
             raise UserError(
                 f"train: loss or gradient was not finite {loop['bad_in_a_row']} updates in a row (loss {loss}, "
-                f"gradient norm {norm}); the rows are in {dump}; lower optim.lr, or resume from the last checkpoint"
+                f"gradient norm {norm}); the rows are in {dump}; start a new run with a lower optim.lr"
             )
     return metrics
 
@@ -198,6 +196,9 @@ def evaluate_all(
 
 
 def save(t: Trainer, loop: dict[str, Any], batches: Batches) -> None:
+    if loop["step"] == loop["saved"]:
+        return
+    loop["saved"] = loop["step"]
     loop["batches"] = batches.state_dict()
     folder, keep = t.run.checkpoints, t.config.checkpoint.keep
     checkpoint.save(folder, loop["step"], t.policy, t.optimizer, loop, t.template.tokenizer, keep)
