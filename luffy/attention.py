@@ -21,6 +21,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from luffy.errors import UserError
+
 NAME = "luffy_packed"
 
 
@@ -65,6 +67,14 @@ class Layout:
             full = torch.ones(queries, prompt + queries, dtype=torch.bool, device=device)
             self._masks[key] = full.tril(prompt)
         return self._masks[key]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence: a prompt and one of its rows."""
+        return max(
+            segment.prompt_end - segment.start + max((end - begin for begin, end in segment.rows), default=0)
+            for segment in self.segments
+        )
 
     def labels(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """[T] segment of each token, and [T] row of each token within it (0 for the prompt, rows from 1)."""
@@ -124,9 +134,14 @@ def _flex():
 
 
 def packed_attention(
-    module, query: Tensor, key: Tensor, value: Tensor, attention_mask, *, scaling=None, layout: Layout, **_
+    module, query: Tensor, key: Tensor, value: Tensor, attention_mask, *, scaling=None, layout: Layout, **options
 ) -> tuple[Tensor, None]:
-    """transformers' attention signature; returns [1, T, Hq, D]."""
+    """transformers' attention signature; returns [1, T, Hq, D].
+
+    Raises:
+        UserError: the model's attention has a window shorter than a sequence here, a soft cap or sinks.
+    """
+    refuse_unknown(layout, **options)
     if query.device.type == "cpu":
         out = per_row_attention(query, key, value, layout, scaling)
     else:
@@ -134,6 +149,17 @@ def packed_attention(
         mask = layout.block_mask(query.device)
         out = _flex()(query, key, value, block_mask=mask, scale=scaling, enable_gqa=enable_gqa)
     return out.transpose(1, 2).contiguous(), None
+
+
+def refuse_unknown(layout: Layout, *, sliding_window: int | None = None, softcap=None, s_aux=None, **_) -> None:
+    """Plain causal attention is all there is here; anything else would be trained wrongly without a word."""
+    if sliding_window is not None and layout.longest > sliding_window:
+        raise UserError(
+            f"model: its attention window is {sliding_window} tokens and a sequence here has {layout.longest}; windows "
+            f"are not supported, so keep data.max_prompt_tokens + rollout.max_tokens within it"
+        )
+    if softcap is not None or s_aux is not None:
+        raise UserError("model: attention with a soft cap or sinks is not supported; choose another model")
 
 
 def register() -> str:

@@ -17,8 +17,9 @@ from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDic
 from luffy.errors import UserError
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
-NonNegative = Annotated[float, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Section(BaseModel):
@@ -112,7 +113,8 @@ class ObjectiveConfig(Section):
     gamma: Positive = 0.1
     """Shaping of trace tokens: f(p) = p / (p + gamma)."""
     clip_low: Positive | None = None
-    """Clip of the on-policy ratio below, as a distance from 1; null: no clip (LUFFY removes it)."""
+    """Clip of the on-policy ratio below, as a distance from 1; null: no clip (LUFFY removes it). With one update a step
+    the ratio is 1 and a clip does nothing."""
     clip_high: Positive | None = None
     """The same above."""
     advantage_std: bool = False
@@ -127,7 +129,7 @@ class ObjectiveConfig(Section):
 
 class OptimConfig(Section):
     lr: Positive = 1e-6
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     weight_decay: NonNegative = 0.01
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Updates over which the learning rate rises linearly from 0."""
@@ -195,8 +197,10 @@ class Config(BaseSettings):
                 f"train.prompts_per_step must be a multiple of train.updates_per_step, got "
                 f"{self.train.prompts_per_step} and {self.train.updates_per_step}"
             )
-        if self.objective.name == "luffy" and self.objective.rows < 2:
-            raise ValueError(f"objective.rows must be >= 2 for luffy (rollouts and a trace), got {self.objective.rows}")
+        if self.objective.name != "sft" and self.objective.rows < 2:
+            raise ValueError(
+                f"objective.rows must be >= 2 (a group is compared with itself), got {self.objective.rows}"
+            )
         return self
 
     @classmethod

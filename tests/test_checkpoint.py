@@ -9,7 +9,7 @@ import torch
 from tiny import make_model, make_tokenizer
 
 from luffy import checkpoint, distributed, optim
-from luffy.config import Config, ModelConfig, OptimConfig
+from luffy.config import Config, ModelConfig, OptimConfig, load_config
 from luffy.errors import UserError
 from luffy.files import new_folder, write_text
 from luffy.metrics import MetricsLog, read_jsonl
@@ -109,22 +109,41 @@ def test_the_metrics_log_forgets_what_followed_the_step_it_goes_on_from(tmp_path
 
 def test_a_run_folder_is_resumed_only_with_its_own_settings(tmp_path):
     run = RunFolder(tmp_path / "run")
-    run.open(Config(), resume=False)
+    run.check(Config(), resume=False)
+    run.open(Config())
     assert json.loads((run.path / "environment.json").read_text())["packages"]
     with pytest.raises(UserError, match="already holds a run"):
-        run.open(Config(), resume=False)
+        run.check(Config(), resume=False)
     longer = Config()
     longer.train.steps = 900
-    run.open(longer, resume=True)
+    longer.eval.every = 3
+    run.check(longer, resume=True)
+    run.open(longer)
+    assert load_config(str(run.path / "config.toml")).train.steps == 900
     other = Config()
     other.objective.gamma = 0.5
     with pytest.raises(UserError, match="objective.gamma"):
-        run.open(other, resume=True)
+        run.check(other, resume=True)
+
+
+def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot open the run folder"):
+        RunFolder(tmp_path / "file" / "run").open(Config())
+
+
+def test_a_checkpoint_before_any_update_can_be_resumed(tmp_path):
+    mesh, _ = distributed.init()
+    policy = shard(Policy(load_lm(str(make_model(tmp_path / "m")), ModelConfig()), 1.0), mesh, torch.float32)
+    optimizer = optim.make_optimizer(policy, OptimConfig())
+    path = checkpoint.save(tmp_path / "c", 1, policy, optimizer, {}, make_tokenizer(), keep=1)
+    checkpoint.load_optimizer(path, policy, optimizer)
+    assert not any(optimizer.state[param] for param in policy.parameters())
 
 
 def test_the_environment_names_no_user_and_no_path(tmp_path):
     run = RunFolder(tmp_path / "run")
-    run.open(Config(), resume=False)
+    run.open(Config())
     text = (run.path / "environment.json").read_text()
     assert str(Path.home()) not in text
     assert str(tmp_path) not in text

@@ -26,7 +26,7 @@ THINK_END = "</think>"
 _INTEGER = re.compile(r"0|-?[1-9][0-9]{0,11}")
 _BOXED_INTEGER = re.compile(r"\\boxed\{(0|-?[1-9][0-9]{0,11})\}")
 _ANNOUNCED = re.compile(r"(?i:final answer)")
-_NUMBER = re.compile(r"-?\d+(?:,\d{3})*(?:\.\d+)?")
+_NUMBER = re.compile(r"(?:(?<![\d)])-)?(?:\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)")
 _DIGIT = re.compile(r"\d")
 _LATEX = re.compile(r"[$\\\[]")
 
@@ -53,18 +53,23 @@ def grade_boxed(response: str, answer: Answer) -> float:
 
 
 def grade_number(response: str, answer: Answer) -> float:
-    """1.0 when the last number (in the last `\\boxed{}`, if there is one) is an accepted answer, else 0.0.
+    """1.0 when the last number is an accepted answer, else 0.0; a last `\\boxed{}` must hold it and nothing else.
 
     math-verify takes an expression that equals the answer for the answer: asked for the sum of the digits of 6067, the
     unfinished "6 + 0 + 6 + 7 =" scores 1. Where the question is to work an expression out, that is no answer.
     """
     golds = (answer,) if isinstance(answer, str) else tuple(answer)
-    text = last_boxed(response)
-    numbers = _NUMBER.findall(response if text is None else text)
-    if not numbers:
-        return 0.0
-    given = Decimal(numbers[-1].replace(",", ""))
-    return float(any(_NUMBER.fullmatch(gold) and Decimal(gold.replace(",", "")) == given for gold in golds))
+    if "\\boxed{" in response:
+        boxed = (last_boxed(response) or "").strip()  # a box that never closes is no answer
+        given = boxed if _NUMBER.fullmatch(boxed) else None
+    else:
+        given = next(reversed(_NUMBER.findall(response)), None)
+    return float(given is not None and any(_equal(given, gold) for gold in golds))
+
+
+def _equal(number: str, gold: str) -> bool:
+    gold = gold.strip().strip("$")
+    return bool(_NUMBER.fullmatch(gold)) and Decimal(gold.replace(",", "")) == Decimal(number.replace(",", ""))
 
 
 def last_boxed(text: str) -> str | None:
