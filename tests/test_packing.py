@@ -8,6 +8,7 @@ from luffy import attention
 from luffy.attention import Layout, Segment, per_row_attention
 from luffy.data import Example
 from luffy.data.problem import Problem
+from luffy.errors import UserError
 from luffy.groups import Group, Row
 from luffy.model import Policy
 from luffy.packing import pack
@@ -139,3 +140,13 @@ def test_flex_rule_and_per_row_attention_agree():
     k, v = torch.randn(2, 1, 2, 20, 16)
     want = flex_attention(q, k, v, block_mask=layout.block_mask(q.device), enable_gqa=True)
     torch.testing.assert_close(per_row_attention(q, k, v, layout, None), want, atol=1e-5, rtol=1e-5)
+
+
+def test_attention_that_is_not_plain_is_refused():
+    layout = Layout([Segment(0, 5, [(5, 9), (9, 12)])], 12)
+    assert layout.longest == 9
+    attention.refuse_unknown(layout, sliding_window=9, position_ids=None)
+    with pytest.raises(UserError, match="window is 8"):
+        attention.refuse_unknown(layout, sliding_window=8)
+    with pytest.raises(UserError, match="soft cap"):
+        attention.refuse_unknown(layout, softcap=50.0)

@@ -43,7 +43,7 @@ def parts(tmp_path_factory):
     path = str(make_model(tmp_path_factory.mktemp("m") / "model"))
     mesh, _ = distributed.init()
     policy = shard(Policy(load_lm(path, ModelConfig()), 1.0), mesh, torch.float32)
-    engine = VllmEngine(path, RolloutConfig(memory_fraction=0.05), dtype="float32", max_model_len=64)
+    engine = VllmEngine(path, RolloutConfig(memory_fraction=0.05), dtype="float32", max_model_len=256)
     yield policy, engine
     engine.close()
 
@@ -75,7 +75,13 @@ def test_sync_moves_the_engine_from_the_old_weights_to_the_new(parts):
 
 def test_generation_uses_the_new_weights_too(parts):
     policy, engine = parts
-    prompt = tuple(range(5, 25))
+    prompt = tuple(5 + i % 90 for i in range(150))  # longer than a block of the prefix cache, which must be emptied
+    engine.generate([prompt], [1], temperature=1.0, max_tokens=1, seeds=[3])
+    optimizer = optim.make_optimizer(policy, OptimConfig(lr=0.02))
+    for param in policy.parameters():
+        param.grad = torch.randn_like(param)
+    optimizer.step()
+    sync_weights(policy, engine, torch.float32)
     [[answer]] = engine.generate([prompt], [1], temperature=1.0, max_tokens=8, seeds=[3])
     want = trainer_logp(policy, prompt + answer.token_ids)[len(prompt) - 1 :]
     torch.testing.assert_close(torch.tensor(answer.logp), want, atol=1e-3, rtol=0)
