@@ -20,7 +20,8 @@ RESULTS = ROOT / "bench" / "results" / "quickstart.json"
 NOISE = {"data.problems.wrong": 0.3, "data.problems.missing": 0.3}
 VARIANTS = {
     "luffy": ("LUFFY", {}),
-    "grpo": ("on-policy (Dr.GRPO)", {"objective.name": "grpo"}),
+    "grpo-steps": ("on-policy (Dr.GRPO), equal steps", {"objective.name": "grpo"}),
+    "grpo-time": ("on-policy (Dr.GRPO), equal time", {"objective.name": "grpo"}),
     "sft-steps": ("SFT, equal steps", {"objective.name": "sft"}),
     "sft-time": ("SFT, equal time", {"objective.name": "sft"}),
     "luffy-noisy": ("LUFFY, 30 % wrong, 30 % missing traces", NOISE),
@@ -34,9 +35,11 @@ BEGIN, END = "<!-- study -->", "<!-- /study -->"
 
 
 def budget(name: str, results: dict) -> dict[str, object]:
-    """Equal steps for the reinforcement-learning variants and one SFT; LUFFY's own minutes for the rest."""
-    if not name.startswith("sft") or name == "sft-steps":
+    """LUFFY runs as the recipe says; the others get its steps or its minutes."""
+    if name.startswith("luffy"):
         return {}
+    if name.endswith("-steps"):
+        return {"train.steps": results["luffy"]["steps"], "train.max_minutes": 1000}
     return {"train.steps": 100_000, "train.max_minutes": results["luffy"]["train_minutes"]}
 
 
@@ -91,6 +94,8 @@ def main() -> None:
     parser.add_argument("--readme", action="store_true", help="put the table into README.md and do nothing else")
     args = parser.parse_args()
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    if "luffy" not in results and (args.table or args.readme or "luffy" not in args.only):
+        parser.error("the other rows are measured by LUFFY's: run `python -m bench.study --only luffy` first")
     if args.readme:
         write_readme(table(results))
     elif not args.table:

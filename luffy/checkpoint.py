@@ -1,8 +1,10 @@
 """Checkpoints that are also Hugging Face model folders.
 
     step-000040/  config.json, model.safetensors (float32 masters), tokenizer    loadable by transformers and vLLM
-                  optimizer.safetensors                                          Adam's moments by parameter name
+        trainer/  optimizer.safetensors                                          Adam's moments by parameter name
                   loop.json                                                      step, data cursor, counters
+
+The optimizer's file has a folder of its own because vLLM takes every safetensors file beside the model's for weights.
 
 Tensors travel as safetensors, the rest as JSON: nothing is ever unpickled. A checkpoint is written beside and renamed,
 so a full disk or a kill leaves the previous one untouched. Rollout sampling needs no saved generator: seeds are a
@@ -24,7 +26,7 @@ from luffy.errors import UserError
 from luffy.files import disk_errors, new_folder, write_json
 from luffy.model import Policy, full, hf_weights
 
-MODEL, OPTIMIZER, LOOP = "model.safetensors", "optimizer.safetensors", "loop.json"
+MODEL, OPTIMIZER, LOOP = "model.safetensors", "trainer/optimizer.safetensors", "trainer/loop.json"
 
 
 def save(
@@ -37,6 +39,7 @@ def save(
     """
     target = folder / f"step-{step:06d}"
     with disk_errors("checkpoint"), new_folder(target) as new:
+        (new / "trainer").mkdir()
         _save_tensors(dict(hf_weights(policy)), new / MODEL)
         _save_tensors(dict(_optimizer_tensors(policy, optimizer)), new / OPTIMIZER)
         policy.lm.config.save_pretrained(new)

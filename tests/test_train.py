@@ -26,6 +26,7 @@ OPTIONS = {
     "train.prompts_per_step": 4,
     "train.updates_per_step": 2,
     "objective.rows": 4,
+    "objective.entropy_coef": 0.001,  # every row is live, whatever its reward
     "eval.every": 2,
     "eval.every_limit": 3,
     "checkpoint.every": 2,
@@ -106,11 +107,6 @@ def test_groups_hold_rollouts_and_verified_traces(whole):
     assert sum(r["batch/groups_without_trace"] for r in records(whole)) > 0
 
 
-def test_training_raises_the_probability_of_traces(whole):
-    probabilities = [r["actor/off_policy_prob"] for r in records(whole) if r["actor/off_policy_prob"]]
-    assert probabilities[-1] > 1.5 * probabilities[0]
-
-
 def test_the_engine_samples_from_the_trainers_own_policy(whole):
     # fp32 on both sides: the only gap is rounding; stale weights would show from step 2 on, for lr is large
     assert max(r["rollout/logp_gap_max"] for r in records(whole)) < 1e-3
@@ -122,7 +118,7 @@ def test_two_runs_of_one_seed_are_identical(whole, halves):
 
 def test_resuming_is_the_same_as_never_stopping(whole, halves):
     assert without_times(records(whole)) == without_times(records(halves))
-    for name in ("model.safetensors", "optimizer.safetensors"):
+    for name in ("model.safetensors", "trainer/optimizer.safetensors"):
         a, b = (load_file(run / "checkpoints" / "step-000004" / name) for run in (whole, halves))
         assert a.keys() == b.keys()
         for key in a:
@@ -149,13 +145,16 @@ def test_a_folder_with_a_run_is_refused(whole, home):
 @pytest.mark.parametrize("objective", ["grpo", "sft"])
 def test_baselines_run_through_the_same_loop(home, objective):
     run = home / objective
-    options = {"objective__name": objective, "train__steps": 1, "objective__entropy_coef": 0.01}
+    options = {"objective__name": objective, "train__steps": 3}
     done = luffy(*arguments(run, home / "model", **options), cwd=home)
     assert done.returncode == 0, done.stderr[-3000:]
-    [r] = records(run)
+    rows = records(run)
+    r = rows[0]
     if objective == "sft":
         assert r["batch/rows"] == 4 - r["batch/groups_without_trace"]
-        assert r["actor/off_pg_loss"] > 1  # the mean negative log-likelihood of a random model
+        losses = [r["actor/off_pg_loss"] for r in rows]  # mean negative log-likelihood, log 259 at first
+        assert losses[0] > 5
+        assert losses[-1] < losses[0] - 1
         assert r["actor/on_policy_prob"] is None
     else:
         assert r["batch/rows"] == 16
