@@ -1,7 +1,7 @@
 """Which examples make up each batch: a pure function of (seed, epoch, position).
 
 Every epoch is a new permutation without replacement; its last partial batch is dropped. Deliberately absent: workers,
-prefetching, sharding - every rank computes the same indices and takes its share.
+prefetching, sharding.
 """
 
 import random
