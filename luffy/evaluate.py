@@ -32,6 +32,11 @@ class Evaluation:
         """Everything but the samples."""
         return {key: value for key, value in asdict(self).items() if key != "samples"}
 
+    def scores(self) -> dict[str, float]:
+        """Accuracy by source and their unweighted mean, under the names of LUFFY's logs."""
+        by_source = {f"val/test_score/{source}": value for source, value in self.by_source.items()}
+        return by_source | {"val/avg_score": fmean(self.by_source.values())}
+
     def write_samples(self, path: Path) -> None:
         import json
 

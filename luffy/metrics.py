@@ -91,6 +91,8 @@ def group_metrics(groups: list[Group], updated: int) -> dict[str, float]:
         "on_off_metrics/off_score": _mean([row.reward for row in off]),
         "on_off_metrics/off_on_example_ratio": len(off) / len(on) if on else math.nan,
         **_spread("critic/score", [row.reward for row in rows]),
+        **_spread("critic/rewards", [row.reward for row in rows]),
+        **_spread("critic/returns", [row.advantage for row in rows]),
         **_spread("critic/advantages", [row.advantage for row in rows]),
         **_spread("response_length", lengths),
         "response_length/clip_ratio": _mean([not row.finished for row in rows]),
@@ -115,11 +117,12 @@ class UpdateMetrics:
         self.lr = 0.0
 
     @torch.no_grad()
-    def add(self, micro: MicroBatch, out: PolicyLoss, first_update: bool) -> None:
+    def add(self, micro: MicroBatch, out: PolicyLoss, normalizer: float, first_update: bool) -> None:
         old_logp = out.logp if micro.old_logp is None else micro.old_logp
         rows = self.table.to(out.logp.device)[micro.loss_id]
         value = evaluate(out.logp, micro.advantages, old_logp, rows).loss
         off, on, prob = micro.is_trace, ~micro.is_trace, out.logp.exp()
+        self._sum("pg_loss", value / normalizer)
         self._sum("tokens", torch.ones_like(prob))
         self._sum("entropy", out.entropy)
         self._sum("drift", old_logp - out.logp)
@@ -154,7 +157,8 @@ class UpdateMetrics:
             return s[name] / s[count] if s[count] else math.nan
 
         return {
-            "actor/pg_loss": self.loss,
+            "actor/loss": self.loss,
+            "actor/pg_loss": s["pg_loss"],
             "actor/on_pg_loss": mean("on_loss", "on_tokens"),
             "actor/off_pg_loss": mean("off_loss", "off_tokens"),
             "actor/pg_clipfrac": mean("on_clipped", "on_tokens"),

@@ -10,6 +10,7 @@ from luffy.evaluate import Evaluation
 from luffy.metrics import read_jsonl
 from luffy.run_folder import RunFolder
 
+COLORS = {"rollouts": "tab:blue", "rollout": "tab:blue", "traces": "tab:orange", "trace": "tab:orange"}
 SET_NAMES = {"heldout": "held-out problems", "ood": "harder than any in training"}
 
 
@@ -22,7 +23,8 @@ def print_result(run: RunFolder, result: dict[str, Any]) -> None:
     for before, after in zip(result["before"], result["after"], strict=True):
         name = SET_NAMES.get(before["name"], before["name"])
         table.add_row(name, str(before["num_problems"]), _percent(before), _percent(after))
-    console.print(table)
+    if result["before"]:
+        console.print(table)
     say(f"run folder: {run.path}   (curves.png, metrics.jsonl, samples/, {result['checkpoint']})")
 
 
@@ -43,6 +45,7 @@ def draw_curves(run: RunFolder) -> Path:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
     steps = read_jsonl(run.metrics)
     evals = [record for record in read_jsonl(run.evals) if record["name"] == "heldout"]
@@ -60,7 +63,7 @@ def draw_curves(run: RunFolder) -> Path:
         for label, key in series:
             points = [(record["step"], record[key]) for record in steps if record.get(key) is not None]
             if points:
-                axis.plot(*zip(*points, strict=True), label=label, linewidth=1.5)
+                axis.plot(*zip(*points, strict=True), label=label, linewidth=1.5, color=COLORS.get(label.split()[0]))
         axis.set_title(title, loc="left", fontsize=11)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
@@ -78,6 +81,7 @@ def draw_curves(run: RunFolder) -> Path:
             axis.legend(frameon=False, fontsize=9)
     for axis in axes[1]:
         axis.set_xlabel("step")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     path = run.path / "curves.png"
     figure.savefig(path, dpi=130)
     plt.close(figure)

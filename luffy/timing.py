@@ -12,7 +12,7 @@ class Phases:
     """`with phases("rollout"): ...` adds up seconds by name."""
 
     def __init__(self) -> None:
-        self._seconds: dict[str, float] = {}
+        self.by_name: dict[str, float] = {}
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -20,14 +20,14 @@ class Phases:
         yield
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - began
+        self.by_name[name] = self.by_name.get(name, 0.0) + time.perf_counter() - began
 
     @property
     def total(self) -> float:
-        return sum(self._seconds.values())
+        return sum(self.by_name.values())
 
     def seconds(self) -> dict[str, float]:
-        return {f"timing_s/{name}": value for name, value in self._seconds.items()} | {"timing_s/step": self.total}
+        return {f"timing_s/{name}": value for name, value in self.by_name.items()} | {"timing_s/step": self.total}
 
 
 def peak_memory_gib() -> float:

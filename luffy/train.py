@@ -65,6 +65,7 @@ def train(config: Config, run: RunFolder, resume: bool = False) -> dict[str, Any
         record = group_metrics(groups, sum(len(kept) for kept in rows.values())) | metrics.result() | phases.seconds()
         record |= {
             "perf/tokens_per_s": tokens / phases.total,
+            **{f"timing_per_token_ms/{name}": 1e3 * s / max(tokens, 1) for name, s in phases.by_name.items()},
             "perf/peak_memory_gib": peak_memory_gib(),
             "perf/train_minutes": loop["train_seconds"] / 60,
         }
@@ -156,7 +157,7 @@ def update(t: Trainer, groups: list[Group], rows: dict[int, list[Row]], loop: di
             out = t.policy(micro, losses=t.objective.losses, normalizer=normalizer, entropy_coef=entropy_coef)
             out.loss.backward()
             loss += out.loss.item()
-            metrics.add(micro, out, first_update=number == 0)
+            metrics.add(micro, out, normalizer, first_update=number == 0)
         lr = optim.learning_rate(config.optim, loop["updates"], total)
         norm, good = optim.step(t.optimizer, t.policy, config.optim.max_grad_norm, loss, lr)
         metrics.finish_update(loss, norm, lr, good)
@@ -190,7 +191,7 @@ def evaluate_all(
             seed=t.config.train.seed,
         )
         result.write_samples(t.run.samples / f"{name}-step-{step:06d}.jsonl")
-        log.write(step, result.record())
+        log.write(step, result.record() | result.scores())
         results.append(result)
     return results
 

@@ -56,7 +56,7 @@ def test_update_metrics_are_token_means_over_the_step():
         )
         entropy, ones = torch.full((n,), 2.0), torch.ones(n)
         out = PolicyLoss(torch.tensor(0.0), logp[part], entropy, ones, ones * 0, ones.bool() & False)
-        metrics.add(micro, out, first_update=True)
+        metrics.add(micro, out, normalizer=4.0, first_update=True)
     metrics.finish_update(loss=0.3, grad_norm=2.0, lr=1e-3, good=True)
     metrics.finish_update(loss=0.1, grad_norm=4.0, lr=2e-3, good=False)
     got = metrics.result()
@@ -66,5 +66,7 @@ def test_update_metrics_are_token_means_over_the_step():
     assert got["actor/on_pg_loss"] == pytest.approx((-1 + 1) / 2, abs=1e-6)
     assert got["actor/off_pg_loss"] == pytest.approx(-0.5 * (0.8 / 0.9 + 0.1 / 0.2) / 2)
     assert got["actor/entropy_loss"] == 2.0
+    assert got["actor/pg_loss"] == pytest.approx(-0.5 * (0.8 / 0.9 + 0.1 / 0.2) / 4)
+    assert got["actor/loss"] == pytest.approx(0.4)
     assert got["rollout/logp_gap_mean"] == pytest.approx(0.01, abs=1e-6)
     assert (got["actor/updates"], got["actor/bad_updates"], got["actor/grad_norm"]) == (1, 1, 3.0)

@@ -44,7 +44,7 @@ def records(run: Path, name: str = "metrics") -> list[dict]:
 
 
 def without_times(rows: list[dict]) -> list[dict]:
-    return [{k: v for k, v in row.items() if not k.startswith(("timing_s/", "perf/"))} for row in rows]
+    return [{k: v for k, v in row.items() if not k.startswith(("timing_", "perf/"))} for row in rows]
 
 
 @pytest.fixture(scope="module")
