@@ -9,6 +9,7 @@ if not torch.cuda.is_available():
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
+import setuptools  # noqa: F401  vLLM imports it late, and that fails once any test has looked for pip's spec
 
 
 @pytest.fixture(autouse=True)
