@@ -139,7 +139,10 @@ def test_a_python_without_venv_is_named_with_its_remedy(project):
 def test_ctrl_c_says_one_line_and_exits_130(project):
     command = [str(project.bin / "bash"), str(project.root / "scripts/quickstart.sh")]
     env = {"PATH": str(project.bin), "SLEEP": "60"}
-    with subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+    options = {"env": env, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    # a shell that starts the tests in the background has SIGINT ignored, which bash would inherit and keep
+    options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, **options) as process:
         deadline = time.monotonic() + 30
         while not project.installs() and time.monotonic() < deadline:
             time.sleep(0.02)
