@@ -5,6 +5,7 @@ the user can mend (one sentence on stderr), 130 interrupted.
 """
 
 import argparse
+import os
 import sys
 from typing import Any
 
@@ -15,6 +16,7 @@ def main(argv: list[str] | None = None) -> int:
     args, rest = build_parser().parse_known_args(argv)
     if rest and args.command != "train":
         build_parser().parse_args(argv)  # ends with argparse's own message
+    sys.path.append(os.getcwd())  # where a grader named module:function may live; last, so it shadows nothing
     try:
         return {"train": run_train, "eval": run_eval, "generate": run_generate}[args.command](args, rest)
     except UserError as error:
@@ -45,6 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser("eval", help="accuracy of a model on problems with known answers")
     evaluate.add_argument("--data", required=True, metavar="PATH", help="parquet or JSONL file, folder, or dataset id")
+    evaluate.add_argument("--split", help="of a folder, file or dataset id (default: the only one, or `train`)")
     _add_model_options(evaluate, temperature=0.0)
     evaluate.add_argument("--limit", type=_positive, metavar="N", help="only the first N problems")
     evaluate.add_argument(
@@ -69,6 +72,8 @@ def _add_model_options(parser: argparse.ArgumentParser, temperature: float) -> N
     parser.add_argument("--max-tokens", type=_positive, default=512, metavar="N", help="default: %(default)s")
     parser.add_argument("--max-prompt-tokens", type=_positive, default=512, metavar="N", help="default: %(default)s")
     parser.add_argument("--prompt-style", choices=("chat", "luffy", "plain"), help="default: the run's own, else chat")
+    parser.add_argument("--memory-fraction", type=_fraction, metavar="F", help="share of the GPU's memory for vLLM")
+    parser.add_argument("--kv-cache-gib", type=_gib, metavar="G", help="size of vLLM's KV cache, GiB (on a CPU: 1)")
     parser.add_argument("--seed", type=int, default=0)
 
 
@@ -93,13 +98,15 @@ def run_train(args: argparse.Namespace, overrides: list[str]) -> int:
 
     run = RunFolder(args.run_dir or f"runs/{config.name}")
     run.check(config, args.resume)  # before anything slow
-    _quiet()
     from luffy.report import draw_curves, print_result
-    from luffy.train import train
 
-    result = train(config, run, args.resume)
-    draw_curves(run)
-    print_result(run, result)
+    if not (args.resume and run.is_complete(config)):
+        _quiet()
+        from luffy.train import train
+
+        train(config, run, args.resume)
+        draw_curves(run)
+    print_result(run)
     return 0
 
 
@@ -119,13 +126,13 @@ def run_eval(args: argparse.Namespace, _: list[str]) -> int:
 
     grader = args.grader or config.reward.grader
     config.data.max_prompt_tokens = args.max_prompt_tokens
-    loaded = load_examples(args.data, template, config, args.limit)
+    loaded = load_examples(args.data, template, config, split=args.split, limit=args.limit)
     print(f"problems: {loaded.report}")
     with user_errors("eval"):
         verifier = VerifierPool(grader, config.reward.workers, config.reward.timeout_s)
     with verifier:
         options: dict[str, Any] = {"temperature": args.temperature, "max_tokens": args.max_tokens, "seed": args.seed}
-        engine = _start_engine(args, path, config)
+        engine = _start_engine(args, path, config, template)
         result = evaluate(Path(args.data).stem, loaded.examples, engine, verifier, template, **options)
     if args.out:
         result.write_samples(Path(args.out))
@@ -139,7 +146,7 @@ def run_generate(args: argparse.Namespace, _: list[str]) -> int:
     prompt = tuple(template.encode_prompt([{"role": "user", "content": args.question}]))
     if len(prompt) > args.max_prompt_tokens:
         raise UserError(f"generate: the question has {len(prompt)} tokens, more than --max-prompt-tokens")
-    engine = _start_engine(args, path, config)
+    engine = _start_engine(args, path, config, template)
     [[answer]] = engine.generate(
         [prompt], [1], temperature=args.temperature, max_tokens=args.max_tokens, seeds=[args.seed]
     )
@@ -167,17 +174,22 @@ def _open_model(args: argparse.Namespace):
         config.model.name = str(Path(newest).resolve())
     if args.prompt_style:
         config.model.prompt_style = args.prompt_style
+    if args.memory_fraction:
+        config.rollout.memory_fraction = args.memory_fraction
+    if args.kv_cache_gib:
+        config.rollout.kv_cache_gib = args.kv_cache_gib
     path = resolve(config.model)
     return path, load_template(path, config.model), config
 
 
-def _start_engine(args: argparse.Namespace, path: str, config):
+def _start_engine(args: argparse.Namespace, path: str, config, template):
     from luffy.rollout.vllm_engine import VllmEngine
 
     return VllmEngine(
         path,
         config.rollout,
         dtype=config.rollout.dtype or config.model.dtype,
+        eos_token_id=template.eos_token_id,
         max_model_len=args.max_prompt_tokens + args.max_tokens,
         trust_remote_code=config.model.trust_remote_code,
     )
@@ -199,6 +211,20 @@ def _not_negative(text: str) -> float:
     value = float(text)
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"must be at least 0, got {value}")
+    return value
+
+
+def _fraction(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"must lie between 0 and 1, got {value}")
+    return value
+
+
+def _gib(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be above 0, got {value}")
     return value
 
 

@@ -36,7 +36,10 @@ class ModelConfig(Section):
     system: str | None = None
     """System turn put before every prompt; null keeps what the data says, "" removes it."""
     chat_template: str | None = None
-    """A Jinja template that replaces the tokenizer's own."""
+    """A Jinja template that replaces the tokenizer's own; `chat` only."""
+    eos_token: str | None = None
+    """The token that ends an answer; null: the tokenizer's EOS. Base models whose chat template closes a turn with
+    another token need it (Qwen2.5: <|im_end|>)."""
     gradient_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, about a third more time."""
     trust_remote_code: bool = False
@@ -72,6 +75,8 @@ class ProblemsConfig(Section):
 class DataConfig(Section):
     path: str | None = None
     """Parquet / JSONL file, folder or Hugging Face dataset id with the training problems; null: generated ones."""
+    split: str | None = None
+    """Split of a folder, file or dataset id; null: the only one there is, of a dataset id its `train`."""
     problems: ProblemsConfig = ProblemsConfig()
     limit: PositiveInt | None = None
     """Use only the first so many problems."""
@@ -87,7 +92,9 @@ class RolloutConfig(Section):
     max_tokens: PositiveInt = 8192
     """Longest answer, tokens."""
     memory_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.3
-    """Share of the device's memory (of the machine's, on CPU) that vLLM may use."""
+    """Share of the GPU's memory that vLLM may use."""
+    kv_cache_gib: Positive | None = None
+    """Size of vLLM's KV cache, GiB; null: what `memory_fraction` leaves on a GPU, 1 on a CPU."""
     max_sequences: PositiveInt = 256
     """Most sequences that vLLM decodes at a time."""
     eager: bool = True
@@ -156,6 +163,8 @@ class TrainConfig(Section):
 class EvalConfig(Section):
     path: str | None = None
     """Problems to evaluate on; null: the generated held-out split."""
+    split: str | None = None
+    """As `data.split`."""
     limit: PositiveInt | None = None
     """Evaluate before and after training on the first so many problems; null: all."""
     every: Annotated[int, Field(ge=0)] = 10

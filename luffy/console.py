@@ -5,6 +5,7 @@ import os
 import sys
 import time
 import warnings
+from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -42,9 +43,7 @@ class StepProgress:
             TextColumn("{task.fields[info]}"),
             console=console,
         )
-        if self._live:
-            self._progress.start()
-            self._task = self._progress.add_task("training", total=total, completed=start, info="")
+        self._task = self._progress.add_task("training", total=total, completed=start, info="")
 
     def accuracy(self, value: float) -> None:
         self._accuracy = value
@@ -67,7 +66,12 @@ class StepProgress:
         else:
             say(f"step {step}/{self._total}  " + "  ".join(parts))
 
-    def close(self) -> None:
+    def __enter__(self) -> Self:
+        if self._live:
+            self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
         if self._live:
             self._progress.stop()
         sys.stdout.flush()

@@ -65,7 +65,7 @@ def evaluate(
     answers = [answer[0] for answer in completions]
     texts = [template.decode(answer.token_ids) for answer in answers]
     verdicts = verifier.grade([(text, ex.problem.answer) for text, ex in zip(texts, examples, strict=True)])
-    correct = [verdict.reward > 0 for verdict in verdicts]
+    correct = [verdict.reward >= 1 for verdict in verdicts]
     by_source: dict[str, list[bool]] = defaultdict(list)
     for example, right in zip(examples, correct, strict=True):
         by_source[example.problem.data_source].append(right)

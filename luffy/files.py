@@ -61,6 +61,17 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Records of a file of ours; a last line cut short by a kill is left out."""
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A temporary folder that becomes `path` if the block succeeds, and vanishes if it does not."""
@@ -84,3 +95,15 @@ def new_folder(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def sweep(parent: Path) -> None:
+    """Tidy up what a kill inside `new_folder` left in `parent`: half-written folders go, one set aside comes back."""
+    for aside in parent.glob(".*.old"):
+        path = aside.with_name(aside.name.removeprefix(".").removesuffix(".old"))
+        if path.exists():
+            shutil.rmtree(aside)
+        else:
+            aside.replace(path)
+    for temporary in parent.glob(".*.tmp"):
+        shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink()

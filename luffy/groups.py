@@ -27,15 +27,16 @@ class Row:
     advantage: float = 0.0
     loss_id: int = 0
 
+    @property
+    def solved(self) -> bool:
+        """Partial credit of a grader is a reward, not a solution."""
+        return self.reward >= 1
+
 
 @dataclass(slots=True, kw_only=True)
 class Group:
     example: Example
     rows: list[Row] = field(default_factory=list)
-
-    @property
-    def rollouts(self) -> list[Row]:
-        return [row for row in self.rows if not row.is_trace]
 
     @property
     def traces(self) -> list[Row]:

@@ -16,7 +16,7 @@ from luffy_kernels import PolicyLoss, TokenLoss
 from luffy_kernels.token_losses import encode, evaluate
 from torch import Tensor
 
-from luffy.files import disk_errors, write_text
+from luffy.files import disk_errors, read_jsonl, write_text
 from luffy.groups import Group, Row
 from luffy.packing import MicroBatch
 
@@ -55,33 +55,21 @@ class MetricsLog:
             self._writer.close()
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Records of a file of ours; a last line cut short by a kill is left out."""
-    records = []
-    for line in path.read_text().splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records
-
-
 def group_metrics(groups: list[Group], updated: int) -> dict[str, float]:
     """Of the groups of a step, rewards known; `updated` rows of them enter the model."""
     rows = [row for group in groups for row in group.rows]
     on, off = [row for row in rows if not row.is_trace], [row for row in rows if row.is_trace]
-    solved = [row.reward > 0 for row in rows]
-    rewards = [[row.reward for row in group.rows] for group in groups]
+    solved = [row.solved for row in rows]
     lengths = [len(row.token_ids) for row in rows]
     verdicts = [row.verdict for row in rows]
     return {
         "batch/avg_prefix_ratio": len(off) / max(len(rows), 1),
-        "batch/solve_none": sum(max(r, default=0) <= 0 for r in rewards),
-        "batch/solve_all": sum(min(r, default=0) > 0 for r in rewards),
+        "batch/solve_none": sum(not any(row.solved for row in group.rows) for group in groups),
+        "batch/solve_all": sum(bool(group.rows) and all(row.solved for row in group.rows) for group in groups),
         "batch/solved": _mean(solved),
         "batch/failed": 1 - _mean(solved),
-        "batch/on_solved": _mean([row.reward > 0 for row in on]),
-        "batch/off_solved": _mean([row.reward > 0 for row in off]),
+        "batch/on_solved": _mean([row.solved for row in on]),
+        "batch/off_solved": _mean([row.solved for row in off]),
         "batch/rows": len(rows),
         "batch/zero_rows": len(rows) - updated,
         "batch/groups_without_trace": sum(not group.traces for group in groups),
@@ -96,7 +84,7 @@ def group_metrics(groups: list[Group], updated: int) -> dict[str, float]:
         **_spread("critic/advantages", [row.advantage for row in rows]),
         **_spread("response_length", lengths),
         "response_length/clip_ratio": _mean([not row.finished for row in rows]),
-        **_spread("prompt_length", [len(group.example.prompt_ids) for group in groups]),
+        **_spread("prompt_length", [len(group.example.prompt_ids) for group in groups for _ in group.rows]),
         "verify/timeouts": verdicts.count("timeout"),
         "verify/crashes": verdicts.count("crash"),
     }

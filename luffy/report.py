@@ -1,20 +1,25 @@
 """What a run shows at its end: a before/after table and a picture of the learning curves."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
 from luffy.console import console, say
-from luffy.evaluate import Evaluation
-from luffy.metrics import read_jsonl
+from luffy.files import disk_errors, read_jsonl
 from luffy.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from luffy.evaluate import Evaluation
 
 COLORS = {"rollouts": "tab:blue", "rollout": "tab:blue", "traces": "tab:orange", "trace": "tab:orange"}
 SET_NAMES = {"heldout": "held-out problems", "ood": "harder than any in training"}
 
 
-def print_result(run: RunFolder, result: dict[str, Any]) -> None:
+def print_result(run: RunFolder) -> None:
+    """The before/after table of a complete run."""
+    result = run.result
+    assert result is not None, f"{run.path} is not complete"
     table = Table(
         title=f"{result['objective']}: {result['steps']} steps, {result['train_minutes']:.1f} min of training"
     )
@@ -28,7 +33,7 @@ def print_result(run: RunFolder, result: dict[str, Any]) -> None:
     say(f"run folder: {run.path}   (curves.png, metrics.jsonl, samples/, {result['checkpoint']})")
 
 
-def print_evaluation(result: Evaluation) -> None:
+def print_evaluation(result: "Evaluation") -> None:
     table = Table(title=f"{result.name}: {result.num_problems} problems, {result.mean_tokens:.0f} tokens an answer")
     table.add_column("source")
     table.add_column("accuracy", justify="right")
@@ -83,7 +88,8 @@ def draw_curves(run: RunFolder) -> Path:
         axis.set_xlabel("step")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     path = run.path / "curves.png"
-    figure.savefig(path, dpi=130)
+    with disk_errors("curves.png"):
+        figure.savefig(path, dpi=130)
     plt.close(figure)
     return path
 

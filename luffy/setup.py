@@ -1,7 +1,7 @@
 """What has to exist before the first step: everything checked that is cheap to check, then everything loaded."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch.optim import Optimizer
@@ -22,7 +22,7 @@ from luffy.run_folder import RunFolder
 from luffy.sources import evaluation_sources, load_examples, load_template, resolve, training_source
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class Trainer:
     """The parts that a step is made of."""
 
@@ -37,7 +37,19 @@ class Trainer:
     optimizer: Optimizer
     engine: VllmEngine
     verifier: VerifierPool
+    log: MetricsLog
+    evals: MetricsLog
     engine_is_stale: bool = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.log.close()
+        self.evals.close()
+        self.verifier.close()
+        self.engine.close()
+        distributed.close()
 
 
 def set_up(config: Config, run: RunFolder, resume: bool) -> tuple[Trainer, dict[str, Any], Batches]:
@@ -45,11 +57,13 @@ def set_up(config: Config, run: RunFolder, resume: bool) -> tuple[Trainer, dict[
     run.check(config, resume)
     path = resolve(config.model)
     template = load_template(path, config.model)
-    training = load_examples(training_source(config), template, config, config.data.limit)
+    training = load_examples(
+        training_source(config), template, config, split=config.data.split, limit=config.data.limit
+    )
     say(f"problems: {training.report}")
     heldout = {}
     for name, source in evaluation_sources(config).items():
-        loaded = load_examples(source, template, config, None)
+        loaded = load_examples(source, template, config, split=config.eval.split)
         heldout[name] = loaded.examples
         if loaded.report.prompts_too_long:
             say(f"{name}: {loaded.report}")
@@ -58,6 +72,8 @@ def set_up(config: Config, run: RunFolder, resume: bool) -> tuple[Trainer, dict[
     with user_errors("train"):
         batches = Batches(len(training.examples), config.train.prompts_per_step, config.train.seed)
         verifier = VerifierPool(config.reward.grader, config.reward.workers, config.reward.timeout_s)
+    if resume:
+        run.recover()
     found = checkpoint.latest(run.checkpoints) if resume else None
     if found:
         path = str(found)
@@ -70,6 +86,7 @@ def set_up(config: Config, run: RunFolder, resume: bool) -> tuple[Trainer, dict[
         path,
         config.rollout,
         dtype=config.rollout.dtype or config.model.dtype,
+        eos_token_id=template.eos_token_id,
         max_model_len=config.data.max_prompt_tokens + max(config.rollout.max_tokens, config.eval.max_tokens or 0),
         trust_remote_code=config.model.trust_remote_code,
     )
@@ -83,16 +100,19 @@ def set_up(config: Config, run: RunFolder, resume: bool) -> tuple[Trainer, dict[
         with user_errors("resume"):
             batches.load_state_dict(loop["batches"])
     run.open(config)  # last, so that a start that fails leaves no run behind
-    objective = make_objective(config.objective)
-    parts = Trainer(
-        config, run, device, template, training.examples, heldout, objective, policy, optimizer, engine, verifier
+    trainer = Trainer(
+        config=config,
+        run=run,
+        device=device,
+        template=template,
+        examples=training.examples,
+        heldout=heldout,
+        objective=make_objective(config.objective),
+        policy=policy,
+        optimizer=optimizer,
+        engine=engine,
+        verifier=verifier,
+        log=MetricsLog(run.metrics, run.path / "tensorboard", loop["step"]),
+        evals=MetricsLog(run.evals, run.path / "tensorboard" / "evals", loop["step"]),
     )
-    return parts, loop, batches
-
-
-def close(t: Trainer, *logs: MetricsLog) -> None:
-    for log in logs:
-        log.close()
-    t.verifier.close()
-    t.engine.close()
-    distributed.close()
+    return trainer, loop, batches

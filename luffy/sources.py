@@ -28,8 +28,15 @@ def load_template(path: str, config: ModelConfig) -> PromptTemplate:
     with user_errors(f"model {path}"):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
         if config.chat_template is not None:
+            # On the tokenizer as well, so that checkpoints carry it
             tokenizer.chat_template = config.chat_template
-        return PromptTemplate(tokenizer, style=config.prompt_style, system=config.system)
+        return PromptTemplate(
+            tokenizer,
+            style=config.prompt_style,
+            system=config.system,
+            chat_template=config.chat_template,
+            eos_token=config.eos_token,
+        )
 
 
 def generated(config: Config) -> dict[str, Path]:
@@ -52,9 +59,11 @@ def evaluation_sources(config: Config) -> dict[str, str | Path]:
     return {name: path for name, path in generated(config).items() if name != "train"}
 
 
-def load_examples(source: str | Path, template: PromptTemplate, config: Config, limit: int | None) -> Loaded:
+def load_examples(
+    source: str | Path, template: PromptTemplate, config: Config, *, split: str | None = None, limit: int | None = None
+) -> Loaded:
     with user_errors("data"):
-        problems = load_problems(source, limit=limit)
+        problems = load_problems(source, split=split, limit=limit)
         limits = {"max_prompt_tokens": config.data.max_prompt_tokens, "max_trace_tokens": config.data.max_trace_tokens}
         return Loaded(*tokenize(problems, template, **limits))
 

@@ -6,7 +6,7 @@
 One rank. The normaliser of an update is known before its first backward; every micro-batch divides by the same number.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -19,11 +19,11 @@ from luffy.evaluate import Evaluation, evaluate
 from luffy.files import write_json
 from luffy.groups import Group, Row
 from luffy.interrupt import StopOnInterrupt
-from luffy.metrics import MetricsLog, UpdateMetrics, count_tokens, group_metrics
+from luffy.metrics import UpdateMetrics, count_tokens, group_metrics
 from luffy.packing import pack
 from luffy.run_folder import RunFolder
 from luffy.seeds import derive
-from luffy.setup import Trainer, close, set_up
+from luffy.setup import Trainer, set_up
 from luffy.timing import Phases, peak_memory_gib
 from luffy.weight_sync import sync_weights
 
@@ -35,54 +35,46 @@ def train(config: Config, run: RunFolder, resume: bool = False) -> dict[str, Any
         UserError: anything the user can mend; the run folder and its earlier checkpoints stay as they are.
     """
     if resume and run.is_complete(config):
-        return run.result  # type: ignore[return-value]
+        return cast(dict[str, Any], run.result)
     t, loop, batches = set_up(config, run, resume)
-    log = MetricsLog(run.metrics, run.path / "tensorboard", loop["step"])
-    evals = MetricsLog(run.evals, run.path / "tensorboard" / "evals", loop["step"])
+    with t:
+        return train_steps(t, loop, batches)
+
+
+def train_steps(t: Trainer, loop: dict[str, Any], batches: Batches) -> dict[str, Any]:
+    """Evaluate, train until the steps, the minutes or the user's patience are used up, evaluate again."""
+    config, run = t.config, t.run
     if loop["step"] == 0:
-        loop["before"] = [e.record() for e in evaluate_all(t, 0, evals, config.eval.limit)]
-    progress = StepProgress(config.train.steps, loop["step"])
-    stop = StopOnInterrupt()
+        loop["before"] = [e.record() for e in evaluate_all(t, 0, config.eval.limit)]
 
-    while loop["step"] < config.train.steps and not out_of_time(config, loop) and not stop.asked:
-        step = loop["step"] = loop["step"] + 1
-        phases = Phases()
-        examples = [t.examples[index] for index in batches.next()]
+    with StopOnInterrupt() as stop, StepProgress(config.train.steps, loop["step"]) as progress:
+        while loop["step"] < config.train.steps and not out_of_time(config, loop) and not stop.asked:
+            step = loop["step"] = loop["step"] + 1
+            phases = Phases()
+            examples = [t.examples[index] for index in batches.next()]
 
-        with phases("sync"):
-            if any(t.objective.num_rollouts(example) for example in examples):
-                sync(t)
-        with phases("rollout"):
-            groups = roll_out(t, examples, step)
-        with phases("verify"):
-            grade(t, groups)
-        with phases("update"):
-            rows = {id(group): t.objective.assign(group) for group in groups}
-            metrics = update(t, groups, rows, loop)
+            with phases("sync"):
+                if any(t.objective.num_rollouts(example) for example in examples):
+                    sync(t)
+            with phases("rollout"):
+                groups = roll_out(t, examples, step)
+            with phases("verify"):
+                grade(t, groups)
+            with phases("update"):
+                rows = {id(group): t.objective.assign(group) for group in groups}
+                metrics = update(t, groups, rows, loop)
 
-        loop["train_seconds"] += phases.total
-        loop["tokens"] += (tokens := count_tokens([row for group in groups for row in group.rows]))
-        record = group_metrics(groups, sum(len(kept) for kept in rows.values())) | metrics.result() | phases.seconds()
-        record |= {
-            "perf/tokens_per_s": tokens / phases.total,
-            **{f"timing_per_token_ms/{name}": 1e3 * s / max(tokens, 1) for name, s in phases.by_name.items()},
-            "perf/peak_memory_gib": peak_memory_gib(),
-            "perf/train_minutes": loop["train_seconds"] / 60,
-        }
-        log.write(step, record)
-        if t.heldout and config.eval.every and step % config.eval.every == 0 and step < config.train.steps:
-            progress.accuracy(evaluate_all(t, step, evals, config.eval.every_limit, first_only=True)[0].accuracy)
-        if config.checkpoint.every and step % config.checkpoint.every == 0:
-            save(t, loop, batches)
-        progress.step(step, record, share_done(config, loop))
+            record = record_step(loop, groups, rows, metrics, phases)
+            t.log.write(step, record)
+            if t.heldout and config.eval.every and step % config.eval.every == 0 and step < config.train.steps:
+                progress.accuracy(evaluate_all(t, step, config.eval.every_limit, first_only=True)[0].accuracy)
+            if config.checkpoint.every and step % config.checkpoint.every == 0:
+                save(t, loop, batches)
+            progress.step(step, record, share_done(config, loop))
 
-    progress.close()
-    stop.restore()
     save(t, loop, batches)
     if stop.asked:
-        close(t, log, evals)
         raise KeyboardInterrupt
-    after = [e.record() for e in evaluate_all(t, loop["step"], evals, config.eval.limit)]
     result = {
         "objective": config.objective.name,
         "steps": loop["step"],
@@ -90,11 +82,10 @@ def train(config: Config, run: RunFolder, resume: bool = False) -> dict[str, Any
         "train_minutes": round(loop["train_seconds"] / 60, 2),
         "response_tokens": loop["tokens"],
         "before": loop["before"],
-        "after": after,
+        "after": [e.record() for e in evaluate_all(t, loop["step"], config.eval.limit)],
         "checkpoint": str(checkpoint.latest(run.checkpoints).relative_to(run.path)),  # type: ignore[union-attr]
     }
     run.finish(result)
-    close(t, log, evals)
     return result
 
 
@@ -173,9 +164,7 @@ def update(t: Trainer, groups: list[Group], rows: dict[int, list[Row]], loop: di
     return metrics
 
 
-def evaluate_all(
-    t: Trainer, step: int, log: MetricsLog, limit: int | None, first_only: bool = False
-) -> list[Evaluation]:
+def evaluate_all(t: Trainer, step: int, limit: int | None, first_only: bool = False) -> list[Evaluation]:
     """Evaluate on every problem set (or the first), write samples and one record each."""
     sync(t)
     results = []
@@ -191,9 +180,27 @@ def evaluate_all(
             seed=t.config.train.seed,
         )
         result.write_samples(t.run.samples / f"{name}-step-{step:06d}.jsonl")
-        log.write(step, result.record() | result.scores())
+        t.evals.write(step, result.record() | result.scores())
         results.append(result)
     return results
+
+
+def record_step(
+    loop: dict[str, Any], groups: list[Group], rows: dict[int, list[Row]], metrics: UpdateMetrics, phases: Phases
+) -> dict[str, float]:
+    """The step's line of metrics.jsonl; adds its seconds and tokens to the loop's."""
+    tokens = count_tokens([row for group in groups for row in group.rows])
+    loop["train_seconds"] += phases.total
+    loop["tokens"] += tokens
+    return {
+        **group_metrics(groups, sum(len(kept) for kept in rows.values())),
+        **metrics.result(),
+        **phases.seconds(),
+        **{f"timing_per_token_ms/{name}": 1e3 * s / max(tokens, 1) for name, s in phases.by_name.items()},
+        "perf/tokens_per_s": tokens / phases.total,
+        "perf/peak_memory_gib": peak_memory_gib(),
+        "perf/train_minutes": loop["train_seconds"] / 60,
+    }
 
 
 def save(t: Trainer, loop: dict[str, Any], batches: Batches) -> None:

@@ -11,8 +11,8 @@ from tiny import make_model, make_tokenizer
 from luffy import checkpoint, distributed, optim
 from luffy.config import Config, ModelConfig, OptimConfig, load_config
 from luffy.errors import UserError
-from luffy.files import new_folder, write_text
-from luffy.metrics import MetricsLog, read_jsonl
+from luffy.files import new_folder, read_jsonl, sweep, write_text
+from luffy.metrics import MetricsLog
 from luffy.model import Policy, load_lm, shard
 from luffy.run_folder import RunFolder
 
@@ -80,6 +80,18 @@ def test_new_folder_vanishes_when_its_block_fails(tmp_path):
     with pytest.raises(RuntimeError):
         fail()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_kill_left_is_tidied_up(tmp_path):
+    for name in (".step-1.tmp", "step-2", ".step-2.old", ".step-3.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+    (tmp_path / ".result.json.tmp").write_text("{")
+    sweep(tmp_path)
+    assert {p.name: (p / "file").read_text() for p in tmp_path.iterdir()} == {
+        "step-2": "step-2",
+        "step-3": ".step-3.old",
+    }
 
 
 def test_write_text_replaces_whole_files_only(tmp_path, monkeypatch):

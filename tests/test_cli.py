@@ -36,7 +36,7 @@ def refused(done, *words):
 
 def train(home, *more, run="run"):
     base = ["train", "quickstart", "--run-dir", home / run, "--model.name", home / "model"]
-    return luffy(*base, "--rollout.memory_fraction=0.05", *more, cwd=home)
+    return luffy(*base, "--rollout.kv_cache_gib=0.25", *more, cwd=home)
 
 
 def test_help_is_for_people(home):
@@ -79,6 +79,23 @@ def test_nothing_left_after_the_filters(home):
     refused(train(home, "--data.max_prompt_tokens", "5"), "2000", "too long")
 
 
+def test_a_split_that_is_not_there(home):
+    pq.write_table(pa.Table.from_pylist([GOOD]), home / "one.parquet")
+    refused(train(home, "--data.path", home / "one.parquet", "--data.split", "dev"), "one.parquet", "'dev'", "train")
+    done = luffy("eval", "--data", home / "one.parquet", "--split", "dev", "--model", home / "model", cwd=home)
+    refused(done, "'dev'")
+
+
+def test_code_that_comes_with_a_model_is_not_run(home):
+    folder = make_model(home / "foreign")
+    (folder / "evil.py").write_text(f"open({str(home / 'was-run')!r}, 'w')\nclass Evil: pass\n")
+    config = json.loads((folder / "config.json").read_text()) | {"model_type": "evil"}
+    (folder / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoConfig": "evil.Evil"}}))
+    done = train(home, "--model.name", folder, run="foreign-run")
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert not (home / "was-run").exists()
+
+
 def test_too_few_problems_for_a_batch(home):
     refused(train(home, "--data.problems.train", "3"), "batch_size", "3")
 
@@ -99,6 +116,7 @@ def test_models_that_cannot_be_used(home):
 
 def test_an_unknown_grader_or_family(home):
     refused(train(home, "--reward.grader", "oracle"), "oracle", "answer")
+    refused(train(home, "--reward.grader", "nowhere:grade"), "nowhere:grade", "No module named")
     refused(train(home, "--data.problems.families", '{"sums": {}}'), "sums", "digit_sum")
 
 
@@ -110,9 +128,10 @@ def test_vllm_that_does_not_start_is_quoted(home):
 
 def test_vllm_that_is_not_installed(home):
     (home / "shadow" / "vllm").mkdir(parents=True)
-    (home / "shadow" / "vllm" / "__init__.py").write_text("raise ImportError('No module named vllm')")
-    done = luffy("generate", "?", "--model", home / "model", cwd=home, PYTHONPATH=str(home / "shadow"))
-    refused(done, "vLLM cannot be imported", "setup.sh")
+    for failure in ("ImportError('No module named vllm')", "RuntimeError('built for another torch')"):
+        (home / "shadow" / "vllm" / "__init__.py").write_text(f"raise {failure}")
+        done = luffy("generate", "?", "--model", home / "model", cwd=home, PYTHONPATH=str(home / "shadow"))
+        refused(done, "vLLM cannot be imported", "setup.sh", failure.split("'")[1])
 
 
 def test_numbers_that_blow_up_stop_the_run_with_a_dump(home):

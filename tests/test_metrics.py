@@ -32,6 +32,11 @@ def test_group_metrics():
     assert got["verify/timeouts"] == 1
 
 
+def test_partial_credit_is_not_a_solution():
+    got = group_metrics([group([0.5, 0.5])], updated=2)
+    assert (got["batch/solved"], got["batch/solve_none"], got["critic/score/mean"]) == (0, 1, 0.5)
+
+
 def test_a_side_that_is_absent_is_nan_and_not_zero():
     assert math.isnan(group_metrics([group([1.0])], 0)["batch/off_solved"])
 

@@ -273,9 +273,19 @@ def test_a_grader_that_does_not_load_is_an_error():
         VerifierPool("train", workers=0)
     with pytest.raises(ValueError, match="timeout_s must be"):
         VerifierPool("train", timeout_s=0)
+    with pytest.raises(ValueError, match="cannot be loaded: No module named 'no_such_module'"):
+        VerifierPool("no_such_module:grade", workers=1)
+
+
+def test_a_grader_that_loads_only_in_the_parent_is_an_error(tmp_path, monkeypatch):
+    (tmp_path / "shy.py").write_text(
+        "import sys\nif 'luffy.rewards.worker' in sys.orig_argv:\n    raise ImportError('not in here')\n"
+        "def grade(response, answer):\n    return 1.0\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
     with (
-        VerifierPool("no_such_module:grade", workers=1) as pool,
-        pytest.raises(RuntimeError, match="could not start: No module named 'no_such_module'"),
+        VerifierPool("shy:grade", workers=1) as pool,
+        pytest.raises(RuntimeError, match="could not start: not in here"),
     ):
         pool.grade([("a", "b")])
 

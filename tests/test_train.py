@@ -20,7 +20,7 @@ OPTIONS = {
     "data.problems.missing": 0.25,
     "data.problems.wrong": 0.3,
     "rollout.max_tokens": 8,
-    "rollout.memory_fraction": 0.05,
+    "rollout.kv_cache_gib": 0.25,
     "model.dtype": "float32",
     "optim.lr": 0.01,
     "train.prompts_per_step": 4,
@@ -200,3 +200,19 @@ def test_ctrl_c_saves_and_the_run_goes_on(home):
     again = luffy(*arguments(run, home / "model", "--resume", train__steps=done + 1), cwd=home)
     assert again.returncode == 0, again.stderr[-3000:]
     assert [r["step"] for r in records(run)] == list(range(1, done + 2))
+
+
+def test_the_gsm8k_recipe_runs_on_rows_of_that_schema(home):
+    worked = "Two and <<2+3=5>>three make 5.\n#### 5"
+    rows = [{"question": f"{n}: how many are 2 and 3?", "answer": worked} for n in range(8)]
+    rows.append({"question": "A long one?", "answer": "so " * 400 + "\n#### 1"})
+    (home / "gsm.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--train.steps=2", "--rollout.max_tokens=8", "--model.gradient_checkpointing=true"]
+    command = ["train", "gsm8k-smoke", "--run-dir", home / "gsm", "--model.name", home / "model"]
+    done = luffy(*command, "--data.path", home / "gsm.jsonl", *options, cwd=home)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "kept 8 of 9 traces: 1 too long" in done.stdout
+    last = records(home / "gsm")[-1]
+    assert last["step"] == 2
+    assert last["batch/off_solved"] == 1.0  # the human solution is the trace, and it verifies
+    assert last["actor/bad_updates"] == 0

@@ -43,7 +43,7 @@ def parts(tmp_path_factory):
     path = str(make_model(tmp_path_factory.mktemp("m") / "model"))
     mesh, _ = distributed.init()
     policy = shard(Policy(load_lm(path, ModelConfig()), 1.0), mesh, torch.float32)
-    engine = VllmEngine(path, RolloutConfig(memory_fraction=0.05), dtype="float32", max_model_len=256)
+    engine = VllmEngine(path, RolloutConfig(kv_cache_gib=0.25), dtype="float32", eos_token_id=2, max_model_len=256)
     yield policy, engine
     engine.close()
 
@@ -87,3 +87,17 @@ def test_generation_uses_the_new_weights_too(parts):
     torch.testing.assert_close(torch.tensor(answer.logp), want, atol=1e-3, rtol=0)
     [[again]] = engine.generate([prompt], [1], temperature=1.0, max_tokens=8, seeds=[3])
     assert again == answer  # a pure function of weights, prompt and seed
+
+
+def test_an_answer_ends_at_the_token_it_is_told_to_end_at(parts):
+    """Base models' tokenizers name another EOS than their chat template closes a turn with."""
+    _, engine = parts
+    ask = {"temperature": 1.0, "max_tokens": 8, "seeds": [5]}
+    [[whole]] = engine.generate([SEQUENCES[0]], [1], **ask)
+    last = next(i for i, token in enumerate(whole.token_ids) if i and token not in whole.token_ids[:i])
+    before, engine.eos_token_id = engine.eos_token_id, whole.token_ids[last]
+    [[cut]] = engine.generate([SEQUENCES[0]], [1], **ask)
+    engine.eos_token_id = before
+    assert cut.token_ids == whole.token_ids[: last + 1]
+    assert cut.finished
+    assert not whole.finished

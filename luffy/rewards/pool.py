@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
-from luffy.rewards.graders import GRADERS, Answer
+from luffy.rewards.graders import Answer, find_grader
 from luffy.rewards.slot import Slot
 
 CACHE_ENTRIES = 100_000
@@ -35,15 +35,15 @@ class VerifierPool:
 
     grader: a name in `GRADERS`, or `module:function` for one of your own.
     workers: number of processes. timeout_s: wall-clock seconds for one answer, a worker's start not included.
-    Raises ValueError for an unknown grader name, a worker count below 1 or a timeout that is not positive.
+    Raises ValueError for a grader that cannot be found or imported, a worker count below 1 or a timeout not positive.
     `grade` may be called from several threads; one call runs at a time.
     """
 
     def __init__(self, grader: str, workers: int = 2, timeout_s: float = 10.0) -> None:
-        if grader not in GRADERS and ":" not in grader:
-            raise ValueError(
-                f"VerifierPool: grader must be among {', '.join(GRADERS)} or 'module:function', got {grader!r}"
-            )
+        try:
+            find_grader(grader)  # the workers import it themselves; a name that leads nowhere is better known now
+        except (ImportError, ValueError) as error:
+            raise ValueError(f"VerifierPool: grader {grader!r} cannot be loaded: {error}") from error
         if workers < 1:
             raise ValueError(f"VerifierPool: workers must be at least 1, got {workers}")
         if timeout_s <= 0:

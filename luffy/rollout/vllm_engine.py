@@ -35,18 +35,26 @@ class Completion:
 
 
 class VllmEngine:
-    """An in-process vLLM with the model at `path`.
+    """An in-process vLLM with the model at `path`; answers end with `eos_token_id`.
 
     Raises:
         UserError: vLLM is not installed or does not start (its own last error line is quoted).
     """
 
     def __init__(
-        self, path: str, config: RolloutConfig, *, dtype: Dtype, max_model_len: int, trust_remote_code: bool = False
+        self,
+        path: str,
+        config: RolloutConfig,
+        *,
+        dtype: Dtype,
+        eos_token_id: int,
+        max_model_len: int,
+        trust_remote_code: bool = False,
     ) -> None:
+        self.eos_token_id = eos_token_id
         try:
             from vllm import LLM
-        except ImportError as error:
+        except Exception as error:  # a build for another torch or CPU fails in ways of its own
             raise UserError(
                 f"rollout: vLLM cannot be imported ({_last_line(error)}); run scripts/setup.sh, or install the "
                 f"`cpu` or `cuda` extra of luffy-rl"
@@ -58,6 +66,7 @@ class VllmEngine:
                 max_model_len=max_model_len,
                 max_num_seqs=config.max_sequences,
                 gpu_memory_utilization=config.memory_fraction,
+                kv_cache_memory_bytes=_kv_cache_bytes(config),
                 enforce_eager=config.eager,
                 logprobs_mode="processed_logprobs",
                 # vLLM 0.32 rewinds a seeded generator after a partial prefill, which CPU generators cannot do
@@ -90,6 +99,7 @@ class VllmEngine:
                 n=counts[i],
                 temperature=temperature,
                 max_tokens=max_tokens,
+                stop_token_ids=[self.eos_token_id],  # the checkpoint's own EOS may be another token
                 logprobs=0,
                 seed=seeds[i] if temperature else None,
                 detokenize=False,
@@ -122,6 +132,13 @@ class VllmEngine:
         del self.llm
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def _kv_cache_bytes(config: RolloutConfig) -> int | None:
+    gib = config.kv_cache_gib
+    if gib is None and not torch.cuda.is_available():
+        gib = 1.0  # vLLM would count the trainer's own memory against its share
+    return None if gib is None else int(gib * 2**30)
 
 
 def _completion(output) -> Completion:
