@@ -1,83 +1,120 @@
 """The quickstart study: LUFFY, on-policy RL and SFT on the same problems, whoever wins.
 
-    python -m bench.study [--only NAME ...]    run what is missing, one after the other
-    python -m bench.study --table                            print the table from bench/results/quickstart.json
-    python -m bench.study --readme                           put that table into README.md
+    python -m bench.study --pace                   seconds a step of each objective, interleaved, on an idle machine
+    python -m bench.study [--only NAME ...]        run what is missing, one after the other
+    python -m bench.study --table                  print the table from bench/results/quickstart.json
+    python -m bench.study --readme                 put that table into README.md
 
-Every variant is `luffy train quickstart` with the options shown below; equal wall-clock means equal minutes of training
-(rollouts, verification, update and weight sync; not evaluation). Run it on an otherwise idle machine.
+Every variant is `luffy train quickstart` with the options shown below. A machine that others share is slower at one
+minute than at the next, so equal wall-clock is not measured run by run: the pace is (medians of interleaved runs), and
+a row has as many steps as LUFFY's minutes hold at that pace. What ends a run is always its steps, because the learning
+rate falls to 0 at the last one; so the accuracies do not depend on how busy the machine was, and rows may run side by
+side.
 """
 
 import argparse
+import fcntl
 import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results" / "quickstart.json"
+OBJECTIVES = ("luffy", "grpo", "sft")
 NOISE = {"data.problems.wrong": 0.3, "data.problems.missing": 0.3}
-VARIANTS = {
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "luffy": ("LUFFY", {}),
-    "grpo-steps": ("on-policy (Dr.GRPO), equal steps", {"objective.name": "grpo"}),
-    "grpo-time": ("on-policy (Dr.GRPO), equal time", {"objective.name": "grpo"}),
-    "sft-steps": ("SFT, equal steps", {"objective.name": "sft"}),
-    "sft-time": ("SFT, equal time", {"objective.name": "sft"}),
+    "grpo-steps": ("on-policy (Dr.GRPO), equal steps", {}),
+    "grpo-time": ("on-policy (Dr.GRPO), equal time", {}),
+    "sft-steps": ("SFT, equal steps", {}),
+    "sft-time": ("SFT, equal time", {}),
     "luffy-noisy": ("LUFFY, 30 % wrong, 30 % missing traces", NOISE),
-    "sft-noisy": ("SFT, the same traces, equal time", {"objective.name": "sft"} | NOISE),
-    "sft-noisy-filtered": (
-        "SFT, those that verify, equal time",
-        {"objective.name": "sft", "objective.trace_filter": True} | NOISE,
-    ),
+    "sft-noisy": ("SFT, the same traces, equal time", NOISE),
+    "sft-noisy-filtered": ("SFT, those that verify, equal time", NOISE | {"objective.trace_filter": True}),
 }
 BEGIN, END = "<!-- study -->", "<!-- /study -->"
 
 
-def budget(name: str, results: dict) -> dict[str, object]:
-    """LUFFY runs as the recipe says; the others get its steps, or as many steps as fit into its minutes.
+def train(options: dict[str, Any]) -> tuple[dict, list[dict], dict]:
+    """Run the quickstart with these options; (result, metrics of its steps, environment)."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder, "run")
+        flags = [f"--{key}={value}" for key, value in options.items()]
+        command = [sys.executable, "-m", "luffy", "train", "quickstart", "--run-dir", run, *flags]
+        subprocess.run(command, check=True, cwd=ROOT)
+        steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        return json.loads((run / "result.json").read_text()), steps, json.loads((run / "environment.json").read_text())
 
-    Steps and not minutes end a run: the learning rate falls to 0 at the last step, and every row deserves that.
-    """
-    if name.startswith("luffy"):
-        return {"train.max_minutes": 1000}
-    steps, minutes = results["luffy"]["steps"], results["luffy"]["train_minutes"]
-    if not name.endswith("-steps"):
-        paced = results[f"{name.split('-')[0]}-steps"]
-        steps = round(minutes * paced["steps"] / paced["train_minutes"])
-    return {"train.steps": steps, "train.max_minutes": 1000}
+
+def measure_pace(rounds: int = 2, steps: int = 8) -> dict[str, float]:
+    """Median seconds a step, by objective. The objectives take turns; a run's first two steps warm up."""
+    seconds: dict[str, list[float]] = {objective: [] for objective in OBJECTIVES}
+    for _ in range(rounds):
+        for objective in OBJECTIVES:
+            options = {"objective.name": objective, "train.steps": steps, "eval.limit": 1}
+            _, metrics, _ = train(options | {"eval.every": 0, "checkpoint.every": 0})
+            seconds[objective] += [record["timing_s/step"] for record in metrics[2:]]
+    return {objective: round(median(values), 2) for objective, values in seconds.items()}
+
+
+def objective_of(name: str) -> str:
+    return name.split("-")[0]
+
+
+def steps_of(name: str, results: dict) -> int:
+    steps, pace = results["luffy"]["steps"], results["pace"]
+    if name.endswith("-steps") or objective_of(name) == "luffy":
+        return steps
+    return round(steps * pace["luffy"] / pace[objective_of(name)])
 
 
 def run(name: str, results: dict) -> dict:
     label, options = VARIANTS[name]
-    options = options | budget(name, results) | {"eval.every": 0, "checkpoint.every": 0}
-    with tempfile.TemporaryDirectory() as folder:
-        flags = [f"--{key}={value}" for key, value in options.items()]
-        command = [sys.executable, "-m", "luffy", "train", "quickstart", "--run-dir", f"{folder}/run", *flags]
-        subprocess.run(command, check=True, cwd=ROOT)
-        result = json.loads(Path(folder, "run", "result.json").read_text())
-        environment = json.loads(Path(folder, "run", "environment.json").read_text())
-    kept = ("steps", "train_minutes", "response_tokens", "before", "after")
-    return {"label": label, "options": options, "environment": environment} | {key: result[key] for key in kept}
+    options = options | {"objective.name": objective_of(name)}
+    if name != "luffy":  # which is as long as the recipe says
+        options |= {"train.steps": steps_of(name, results)}
+    options |= {"train.max_minutes": 1000, "eval.every": 0, "checkpoint.every": 0}
+    result, _, environment = train(options)
+    kept = {key: result[key] for key in ("steps", "response_tokens", "before", "after")}
+    return {"label": label, "options": options, "environment": environment} | kept
+
+
+@contextmanager
+def stored() -> Iterator[dict]:
+    """The results file, to read and change; other processes wait."""
+    RESULTS.parent.mkdir(exist_ok=True)
+    with RESULTS.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        yield results
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def table(results: dict) -> str:
-    any_run = next(iter(results.values()))
+    any_run = results["luffy"]
     machine, sizes = any_run["environment"]["machine"], [e["num_problems"] for e in any_run["after"]]
     lines = [
         f"| | steps | minutes | held-out ({sizes[0]}) | 95 % | harder ({sizes[1]}) |",
         "|---|---:|---:|---:|---:|---:|",
-        _row("base model", None, any_run["before"]),
+        _row("base model", "", "", any_run["before"]),
     ]
-    lines += [
-        _row(results[name]["label"], results[name], results[name]["after"]) for name in VARIANTS if name in results
-    ]
-    return "\n".join([*lines, "", f"{machine['cpu']}, {machine['cores']} cores, one run each, greedy decoding."])
+    for name in (name for name in VARIANTS if name in results):
+        steps = results[name]["steps"]
+        minutes = steps * results["pace"][objective_of(name)] / 60
+        lines.append(_row(results[name]["label"], str(steps), f"{minutes:.1f}", results[name]["after"]))
+    pace = ", ".join(f"{objective} {seconds:.1f} s" for objective, seconds in results["pace"].items())
+    note = f"{machine['cpu']}, {machine['cores']} cores, one run each, greedy decoding. Median time of a step: {pace}."
+    return "\n".join([*lines, "", note])
 
 
-def _row(label: str, result: dict | None, evaluations: list[dict]) -> str:
+def _row(label: str, steps: str, minutes: str, evaluations: list[dict]) -> str:
     held, harder = evaluations[0], evaluations[1]
-    steps, minutes = (str(result["steps"]), f"{result['train_minutes']:.1f}") if result else ("", "")
     low, high = held["interval"]
     return (
         f"| {label} | {steps} | {minutes} | {held['accuracy']:.1%} | {low:.0%}-{high:.0%} | {harder['accuracy']:.1%} |"
@@ -95,21 +132,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="variants to run")
     parser.add_argument("--again", action="store_true", help="run them even if results are there")
+    parser.add_argument("--pace", action="store_true", help="measure seconds a step and do nothing else")
     parser.add_argument("--table", action="store_true", help="print the table and do nothing else")
     parser.add_argument("--readme", action="store_true", help="put the table into README.md and do nothing else")
     args = parser.parse_args()
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    if "luffy" not in results and (args.table or args.readme or "luffy" not in args.only):
-        parser.error("the other rows are measured by LUFFY's: run `python -m bench.study --only luffy` first")
+    if args.pace:
+        pace = measure_pace()
+        with stored() as results:
+            results["pace"] = pace
+        print(pace)
+        return
+    if not (args.table or args.readme):
+        for name in [name for name in VARIANTS if name in args.only]:
+            with stored() as results:
+                have = dict(results)
+            if name in have and not args.again:
+                continue
+            if name != "luffy" and not {"luffy", "pace"} <= have.keys():
+                parser.error("other rows are measured by LUFFY's: run `--pace` and `--only luffy` first")
+            done = run(name, have)
+            with stored() as results:
+                results[name] = done
+    with stored() as results:
+        if not {"luffy", "pace"} <= results.keys():
+            parser.error("no table yet: run `--pace` and `--only luffy` first")
+        text = table(results)
     if args.readme:
-        write_readme(table(results))
-    elif not args.table:
-        for name in [name for name in VARIANTS if name in args.only]:  # in order: time rows follow their step rows
-            if args.again or name not in results:
-                results[name] = run(name, results)
-                RESULTS.parent.mkdir(exist_ok=True)
-                RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    print(table(results))
+        write_readme(text)
+    print(text)
 
 
 if __name__ == "__main__":
