@@ -52,8 +52,8 @@ def train(options: dict[str, Any]) -> tuple[dict, list[dict], dict]:
         return json.loads((run / "result.json").read_text()), steps, json.loads((run / "environment.json").read_text())
 
 
-def measure_pace(rounds: int = 2, steps: int = 8) -> dict[str, float]:
-    """Median seconds a step, by objective. The objectives take turns; a run's first two steps warm up."""
+def measure_pace(rounds: int = 2, steps: int = 5) -> dict[str, float]:
+    """Median seconds a step, by objective. The objectives take turns; a run's first two steps are left out."""
     seconds: dict[str, list[float]] = {objective: [] for objective in OBJECTIVES}
     for _ in range(rounds):
         for objective in OBJECTIVES:
