@@ -4,11 +4,41 @@ import math
 
 import pytest
 import torch
-from luffy_kernels import _chunks, _native, behaviour_ratio, linear_policy_loss, nll, policy_gradient, reference, shaped
+from luffy_kernels import (
+    _chunks,
+    _native,
+    behaviour_ratio,
+    cispo,
+    custom,
+    linear_policy_loss,
+    log_prob,
+    nll,
+    policy_gradient,
+    power,
+    prob_plus_log,
+    reference,
+    reinforce,
+    sapo,
+    shaped,
+    shaped_relative,
+)
 from luffy_kernels.testing import assert_as_good_as
 
 B, T, H, V = 2, 21, 32, 203
-LOSSES = (policy_gradient(0.2, 0.28, 3.0), shaped(0.1), nll(), behaviour_ratio(), shaped(0.2, "old", x_max=3.0))
+LOSSES = (
+    policy_gradient(0.2, 0.28, 3.0),
+    shaped(0.1),
+    nll(),
+    behaviour_ratio(),
+    shaped(0.2, "old", x_max=3.0),
+    shaped_relative(0.1, 0.2, 0.2),
+    power(0.5),
+    log_prob(0.1),
+    prob_plus_log(0.1, "old", 0.2, 0.2),
+    reinforce(),
+    cispo(0.28),
+    sapo(),
+)
 FLAGS = {
     "plain": {},
     "entropy": {"entropy_coef": 0.1},
@@ -91,7 +121,8 @@ def test_matches_float64(flags, dtype):
         assert_as_good_as(mine, baseline, wanted, atol=eps * float(wanted.abs().max()), name=name)
 
 
-@pytest.mark.parametrize("spec", LOSSES, ids=lambda spec: spec.name)
+# cispo holds the ratio constant: its gradient is not the slope of its value (compared with the reference instead)
+@pytest.mark.parametrize("spec", [spec for spec in LOSSES if spec.name != "cispo"], ids=lambda spec: spec.name)
 def test_gradcheck(spec):
     hidden, weight, targets, options = problem(torch.float64)
     hidden, targets = hidden[:, :3, :4].requires_grad_(), torch.tensor([[0, 5, 2], [3, -100, 1]])
@@ -104,6 +135,42 @@ def test_gradcheck(spec):
         return linear_policy_loss(hidden, weight, targets, losses=spec, entropy_coef=0.3, kl_coef=0.2, **cut).loss
 
     assert torch.autograd.gradcheck(fn, (hidden, weight))
+
+
+def squared(logp, old_logp, advantages):
+    """A loss that no table knows."""
+    return advantages * (logp - old_logp).square() + 0.1 * logp.exp()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_custom_loss_among_built_in_ones(dtype, monkeypatch):
+    hidden, weight, targets, options = problem(dtype, FLAGS["everything"])
+    options |= {"losses": (*LOSSES, custom(squared, needs_old_logp=True))}
+    options["loss_id"] = torch.where(torch.rand(B, T) < 0.5, options["loss_id"], len(LOSSES))
+    products = []
+    add = _chunks.Gradients.add
+    monkeypatch.setattr(_chunks.Gradients, "add", lambda *a: (products.append(1), add(*a))[1])
+    ours, grads = run(linear_policy_loss, dtype, hidden, weight, targets, options)
+    assert products == [1]  # in the same sweep as the rest: 3 GEMMs
+    truth, exact = run(reference.linear_policy_loss, torch.float64, hidden, weight, targets, options)
+    _, plain = run(reference.linear_policy_loss, dtype, hidden, weight, targets, options)
+    rtol = 2e-6 if dtype == torch.float64 else 1e-4
+    torch.testing.assert_close(ours.loss.double(), truth.loss, rtol=10 * rtol, atol=10 * rtol)
+    torch.testing.assert_close(ours.ratio.double(), truth.ratio, rtol=rtol, atol=rtol)
+    for mine, baseline, wanted in zip(grads, plain, exact, strict=True):
+        eps = 2**-7 if dtype == torch.bfloat16 else 5e-6
+        assert_as_good_as(mine, baseline, wanted, atol=eps * float(wanted.abs().max()))
+
+
+def test_a_custom_loss_without_old_logp_gradchecks():
+    hidden, weight = torch.randn(5, 4, dtype=torch.float64), torch.randn(7, 4, dtype=torch.float64)
+    targets = torch.tensor([0, -100, 3, 6, 2])
+    focal = custom(lambda logp, old_logp, advantages: -((1 - logp.exp()) ** 2) * logp)
+
+    def fn(hidden, weight):
+        return linear_policy_loss(hidden, weight, targets, advantages=0.0, losses=focal, normalizer=2.0).loss
+
+    assert torch.autograd.gradcheck(fn, (hidden.requires_grad_(), weight.requires_grad_()))
 
 
 @pytest.mark.parametrize("p", [1e-3, 0.01, 0.1, 0.5])
@@ -256,7 +323,7 @@ BAD = {
     "old_logp": (lambda c: {"old_logp": None}, "old_logp must be given"),
     "old_logp_word": (lambda c: {"old_logp": "rollout"}, "old_logp must be a tensor or 'current'"),
     "ref_logp": (lambda c: {"ref_logp": None, "kl_coef": 0.1}, "ref_logp must be given"),
-    "loss_id": (lambda c: {"loss_id": c["loss_id"] + 5}, r"loss_id must be in \[0, 5\)"),
+    "loss_id": (lambda c: {"loss_id": c["loss_id"] + len(LOSSES)}, r"loss_id must be in \[0, 12\)"),
     "loss_id_missing": (lambda c: {"loss_id": None}, "loss_id must be given"),
     "losses": (lambda c: {"losses": ()}, "losses must be"),
     "kl_type": (lambda c: {"kl_type": "k4"}, "kl_type must be one of"),

@@ -9,6 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .token_losses import TokenLoss
+
+KL_TYPES = ("k1", "k2", "k3")
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -48,6 +51,34 @@ def check_head(op: str, hidden: Tensor, weight: Tensor, targets: Tensor, bias: T
         require(tensor.device == hidden.device, op, name, f"on {hidden.device} like hidden", tensor.device)
 
 
+def check_losses(
+    op: str,
+    losses: TokenLoss | tuple[TokenLoss, ...],
+    loss_id: Tensor | None,
+    old_logp: Tensor | str | None,
+    like: Tensor,
+) -> tuple[TokenLoss, ...]:
+    """The specs as a tuple. `like` has the shape that per-token arguments must have."""
+    specs = (losses,) if isinstance(losses, TokenLoss) else tuple(losses)
+    typed = bool(specs) and all(isinstance(spec, TokenLoss) for spec in specs)
+    require(typed, op, "losses", "one token loss or a non-empty tuple of them", specs)
+    require(len(specs) == 1 or loss_id is not None, op, "loss_id", "given with more than one loss", None)
+    if loss_id is not None:
+        require(loss_id.shape == like.shape, op, "loss_id", f"of shape {tuple(like.shape)}", tuple(loss_id.shape))
+        require(not loss_id.is_floating_point(), op, "loss_id", "an integer tensor", loss_id.dtype)
+    needing = [spec.name for spec in specs if spec.needs_old_logp]
+    require(not needing or old_logp is not None, op, "old_logp", f"given ({', '.join(needing)} reads it)", None)
+    if isinstance(old_logp, str):
+        require(old_logp == "current", op, "old_logp", "a tensor or 'current'", repr(old_logp))
+    return specs
+
+
+def check_kl(op: str, kl_type: str, kl_coef: float | Tensor, ref_logp: Tensor | None) -> None:
+    require(kl_type in KL_TYPES, op, "kl_type", f"one of {KL_TYPES}", repr(kl_type))
+    unused = isinstance(kl_coef, (int, float)) and kl_coef == 0.0
+    require(unused or ref_logp is not None, op, "ref_logp", "given where kl_coef is not 0", None)
+
+
 def per_token(op: str, name: str, value: float | Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
     """A number or a tensor that broadcasts dimension by dimension to targets' shape -> [N] or 0-d, detached."""
     if not isinstance(value, Tensor):
@@ -61,6 +92,17 @@ def per_token(op: str, name: str, value: float | Tensor, targets: Tensor, dtype:
     fits = value.ndim == targets.ndim and all(a in (1, b) for a, b in zip(value.shape, targets.shape, strict=True))
     require(fits, op, name, f"broadcastable to {tuple(targets.shape)}, with as many dimensions", tuple(value.shape))
     return value.expand(targets.shape).reshape(-1)
+
+
+def checked_normalizer(op: str, normalizer: float | Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The normaliser as a 0-d tensor."""
+    if not isinstance(normalizer, Tensor):
+        require(normalizer > 0, op, "normalizer", "positive", normalizer)
+        return torch.full((), normalizer, dtype=dtype, device=device)
+    require(normalizer.ndim == 0, op, "normalizer", "a number or a 0-d tensor", tuple(normalizer.shape))
+    if normalizer.device.type == "cpu" and not torch.compiler.is_compiling():
+        require(bool(normalizer > 0), op, "normalizer", "positive", float(normalizer))
+    return normalizer.detach().to(device=device, dtype=dtype)
 
 
 def check_head_values(op: str, targets: Tensor, vocabulary: int, ignore_index: int, temperature: Tensor) -> None:

@@ -169,8 +169,12 @@ def logits_grad(
     lse: Tensor | None,
     head: Head,
     work: Workspace,
+    uniform: Tensor | None = None,
 ) -> Tensor:
-    """[C, V] gradient of h W^T + b in the operands' dtype. Overwrites the statistics' buffers."""
+    """[C, V] gradient of h W^T + b in the operands' dtype. Overwrites the statistics' buffers.
+
+    g, u, lse: [C] derivatives of the loss in logp, entropy and lse. uniform: [C] its derivative in every z alike.
+    """
     count, at = stats.logp.shape[0], targets[:, None]
     buffer = work.exp if work.narrow is None else work.narrow
     assert buffer is not None, "a workspace has exp or a narrow buffer"
@@ -183,13 +187,23 @@ def logits_grad(
     on_target = (g + target_z.exp() / stats.sum * weight) * chain
     offset = (flat if u is None else flat + u * stats.mean) * chain / stats.sum
     slope = torch.zeros_like(offset) if u is None else -u * chain / stats.sum
+    assert u is None or uniform is None, "no operator has an entropy term and label smoothing"
+    flat_share = None if uniform is None else uniform * chain
+    if flat_share is not None:
+        on_target = on_target + flat_share
     if stats.exp is None:
         torch.ops.luffy_kernels.grad_rows(out, stats.centred, offset, slope)
+        if flat_share is not None:
+            out.add_(flat_share[:, None])
     else:
         cap = None if head.softcap is None else _cap_derivative(stats, rows, head, head.softcap)
         if cap is not None:
             on_target = on_target * cap.gather(1, at).squeeze(1)
-        if u is None:
+        if flat_share is not None:
+            torch.addcmul(flat_share[:, None], stats.exp, offset[:, None], out=stats.exp)
+            torch.mul(stats.exp, 1.0 if cap is None else cap, out=out)
+            cap = None
+        elif u is None:
             torch.mul(stats.exp, offset[:, None], out=out if cap is None else stats.exp)
         else:
             torch.addcmul(offset[:, None], stats.centred, slope[:, None], out=stats.centred)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import _chunks, token_losses
-from ._checks import check_head_values, require
+from ._checks import check_head_values
 
 OP = "linear_policy_loss"
 
@@ -29,6 +29,8 @@ class _Tokens(NamedTuple):
     entropy_coef: Tensor | None
     kl_coef: Tensor | None
     kl_type: str
+    ids: Tensor  # [N] index into the table
+    custom: dict[int, token_losses.TokenLoss]  # by that index
 
     def evaluate(self, at: Tensor, stats: _chunks.Stats) -> tuple[Tensor, Tensor, Tensor, token_losses.Evaluated]:
         """Weighted loss incl. KL and entropy, its derivative in logp, the KL, and the bare token loss."""
@@ -36,11 +38,15 @@ class _Tokens(NamedTuple):
         cut = [None if x is None else x[at] for x in (self.old_logp, self.ref_logp, self.weight)]
         old_logp, ref_logp, weight = cut
         token = token_losses.evaluate(logp, self.advantages[at], old_logp, self.rows[at])
+        for index, spec in self.custom.items():
+            token = token_losses.evaluate_custom(
+                spec, self.ids[at] == index, logp, self.advantages[at], old_logp, token
+            )
         loss = token.loss if weight is None else token.loss * weight
         g = token.grad if weight is None else token.grad * weight
         kl = torch.zeros_like(logp)
         if ref_logp is not None:
-            kl, kl_grad = _kl(logp - ref_logp, self.kl_type)
+            kl, kl_grad = token_losses.kl(logp, ref_logp, self.kl_type)
             if self.kl_coef is not None:
                 loss, g = loss + self.kl_coef[at] * kl, g + self.kl_coef[at] * kl_grad
         if self.entropy_coef is not None:
@@ -49,20 +55,11 @@ class _Tokens(NamedTuple):
 
     def may_matter(self) -> Tensor:
         """[N] bool: rows whose gradient is not known to be zero before the forward pass."""
-        live = (self.advantages != 0) | (self.rows[:, 0] == token_losses.NLL)
+        live = (self.advantages != 0) | (self.rows[:, 0] >= token_losses.NLL)  # nll and custom need no advantage
         live = live if self.weight is None else live & (self.weight != 0)
         for coefficient in (self.entropy_coef, self.kl_coef):
             live = live if coefficient is None else live | (coefficient != 0)
         return live
-
-
-def _kl(d: Tensor, kl_type: str) -> tuple[Tensor, Tensor]:
-    """Estimate of KL(policy || reference) per token and its derivative in logp, d = logp - ref_logp."""
-    if kl_type == "k1":
-        return d, torch.ones_like(d)
-    if kl_type == "k2":
-        return d.square() / 2, d
-    return torch.expm1(-d) + d, -torch.expm1(-d)
 
 
 @torch.library.custom_op("luffy_kernels::policy_loss_torch", mutates_args=())
@@ -88,6 +85,53 @@ def policy_loss_torch(
     need: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss sum, logp, entropy, ratio, kl, clipped, dh, dW, db); gradients that `need` does not ask for are empty."""
+    return sweep(
+        hidden,
+        weight,
+        bias,
+        targets,
+        losses,
+        loss_id,
+        advantages,
+        old_logp,
+        ref_logp,
+        token_weight,
+        entropy_coef,
+        kl_coef,
+        kl_type,
+        temperature,
+        softcap,
+        logit_scale,
+        ignore_index,
+        chunk_bytes,
+        need,
+    )
+
+
+def sweep(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    losses: Tensor,
+    loss_id: Tensor | None,
+    advantages: Tensor,
+    old_logp: Tensor | None,
+    ref_logp: Tensor | None,
+    token_weight: Tensor | None,
+    entropy_coef: Tensor | None,
+    kl_coef: Tensor | None,
+    kl_type: str,
+    temperature: Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    ignore_index: int,
+    chunk_bytes: int,
+    need: list[bool],
+    *,
+    custom: dict[int, token_losses.TokenLoss] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The operator, plus the `custom` losses that no schema can carry, by their index in the table."""
     n, dtype = targets.shape[0], advantages.dtype
     check_head_values(OP, targets, weight.shape[0], ignore_index, temperature)
     operand = torch.promote_types(hidden.dtype, weight.dtype)
@@ -96,8 +140,9 @@ def policy_loss_torch(
     def spread(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.expand(n)
 
+    ids = token_losses.table_index(OP, loss_id, losses.shape[0], targets != ignore_index)
     tokens = _Tokens(
-        losses.to(dtype)[_table_index(loss_id, losses.shape[0], targets, ignore_index)],
+        losses.to(dtype)[ids],
         advantages.expand(n),
         spread(old_logp),
         spread(ref_logp),
@@ -105,6 +150,8 @@ def policy_loss_torch(
         spread(entropy_coef),
         spread(kl_coef),
         kl_type,
+        ids,
+        custom or {},
     )
     outputs = [targets.new_zeros(n, dtype=dtype) for _ in range(5)] + [targets.new_zeros(n, dtype=torch.bool)]
     grads = _chunks.Gradients(hidden, head, (need[0], need[1], need[2]))
@@ -150,17 +197,6 @@ def _sweep(
     grads.add(dz, h, rows, head)
 
 
-def _table_index(loss_id: Tensor | None, count: int, targets: Tensor, ignore_index: int) -> Tensor:
-    if loss_id is None:
-        return torch.zeros_like(targets)
-    loss_id = torch.where(targets == ignore_index, 0, loss_id)
-    if loss_id.device.type == "cpu":
-        bad = loss_id[(loss_id < 0) | (loss_id >= count)]
-        if bad.numel():
-            require(False, OP, "loss_id", f"in [0, {count}), the rows of losses", int(bad[0]))
-    return loss_id.long()
-
-
 @policy_loss_torch.register_fake
 def _fake(hidden, weight, bias, targets, losses, loss_id, advantages, *rest):
     need, dtype = rest[-1], advantages.dtype
@@ -192,3 +228,21 @@ def _backward(ctx, grad_loss, *_):
 
 
 policy_loss_torch.register_autograd(_backward, setup_context=_setup)
+
+
+class CustomPolicyLoss(torch.autograd.Function):
+    """The same sweep outside torch.library, whose schemas take no callables. First argument: `custom` of `sweep`."""
+
+    @staticmethod
+    def forward(ctx, custom, *args):
+        ctx.set_materialize_grads(False)
+        outputs = sweep(*args, custom=custom)
+        ctx.save_for_backward(*outputs[6:])
+        ctx.dtypes = [None if x is None else x.dtype for x in args[:3]]
+        ctx.need = args[-1]
+        ctx.mark_non_differentiable(*outputs[1:])
+        return outputs
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return (None, *_backward(ctx, *grads))

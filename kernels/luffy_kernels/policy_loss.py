@@ -15,16 +15,15 @@ region: it would run twice.
 
 from __future__ import annotations
 
+import functools
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import _chunks, _library, token_losses
-from ._checks import check_head, per_token, require
-from ._policy_sweep import OP, policy_loss_torch
-
-KL_TYPES = ("k1", "k2", "k3")
+from ._checks import check_head, check_kl, check_losses, checked_normalizer, per_token, require
+from ._policy_sweep import OP, CustomPolicyLoss, policy_loss_torch
 
 
 class PolicyLoss(NamedTuple):
@@ -86,11 +85,8 @@ def linear_policy_loss(
     check_head(OP, hidden, weight, targets, bias)
     operand = torch.promote_types(hidden.dtype, weight.dtype)
     dtype = _chunks.compute_dtype(operand)
-    specs = (losses,) if isinstance(losses, token_losses.TokenLoss) else tuple(losses)
-    _check_losses(specs, loss_id, old_logp, targets)
-    require(kl_type in KL_TYPES, OP, "kl_type", f"one of {KL_TYPES}", repr(kl_type))
-    no_kl = isinstance(kl_coef, (int, float)) and kl_coef == 0.0
-    require(no_kl or ref_logp is not None, OP, "ref_logp", "given where kl_coef is not 0", None)
+    specs = check_losses(OP, losses, loss_id, old_logp, targets)
+    check_kl(OP, kl_type, kl_coef, ref_logp)
     require(softcap is None or softcap > 0, OP, "softcap", "positive", softcap)
     chunk_bytes = _library.chunk_budget(OP, chunk_bytes, hidden.device)
 
@@ -102,6 +98,10 @@ def linear_policy_loss(
 
     grad = torch.is_grad_enabled()
     op = _library.resolve(OP, backend, hidden.device, operand)
+    custom = {index: spec for index, spec in enumerate(specs) if spec.fn is not None}
+    if custom:
+        require(backend in ("auto", "torch"), OP, "backend", "'auto' or 'torch' with a custom loss", repr(backend))
+        op = functools.partial(CustomPolicyLoss.apply, custom)
     total, logp, entropy, ratio, kl, clipped, *_ = op(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
@@ -129,34 +129,7 @@ def linear_policy_loss(
     )
     shape = targets.shape
     per_row = (x.detach().view(shape) for x in (logp, entropy, ratio, kl, clipped))
-    return PolicyLoss(total / _checked_normalizer(normalizer, hidden.device, dtype), *per_row)
-
-
-def _check_losses(
-    specs: tuple[token_losses.TokenLoss, ...], loss_id: Tensor | None, old_logp: Tensor | str | None, targets: Tensor
-) -> None:
-    typed = bool(specs) and all(isinstance(spec, token_losses.TokenLoss) for spec in specs)
-    require(typed, OP, "losses", "one token loss or a non-empty tuple of them", specs)
-    require(len(specs) == 1 or loss_id is not None, OP, "loss_id", "given with more than one loss", None)
-    if loss_id is not None:
-        require(
-            loss_id.shape == targets.shape, OP, "loss_id", f"{tuple(targets.shape)} like targets", tuple(loss_id.shape)
-        )
-        require(not loss_id.is_floating_point(), OP, "loss_id", "an integer tensor", loss_id.dtype)
-    needing = [spec.name for spec in specs if spec.needs_old_logp]
-    require(not needing or old_logp is not None, OP, "old_logp", f"given ({', '.join(needing)} reads it)", None)
-    if isinstance(old_logp, str):
-        require(old_logp == "current", OP, "old_logp", "a tensor or 'current'", repr(old_logp))
-
-
-def _checked_normalizer(normalizer: float | Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    if not isinstance(normalizer, Tensor):
-        require(normalizer > 0, OP, "normalizer", "positive", normalizer)
-        return torch.full((), normalizer, dtype=dtype, device=device)
-    require(normalizer.ndim == 0, OP, "normalizer", "a number or a 0-d tensor", tuple(normalizer.shape))
-    if normalizer.device.type == "cpu" and not torch.compiler.is_compiling():
-        require(bool(normalizer > 0), OP, "normalizer", "positive", float(normalizer))
-    return normalizer.detach().to(device=device, dtype=dtype)
+    return PolicyLoss(total / checked_normalizer(OP, normalizer, hidden.device, dtype), *per_row)
 
 
 _library.register(OP, "torch", policy_loss_torch)

@@ -1,0 +1,226 @@
+"""Cross-entropy of a linear head without the logits: 3 GEMMs for a scalar, 4 for per-token losses.
+
+    z    = softcap(logit_scale * (hidden W^T + bias)) / temperature        [N, V], a chunk at a time, fp32
+    loss = (1 - s) (lse - z_target) + s (lse - mean_v z) + z_loss lse^2     s = label_smoothing
+
+N tokens, H hidden, V vocabulary. A scalar's gradients are computed in the forward sweep and only scaled by backward;
+per-token losses (`reduction="none"`) recompute the logits, because their upstream gradient is not known before.
+Memory and determinism as in `linear_policy_loss`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from . import _chunks, _library
+from ._checks import check_head, check_head_values, checked_normalizer, per_token, require
+
+OP = "linear_cross_entropy"
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    reduction: Literal["mean", "sum", "none"] = "mean",
+    normalizer: float | Tensor | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    chunk_bytes: int | None = None,
+    backend: Literal["auto", "torch"] = "auto",
+) -> Tensor:
+    """Negative log-likelihood of the targets, differentiable in hidden, weight and bias.
+
+    Args:
+        hidden, weight, targets, bias, temperature, softcap, logit_scale, ignore_index, chunk_bytes: as in
+            `linear_logprobs`.
+        reduction: "mean" divides the sum over valid rows by `normalizer`, their number by default (0 rows give 0);
+            "sum" divides by nothing; "none" gives targets' shape, 0 in ignored rows.
+        label_smoothing: in [0, 1). z_loss: coefficient of lse^2, at least 0.
+
+    Returns:
+        float32 (float64 for float64 operands): 0-d, or targets' shape.
+
+    Raises:
+        ValueError: what `_checks` lists, an unknown reduction, a normaliser without "mean".
+    """
+    check_head(OP, hidden, weight, targets, bias)
+    require(reduction in REDUCTIONS, OP, "reduction", f"one of {REDUCTIONS}", repr(reduction))
+    require(normalizer is None or reduction == "mean", OP, "normalizer", "None unless reduction is 'mean'", normalizer)
+    require(0 <= label_smoothing < 1, OP, "label_smoothing", "in [0, 1)", label_smoothing)
+    require(0 <= z_loss < float("inf"), OP, "z_loss", "finite and at least 0", z_loss)
+    require(softcap is None or softcap > 0, OP, "softcap", "positive", softcap)
+    operand = torch.promote_types(hidden.dtype, weight.dtype)
+    dtype = _chunks.compute_dtype(operand)
+    grad = torch.is_grad_enabled()
+    args = (
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        bias,
+        targets.reshape(-1),
+        label_smoothing,
+        z_loss,
+        per_token(OP, "temperature", temperature, targets, dtype),
+        softcap,
+        logit_scale,
+        ignore_index,
+        _library.chunk_budget(OP, chunk_bytes, hidden.device),
+    )
+    need = [grad and x is not None and x.requires_grad for x in (hidden, weight, bias)]
+    op = _library.resolve(OP, backend, hidden.device, operand)
+    total, per_row, *_ = op(*args, reduction == "none", need)
+    if reduction == "none":
+        return per_row.view(targets.shape)
+    if reduction == "sum":
+        return total
+    if normalizer is None:
+        return total / (targets != ignore_index).sum().clamp(min=1).to(dtype)
+    return total / checked_normalizer(OP, normalizer, hidden.device, dtype)
+
+
+def _sweep(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    label_smoothing: float,
+    z_loss: float,
+    temperature: Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    ignore_index: int,
+    chunk_bytes: int,
+    need: list[bool],
+    upstream: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss [N], dh, dW, db) with row t's gradient scaled by upstream[t]; rows where that is 0 enter no GEMM."""
+    check_head_values(OP, targets, weight.shape[0], ignore_index, temperature)
+    operand = torch.promote_types(hidden.dtype, weight.dtype)
+    head = _chunks.make_head(weight, bias, temperature, softcap, logit_scale, operand, targets.shape[0])
+    loss = targets.new_zeros(targets.shape, dtype=temperature.dtype)
+    grads = _chunks.Gradients(hidden, head, (need[0], need[1], need[2]))
+    live = targets != ignore_index if upstream is None else (targets != ignore_index) & (upstream != 0)
+    active = live.nonzero().view(-1)
+    most = min(_chunks.chunk_rows(head, chunk_bytes), len(active))
+    work = _chunks.Workspace(most, head)
+    for part in _chunks.balanced(len(active), most):
+        rows = active[part]
+        h, y = hidden[rows].to(operand), targets[rows]
+        stats = _chunks.row_stats(h, rows, y, head, work)
+        value = z_loss * stats.lse.square() - (1 - label_smoothing) * stats.logp
+        if label_smoothing:
+            value = value + label_smoothing * (stats.sum.log() - stats.centred.mean(-1))
+        loss[rows] = value
+        if any(need):
+            scale = torch.ones_like(value) if upstream is None else upstream[rows]
+            in_lse = (label_smoothing + 2 * z_loss * stats.lse) * scale
+            uniform = scale * (-label_smoothing / weight.shape[0]) if label_smoothing else None
+            g = (label_smoothing - 1) * scale
+            grads.add(_chunks.logits_grad(stats, rows, y, g, None, in_lse, head, work, uniform), h, rows, head)
+    dh, dw, db = (hidden.new_empty(0) if x is None else x for x in grads.all())
+    return loss, dh, dw, db
+
+
+@torch.library.custom_op("luffy_kernels::cross_entropy_torch", mutates_args=())
+def cross_entropy_torch(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    label_smoothing: float,
+    z_loss: float,
+    temperature: Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    ignore_index: int,
+    chunk_bytes: int,
+    per_token: bool,
+    need: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss sum, loss [N], dh, dW, db). With `per_token` the gradients are left to backward, which recomputes."""
+    args = (hidden, weight, bias, targets, label_smoothing, z_loss, temperature, softcap, logit_scale, ignore_index)
+    loss, dh, dw, db = _sweep(*args, chunk_bytes, [False] * 3 if per_token else need)
+    return loss.sum(), loss, dh, dw, db
+
+
+@torch.library.custom_op("luffy_kernels::cross_entropy_backward_torch", mutates_args=())
+def cross_entropy_backward(
+    upstream: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    label_smoothing: float,
+    z_loss: float,
+    temperature: Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    ignore_index: int,
+    chunk_bytes: int,
+    need: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dh, dW, db) of per-token losses with this upstream gradient, [N]."""
+    args = (hidden, weight, bias, targets, label_smoothing, z_loss, temperature, softcap, logit_scale, ignore_index)
+    _, dh, dw, db = _sweep(*args, chunk_bytes, need, upstream.to(temperature.dtype))
+    return dh, dw, db
+
+
+def _fake_grads(hidden, weight, dtype, need):
+    operand = torch.promote_types(hidden.dtype, weight.dtype)
+    return (
+        hidden.new_empty(hidden.shape, dtype=operand) if need[0] else hidden.new_empty(0),
+        weight.new_empty(weight.shape, dtype=dtype) if need[1] else hidden.new_empty(0),
+        weight.new_empty(weight.shape[0], dtype=dtype) if need[2] else hidden.new_empty(0),
+    )
+
+
+@cross_entropy_torch.register_fake
+def _fake(hidden, weight, bias, targets, label_smoothing, z_loss, temperature, *rest):
+    dtype, (per_token, need) = temperature.dtype, rest[-2:]
+    grads = _fake_grads(hidden, weight, dtype, [False] * 3 if per_token else need)
+    return (hidden.new_empty((), dtype=dtype), hidden.new_empty(targets.shape, dtype=dtype), *grads)
+
+
+@cross_entropy_backward.register_fake
+def _fake_backward(upstream, hidden, weight, bias, targets, label_smoothing, z_loss, temperature, *rest):
+    return _fake_grads(hidden, weight, temperature.dtype, rest[-1])
+
+
+def _setup(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    ctx.dtypes = [None if x is None else x.dtype for x in inputs[:3]]
+    ctx.per_token, ctx.need = inputs[-2:]
+    if ctx.per_token:
+        ctx.save_for_backward(*inputs[:4], inputs[6])
+        ctx.options = (inputs[4:6], inputs[7:11])
+    else:
+        ctx.save_for_backward(*output[2:])
+
+
+def _backward(ctx, grad_sum, grad_rows, *_):
+    upstream = grad_rows if ctx.per_token else grad_sum
+    if upstream is None or not any(ctx.need):
+        return (None,) * 13
+    saved = ctx.saved_tensors
+    if ctx.per_token:
+        *head, temperature = saved
+        (smoothing, z_loss), rest = ctx.options
+        grads = cross_entropy_backward(upstream, *head, smoothing, z_loss, temperature, *rest, ctx.need)
+    else:  # out of place, so that a second backward finds the saved gradient as it was
+        grads = [x * upstream for x in saved]
+    kept = zip(grads, ctx.dtypes, ctx.need, strict=True)
+    return (*(x.to(dtype) if wanted else None for x, dtype, wanted in kept), *(None,) * 10)
+
+
+cross_entropy_torch.register_autograd(_backward, setup_context=_setup)
+_library.register(OP, "torch", cross_entropy_torch)
