@@ -9,20 +9,28 @@ Every variant is `luffy train quickstart` with the options shown below. A machin
 minute than at the next, so equal wall-clock is not measured run by run: the pace is (medians of interleaved runs), and
 a row has as many steps as LUFFY's minutes hold at that pace. What ends a run is always its steps, because the learning
 rate falls to 0 at the last one; so the accuracies do not depend on how busy the machine was, and rows may run side by
-side.
+side. The pace is that of a run's first steps, where on-policy groups are all wrong and cost no update: on-policy RL
+gets more steps than its share. Rows of another recipe than today's count as missing.
 """
 
 import argparse
 import fcntl
+import hashlib
 import json
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+from luffy.config import load_config
+from luffy.data import load_problems
+from luffy.files import write_json
+from luffy.sources import evaluation_sources
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results" / "quickstart.json"
@@ -38,6 +46,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "sft-noisy": ("SFT, the same traces, equal time", NOISE),
     "sft-noisy-filtered": ("SFT, those that verify, equal time", NOISE | {"objective.trace_filter": True}),
 }
+# Steps and not minutes end a run; looking and saving meanwhile change nothing.
+COMMON = {"train.max_minutes": 1000, "eval.every": 0, "checkpoint.every": 0}
 BEGIN, END = "<!-- study -->", "<!-- /study -->"
 
 
@@ -57,10 +67,20 @@ def measure_pace(rounds: int = 2, steps: int = 5) -> dict[str, float]:
     seconds: dict[str, list[float]] = {objective: [] for objective in OBJECTIVES}
     for _ in range(rounds):
         for objective in OBJECTIVES:
-            options = {"objective.name": objective, "train.steps": steps, "eval.limit": 1}
-            _, metrics, _ = train(options | {"eval.every": 0, "checkpoint.every": 0})
+            _, metrics, _ = train(COMMON | {"objective.name": objective, "train.steps": steps, "eval.limit": 1})
             seconds[objective] += [record["timing_s/step"] for record in metrics[2:]]
     return {objective: round(median(values), 2) for objective, values in seconds.items()}
+
+
+def recipe() -> str:
+    """Digest of the quickstart recipe, without what `COMMON` overrides."""
+    config = load_config("quickstart", [f"--{key}={value}" for key, value in COMMON.items()])
+    return hashlib.sha256(config.model_dump_json().encode()).hexdigest()[:16]
+
+
+def current(results: dict) -> dict:
+    """The rows of today's recipe, and the pace."""
+    return {name: row for name, row in results.items() if name == "pace" or row["recipe"] == recipe()}
 
 
 def objective_of(name: str) -> str:
@@ -79,21 +99,25 @@ def run(name: str, results: dict) -> dict:
     options = options | {"objective.name": objective_of(name)}
     if name != "luffy":  # which is as long as the recipe says
         options |= {"train.steps": steps_of(name, results)}
-    options |= {"train.max_minutes": 1000, "eval.every": 0, "checkpoint.every": 0}
-    result, _, environment = train(options)
+    result, steps, environment = train(options | COMMON)
     kept = {key: result[key] for key in ("steps", "response_tokens", "before", "after")}
-    return {"label": label, "options": options, "environment": environment} | kept
+    about = {"recipe": recipe(), "label": label, "options": options, "environment": environment}
+    return about | {"seconds_per_step": round(median(r["timing_s/step"] for r in steps), 2)} | kept
+
+
+def load() -> dict:
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
 
 
 @contextmanager
 def stored() -> Iterator[dict]:
-    """The results file, to read and change; other processes wait."""
+    """The results, to change; other processes wait."""
     RESULTS.parent.mkdir(exist_ok=True)
     with RESULTS.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        results = load()
         yield results
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+        write_json(RESULTS, results)
 
 
 def table(results: dict) -> str:
@@ -102,6 +126,7 @@ def table(results: dict) -> str:
     lines = [
         f"| | steps | minutes | held-out ({sizes[0]}) | 95 % | harder ({sizes[1]}) |",
         "|---|---:|---:|---:|---:|---:|",
+        f"| the most frequent answer, always | | | {' | | '.join(f'{share:.1%}' for share in constant_answers())} |",
         _row("base model", "", "", any_run["before"]),
     ]
     for name in (name for name in VARIANTS if name in results):
@@ -111,6 +136,15 @@ def table(results: dict) -> str:
     pace = ", ".join(f"{objective} {seconds:.1f} s" for objective, seconds in results["pace"].items())
     note = f"{machine['cpu']}, {machine['cores']} cores, one run each, greedy decoding. Median time of a step: {pace}."
     return "\n".join([*lines, "", note])
+
+
+def constant_answers() -> list[float]:
+    """What the best constant answer would score, on each problem set."""
+    shares = []
+    for source in evaluation_sources(load_config("quickstart")).values():
+        answers = Counter(problem.answer for problem in load_problems(source))
+        shares.append(answers.most_common(1)[0][1] / answers.total())
+    return shares
 
 
 def _row(label: str, steps: str, minutes: str, evaluations: list[dict]) -> str:
@@ -144,8 +178,7 @@ def main() -> None:
         return
     if not (args.table or args.readme):
         for name in [name for name in VARIANTS if name in args.only]:
-            with stored() as results:
-                have = dict(results)
+            have = current(load())
             if name in have and not args.again:
                 continue
             if name != "luffy" and not {"luffy", "pace"} <= have.keys():
@@ -153,10 +186,10 @@ def main() -> None:
             done = run(name, have)
             with stored() as results:
                 results[name] = done
-    with stored() as results:
-        if not {"luffy", "pace"} <= results.keys():
-            parser.error("no table yet: run `--pace` and `--only luffy` first")
-        text = table(results)
+    have = current(load())
+    if not {"luffy", "pace"} <= have.keys():
+        parser.error("no table yet: run `--pace` and `--only luffy` first")
+    text = table(have)
     if args.readme:
         write_readme(text)
     print(text)

@@ -43,6 +43,7 @@ def save(
         _save_tensors(dict(hf_weights(policy)), new / MODEL)
         _save_tensors(dict(_optimizer_tensors(policy, optimizer)), new / OPTIMIZER)
         policy.lm.config.save_pretrained(new)
+        policy.lm.generation_config.eos_token_id = tokenizer.eos_token_id  # what generation stopped on in training
         policy.lm.generation_config.save_pretrained(new)
         tokenizer.save_pretrained(new)
         write_json(new / LOOP, loop | {"step": step})

@@ -5,7 +5,6 @@ the user can mend (one sentence on stderr), 130 interrupted.
 """
 
 import argparse
-import os
 import sys
 from typing import Any
 
@@ -16,7 +15,6 @@ def main(argv: list[str] | None = None) -> int:
     args, rest = build_parser().parse_known_args(argv)
     if rest and args.command != "train":
         build_parser().parse_args(argv)  # ends with argparse's own message
-    sys.path.append(os.getcwd())  # where a grader named module:function may live; last, so it shadows nothing
     try:
         return {"train": run_train, "eval": run_eval, "generate": run_generate}[args.command](args, rest)
     except UserError as error:
@@ -106,6 +104,8 @@ def run_train(args: argparse.Namespace, overrides: list[str]) -> int:
 
         train(config, run, args.resume)
         draw_curves(run)
+    elif not run.curves.is_file():  # a kill came between the last step and the picture
+        draw_curves(run)
     print_result(run)
     return 0
 
@@ -132,8 +132,8 @@ def run_eval(args: argparse.Namespace, _: list[str]) -> int:
         verifier = VerifierPool(grader, config.reward.workers, config.reward.timeout_s)
     with verifier:
         options: dict[str, Any] = {"temperature": args.temperature, "max_tokens": args.max_tokens, "seed": args.seed}
-        engine = _start_engine(args, path, config, template)
-        result = evaluate(Path(args.data).stem, loaded.examples, engine, verifier, template, **options)
+        with _start_engine(args, path, config, template) as engine:
+            result = evaluate(Path(args.data).stem, loaded.examples, engine, verifier, template, **options)
     if args.out:
         result.write_samples(Path(args.out))
     print_evaluation(result)
@@ -146,10 +146,10 @@ def run_generate(args: argparse.Namespace, _: list[str]) -> int:
     prompt = tuple(template.encode_prompt([{"role": "user", "content": args.question}]))
     if len(prompt) > args.max_prompt_tokens:
         raise UserError(f"generate: the question has {len(prompt)} tokens, more than --max-prompt-tokens")
-    engine = _start_engine(args, path, config, template)
-    [[answer]] = engine.generate(
-        [prompt], [1], temperature=args.temperature, max_tokens=args.max_tokens, seeds=[args.seed]
-    )
+    with _start_engine(args, path, config, template) as engine:
+        [[answer]] = engine.generate(
+            [prompt], [1], temperature=args.temperature, max_tokens=args.max_tokens, seeds=[args.seed]
+        )
     print(template.decode(answer.token_ids))
     return 0
 
@@ -174,9 +174,9 @@ def _open_model(args: argparse.Namespace):
         config.model.name = str(Path(newest).resolve())
     if args.prompt_style:
         config.model.prompt_style = args.prompt_style
-    if args.memory_fraction:
+    if args.memory_fraction is not None:
         config.rollout.memory_fraction = args.memory_fraction
-    if args.kv_cache_gib:
+    if args.kv_cache_gib is not None:
         config.rollout.kv_cache_gib = args.kv_cache_gib
     path = resolve(config.model)
     return path, load_template(path, config.model), config

@@ -36,7 +36,7 @@ class ModelConfig(Section):
     system: str | None = None
     """System turn put before every prompt; null keeps what the data says, "" removes it."""
     chat_template: str | None = None
-    """A Jinja template that replaces the tokenizer's own; `chat` only."""
+    """A Jinja template that replaces the tokenizer's own; other prompt styles do not use it."""
     eos_token: str | None = None
     """The token that ends an answer; null: the tokenizer's EOS. Base models whose chat template closes a turn with
     another token need it (Qwen2.5: <|im_end|>)."""
@@ -141,7 +141,7 @@ class OptimConfig(Section):
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Updates over which the learning rate rises linearly from 0."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """What follows the warm-up, down to 0 at the last update."""
+    """What follows the warm-up, down to 0 at the last update of `train.steps`; a time limit may come first."""
     max_grad_norm: Positive = 1.0
     max_bad_steps: PositiveInt = 3
     """Updates with a non-finite loss or gradient are skipped; after so many in a row the run stops with a dump."""

@@ -97,13 +97,16 @@ def new_folder(path: Path) -> Iterator[Path]:
         raise
 
 
-def sweep(parent: Path) -> None:
-    """Tidy up what a kill inside `new_folder` left in `parent`: half-written folders go, one set aside comes back."""
-    for aside in parent.glob(".*.old"):
+def sweep(parent: Path, names: str) -> None:
+    """Tidy up what a kill inside `new_folder` left of the folders `names` (a glob) in `parent`.
+
+    Half-written ones go; one that was set aside and not replaced comes back.
+    """
+    for aside in parent.glob(f".{names}.old"):
         path = aside.with_name(aside.name.removeprefix(".").removesuffix(".old"))
         if path.exists():
             shutil.rmtree(aside)
         else:
             aside.replace(path)
-    for temporary in parent.glob(".*.tmp"):
-        shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink()
+    for temporary in parent.glob(f".{names}.tmp"):
+        shutil.rmtree(temporary)

@@ -4,6 +4,7 @@ except that every mean is over the whole step, never a mean of micro-batch means
 `on` are rollouts, `off` are traces. Lengths are tokens, times seconds, log-probs nats.
 """
 
+import errno
 import json
 import math
 from collections import defaultdict
@@ -30,7 +31,8 @@ class MetricsLog:
     def __init__(self, path: Path, tensorboard: Path | None, step: int) -> None:
         kept = [line for line in read_jsonl(path) if 0 < step >= line["step"]] if path.exists() else []
         write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
-        self._file = path.open("a")
+        self._path = path
+        self._file = path.open("ab", buffering=0)  # a write that failed leaves nothing behind for close to fail on
         self._writer = None
         if tensorboard is not None:
             from torch.utils.tensorboard import SummaryWriter
@@ -41,18 +43,20 @@ class MetricsLog:
         """Non-finite numbers become null: the file stays valid JSON."""
         clean = {key: _finite(value) for key, value in record.items()}
         with disk_errors("metrics"):
-            self._file.write(json.dumps({"step": step} | clean) + "\n")
-            self._file.flush()
-        if self._writer is not None:
-            for key, value in clean.items():
-                if isinstance(value, (int, float)):
-                    self._writer.add_scalar(key, value, step)
-            self._writer.flush()
+            line = (json.dumps({"step": step} | clean) + "\n").encode()
+            if self._file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, "the disk took only a part of a line", str(self._path))
+            if self._writer is not None:
+                for key, value in clean.items():
+                    if isinstance(value, (int, float)):
+                        self._writer.add_scalar(key, value, step)
+                self._writer.flush()
 
     def close(self) -> None:
-        self._file.close()
-        if self._writer is not None:
-            self._writer.close()
+        with disk_errors("metrics"):
+            self._file.close()
+            if self._writer is not None:
+                self._writer.close()
 
 
 def group_metrics(groups: list[Group], updated: int) -> dict[str, float]:

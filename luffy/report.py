@@ -87,11 +87,12 @@ def draw_curves(run: RunFolder) -> Path:
     for axis in axes[1]:
         axis.set_xlabel("step")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    path = run.path / "curves.png"
+    temporary = run.path / ".curves.png.tmp"
     with disk_errors("curves.png"):
-        figure.savefig(path, dpi=130)
+        figure.savefig(temporary, dpi=130, format="png")
+        temporary.replace(run.curves)
     plt.close(figure)
-    return path
+    return run.curves
 
 
 def _percent(record: dict[str, Any]) -> str:

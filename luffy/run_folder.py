@@ -9,13 +9,15 @@ tensorboard/       the same metrics            curves.png    learning curves
 result.json        written when the run is complete
 """
 
+import errno
+import fcntl
 import importlib.metadata
 import json
 import os
 import platform
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import tomli_w
 
@@ -23,12 +25,11 @@ from luffy.config import Config, load_config
 from luffy.errors import UserError
 from luffy.files import disk_errors, sweep, write_json, write_text
 
-# Running longer, looking more often and saving elsewhere do not change what was learned so far.
+# Looking more often and saving elsewhere do not change what was learned so far, nor what it is measured on.
 HARMLESS = (
     "name",
-    "train.steps",
     "train.max_minutes",
-    "eval.",
+    "eval.every",
     "checkpoint.",
     "reward.workers",
     "rollout.memory_fraction",
@@ -52,6 +53,10 @@ class RunFolder:
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    @property
+    def curves(self) -> Path:
+        return self.path / "curves.png"
 
     @property
     def samples(self) -> Path:
@@ -85,11 +90,28 @@ class RunFolder:
         if self.holds_a_run:
             self._refuse_other(config)
 
+    def lock(self) -> IO[str]:
+        """Hold the folder for one process, until the returned file is closed or the process ends.
+
+        Raises:
+            UserError: another process trains in it.
+        """
+        with disk_errors("train: cannot open the run folder"):
+            self.path.mkdir(parents=True, exist_ok=True)
+            held = (self.path / ".lock").open("w")
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            held.close()
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise
+            raise UserError(f"train: another process is training in {self.path}; wait for it, or stop it") from error
+        return held
+
     def recover(self) -> None:
-        """Tidy up what a kill left half written."""
+        """Tidy up what a kill left half written; only in the locked folder."""
         with disk_errors("resume"):
-            sweep(self.path)
-            sweep(self.checkpoints)
+            sweep(self.checkpoints, "step-*")
 
     def open(self, config: Config) -> None:
         """Create the folder, or write down the configuration that a run goes on with."""
@@ -104,8 +126,10 @@ class RunFolder:
 
     def _refuse_other(self, config: Config) -> None:
         before = load_config(str(self.path / "config.toml")).model_dump()
+        # Running longer is harmless too, unless the learning rate depends on where the end is.
+        harmless = (*HARMLESS, "train.steps") if config.optim.schedule == "constant" else HARMLESS
         changed = _differences(before, config.model_dump())
-        changed = [key for key in changed if not key.startswith(HARMLESS)]
+        changed = [key for key in changed if not key.startswith(harmless)]
         if changed:
             raise UserError(
                 f"train: {self.path} holds a run with other settings ({', '.join(changed)}); resume it with its own "

@@ -1,5 +1,6 @@
 """What has to exist before the first step: everything checked that is cheap to check, then everything loaded."""
 
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -39,21 +40,28 @@ class Trainer:
     verifier: VerifierPool
     log: MetricsLog
     evals: MetricsLog
+    resources: ExitStack
+    """Closes the folder's lock, the logs, the verifier, the engine and the process group, newest first."""
     engine_is_stale: bool = False
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.log.close()
-        self.evals.close()
-        self.verifier.close()
-        self.engine.close()
-        distributed.close()
+    def __exit__(self, *exception: Any) -> None:
+        self.resources.__exit__(*exception)
 
 
 def set_up(config: Config, run: RunFolder, resume: bool) -> tuple[Trainer, dict[str, Any], Batches]:
     """Check everything cheap first, then load; returns the trainer, the loop's state and the stream of batches."""
+    with ExitStack() as resources:
+        trainer, loop, batches = _set_up(config, run, resume, resources)
+        trainer.resources = resources.pop_all()  # what fails before this line is closed here, the rest by the trainer
+        return trainer, loop, batches
+
+
+def _set_up(
+    config: Config, run: RunFolder, resume: bool, resources: ExitStack
+) -> tuple[Trainer, dict[str, Any], Batches]:
     run.check(config, resume)
     path = resolve(config.model)
     template = load_template(path, config.model)
@@ -71,7 +79,10 @@ def set_up(config: Config, run: RunFolder, resume: bool) -> tuple[Trainer, dict[
         say("no held-out problems: set eval.path to measure accuracy before, during and after")
     with user_errors("train"):
         batches = Batches(len(training.examples), config.train.prompts_per_step, config.train.seed)
-        verifier = VerifierPool(config.reward.grader, config.reward.workers, config.reward.timeout_s)
+        verifier = resources.enter_context(
+            VerifierPool(config.reward.grader, config.reward.workers, config.reward.timeout_s)
+        )
+    resources.enter_context(run.lock())
     if resume:
         run.recover()
     found = checkpoint.latest(run.checkpoints) if resume else None
@@ -82,13 +93,16 @@ def set_up(config: Config, run: RunFolder, resume: bool) -> tuple[Trainer, dict[
     keep_freed_memory()
     torch.manual_seed(config.train.seed)
     mesh, device = distributed.init()
-    engine = VllmEngine(
-        path,
-        config.rollout,
-        dtype=config.rollout.dtype or config.model.dtype,
-        eos_token_id=template.eos_token_id,
-        max_model_len=config.data.max_prompt_tokens + max(config.rollout.max_tokens, config.eval.max_tokens or 0),
-        trust_remote_code=config.model.trust_remote_code,
+    resources.callback(distributed.close)
+    engine = resources.enter_context(
+        VllmEngine(
+            path,
+            config.rollout,
+            dtype=config.rollout.dtype or config.model.dtype,
+            eos_token_id=template.eos_token_id,
+            max_model_len=config.data.max_prompt_tokens + max(config.rollout.max_tokens, config.eval.max_tokens or 0),
+            trust_remote_code=config.model.trust_remote_code,
+        )
     )
     policy = Policy(load_lm(path, config.model), config.rollout.temperature).to(device)
     policy = shard(policy, mesh, optim.dtype_of(config.model.dtype)).train()
@@ -100,6 +114,13 @@ def set_up(config: Config, run: RunFolder, resume: bool) -> tuple[Trainer, dict[
         with user_errors("resume"):
             batches.load_state_dict(loop["batches"])
     run.open(config)  # last, so that a start that fails leaves no run behind
+    logs = [
+        resources.enter_context(closing(MetricsLog(path, tensorboard, loop["step"])))
+        for path, tensorboard in (
+            (run.metrics, run.path / "tensorboard"),
+            (run.evals, run.path / "tensorboard" / "evals"),
+        )
+    ]
     trainer = Trainer(
         config=config,
         run=run,
@@ -112,7 +133,8 @@ def set_up(config: Config, run: RunFolder, resume: bool) -> tuple[Trainer, dict[
         optimizer=optimizer,
         engine=engine,
         verifier=verifier,
-        log=MetricsLog(run.metrics, run.path / "tensorboard", loop["step"]),
-        evals=MetricsLog(run.evals, run.path / "tensorboard" / "evals", loop["step"]),
+        log=logs[0],
+        evals=logs[1],
+        resources=resources,
     )
     return trainer, loop, batches

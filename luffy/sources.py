@@ -27,16 +27,14 @@ def load_template(path: str, config: ModelConfig) -> PromptTemplate:
 
     with user_errors(f"model {path}"):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+        # On the tokenizer, so that checkpoints carry both
         if config.chat_template is not None:
-            # On the tokenizer as well, so that checkpoints carry it
             tokenizer.chat_template = config.chat_template
-        return PromptTemplate(
-            tokenizer,
-            style=config.prompt_style,
-            system=config.system,
-            chat_template=config.chat_template,
-            eos_token=config.eos_token,
-        )
+        if config.eos_token is not None:
+            if config.eos_token not in tokenizer.get_vocab():
+                raise ValueError(f"model.eos_token {config.eos_token!r} is not a token of the tokenizer")
+            tokenizer.eos_token = config.eos_token
+        return PromptTemplate(tokenizer, style=config.prompt_style, system=config.system)
 
 
 def generated(config: Config) -> dict[str, Path]:

@@ -48,6 +48,8 @@ def train_steps(t: Trainer, loop: dict[str, Any], batches: Batches) -> dict[str,
         loop["before"] = [e.record() for e in evaluate_all(t, 0, config.eval.limit)]
 
     with StopOnInterrupt() as stop, StepProgress(config.train.steps, loop["step"]) as progress:
+        if loop["before"]:
+            progress.accuracy(loop["before"][0]["accuracy"])
         while loop["step"] < config.train.steps and not out_of_time(config, loop) and not stop.asked:
             step = loop["step"] = loop["step"] + 1
             phases = Phases()

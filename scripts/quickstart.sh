@@ -16,8 +16,8 @@ It resumes: run it again after Ctrl-C, a crash or a reboot and it goes on where 
 the end, it prints the result. Options are passed on, such as --train.steps 20.
 
 Needs: Linux, Python 3.11 or newer with venv, a C++ compiler, access to PyPI or a mirror of it that pip is
-configured for. Without a GPU: 10 GB of disk, 12 GB of memory, some minutes for the first set-up, then about 15
-minutes on two cores. With one: 20 GB of disk, as vLLM and torch for CUDA are large.
+configured for. Without a GPU: 10 GB of disk, 12 GB of memory, some minutes for the first set-up, then at
+most 20 minutes on two cores. With one: 20 GB of disk, as vLLM and torch for CUDA are large.
 
 Variables:
   LUFFY_RUN     folder of the run                        (default: runs/quickstart in this project)

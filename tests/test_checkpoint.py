@@ -82,16 +82,35 @@ def test_new_folder_vanishes_when_its_block_fails(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_a_kill_left_is_tidied_up(tmp_path):
-    for name in (".step-1.tmp", "step-2", ".step-2.old", ".step-3.old"):
+def test_what_a_kill_left_is_tidied_up_and_nothing_else(tmp_path):
+    for name in (".step-1.tmp", "step-2", ".step-2.old", ".step-3.old", ".mine.tmp", ".mine.old"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text(name)
-    (tmp_path / ".result.json.tmp").write_text("{")
-    sweep(tmp_path)
-    assert {p.name: (p / "file").read_text() for p in tmp_path.iterdir()} == {
-        "step-2": "step-2",
-        "step-3": ".step-3.old",
-    }
+    sweep(tmp_path, "step-*")
+    left = {path.name: (path / "file").read_text() for path in tmp_path.iterdir()}
+    mine = {".mine.tmp": ".mine.tmp", ".mine.old": ".mine.old"}
+    assert left == {"step-2": "step-2", "step-3": ".step-3.old"} | mine
+
+
+def test_a_run_folder_is_one_process_at_a_time(tmp_path):
+    run = RunFolder(tmp_path / "run")
+    with run.lock(), pytest.raises(UserError, match="another process is training in"):
+        RunFolder(tmp_path / "run").lock()
+    run.lock().close()
+
+
+def test_a_full_disk_costs_the_log_its_last_line_and_no_traceback(tmp_path):
+    log = MetricsLog(tmp_path / "m.jsonl", tmp_path / "tensorboard", 0)
+    log.write(1, {"x": 1.0})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "m.jsonl").stat().st_size + 5, before[1]))
+    try:
+        with pytest.raises(UserError, match="metrics: "):
+            log.write(2, {"x": 2.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    log.close()
+    assert [r["x"] for r in read_jsonl(tmp_path / "m.jsonl")] == [1.0]
 
 
 def test_write_text_replaces_whole_files_only(tmp_path, monkeypatch):
@@ -132,10 +151,25 @@ def test_a_run_folder_is_resumed_only_with_its_own_settings(tmp_path):
     run.check(longer, resume=True)
     run.open(longer)
     assert load_config(str(run.path / "config.toml")).train.steps == 900
+    falling = Config()
+    falling.optim.schedule = "linear"  # whose rate at a step depends on the last step
+    with pytest.raises(UserError, match="optim.schedule"):
+        run.check(falling, resume=True)
     other = Config()
     other.objective.gamma = 0.5
     with pytest.raises(UserError, match="objective.gamma"):
         run.check(other, resume=True)
+
+
+def test_a_falling_rate_is_not_resumed_to_another_end(tmp_path):
+    run, config = RunFolder(tmp_path / "run"), Config()
+    config.optim.schedule = "linear"
+    run.open(config)
+    config.train.max_minutes = 3.0
+    run.check(config, resume=True)
+    config.train.steps += 1
+    with pytest.raises(UserError, match="train.steps"):
+        run.check(config, resume=True)
 
 
 def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path):

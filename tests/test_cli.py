@@ -91,8 +91,7 @@ def test_code_that_comes_with_a_model_is_not_run(home):
     (folder / "evil.py").write_text(f"open({str(home / 'was-run')!r}, 'w')\nclass Evil: pass\n")
     config = json.loads((folder / "config.json").read_text()) | {"model_type": "evil"}
     (folder / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoConfig": "evil.Evil"}}))
-    done = train(home, "--model.name", folder, run="foreign-run")
-    assert done.returncode == 2, done.stderr[-2000:]
+    refused(train(home, "--model.name", folder, run="foreign-run"), "foreign")
     assert not (home / "was-run").exists()
 
 
@@ -117,6 +116,8 @@ def test_models_that_cannot_be_used(home):
 def test_an_unknown_grader_or_family(home):
     refused(train(home, "--reward.grader", "oracle"), "oracle", "answer")
     refused(train(home, "--reward.grader", "nowhere:grade"), "nowhere:grade", "No module named")
+    (home / "slip.py").write_text("def grade(:\n")
+    refused(train(home, "--reward.grader", "slip:grade"), "slip:grade", "invalid syntax")
     refused(train(home, "--data.problems.families", '{"sums": {}}'), "sums", "digit_sum")
 
 

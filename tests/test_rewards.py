@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from luffy.data import load_problems
+from luffy.errors import UserError
 from luffy.rewards import GRADERS, Verdict, VerifierPool, grade_answer, grade_boxed, grade_number, grade_train
 from luffy.rewards.graders import shortcut, symbolic
 
@@ -285,7 +286,7 @@ def test_a_grader_that_loads_only_in_the_parent_is_an_error(tmp_path, monkeypatc
     monkeypatch.syspath_prepend(str(tmp_path))
     with (
         VerifierPool("shy:grade", workers=1) as pool,
-        pytest.raises(RuntimeError, match="could not start: not in here"),
+        pytest.raises(UserError, match="could not start: not in here"),
     ):
         pool.grade([("a", "b")])
 

@@ -23,6 +23,7 @@ OPTIONS = {
     "rollout.kv_cache_gib": 0.25,
     "model.dtype": "float32",
     "optim.lr": 0.01,
+    "optim.warmup_steps": 1,  # so that the falling rate matters from the second update on
     "train.prompts_per_step": 4,
     "train.updates_per_step": 2,
     "objective.rows": 4,
@@ -65,11 +66,12 @@ def whole(home) -> Path:
 
 @pytest.fixture(scope="module")
 def halves(home) -> Path:
-    """Two steps, then two more."""
-    for steps, more in ((2, []), (4, ["--resume"])):
-        # the run is complete at its own `train.steps`: to go on, ask for more
-        done = luffy(*arguments(home / "halves", home / "model", *more, train__steps=steps), cwd=home)
+    """One step, by a time limit, then the other three."""
+    for minutes, more, last in ((1e-6, [], 1), (1000, ["--resume"], 4)):
+        options = {"train__steps": 4, "train__max_minutes": minutes}
+        done = luffy(*arguments(home / "halves", home / "model", *more, **options), cwd=home)
         assert done.returncode == 0, done.stderr[-3000:]
+        assert records(home / "halves")[-1]["step"] == last
     return home / "halves"
 
 
@@ -113,7 +115,8 @@ def test_the_engine_samples_from_the_trainers_own_policy(whole):
 
 
 def test_two_runs_of_one_seed_are_identical(whole, halves):
-    assert without_times(records(whole))[:2] == without_times(records(halves))[:2]
+    assert without_times(records(whole))[:3] == without_times(records(halves))[:3]
+    assert len({r["actor/lr"] for r in records(whole)}) > 2
 
 
 def test_resuming_is_the_same_as_never_stopping(whole, halves):
@@ -184,8 +187,8 @@ def test_problems_of_ones_own_without_a_held_out_set(home):
 
 
 def test_ctrl_c_saves_and_the_run_goes_on(home):
-    run = home / "stopped"
-    command = [sys.executable, "-m", "luffy", *arguments(run, home / "model", train__steps=500, checkpoint__every=0)]
+    run, options = home / "stopped", {"checkpoint__every": 0, "optim__schedule": "constant"}
+    command = [sys.executable, "-m", "luffy", *arguments(run, home / "model", train__steps=500, **options)]
     environment = os.environ | {"LUFFY_CACHE": str(home / "cache")}
     process = subprocess.Popen(command, cwd=home, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 200
@@ -197,7 +200,7 @@ def test_ctrl_c_saves_and_the_run_goes_on(home):
     done = records(run)[-1]["step"]
     assert (run / "checkpoints" / f"step-{done:06d}").is_dir()
     assert not (run / "result.json").exists()
-    again = luffy(*arguments(run, home / "model", "--resume", train__steps=done + 1), cwd=home)
+    again = luffy(*arguments(run, home / "model", "--resume", train__steps=done + 1, **options), cwd=home)
     assert again.returncode == 0, again.stderr[-3000:]
     assert [r["step"] for r in records(run)] == list(range(1, done + 2))
 

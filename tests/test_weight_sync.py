@@ -89,15 +89,14 @@ def test_generation_uses_the_new_weights_too(parts):
     assert again == answer  # a pure function of weights, prompt and seed
 
 
-def test_an_answer_ends_at_the_token_it_is_told_to_end_at(parts):
+def test_an_answer_ends_at_the_token_it_is_told_to_end_at(parts, monkeypatch):
     """Base models' tokenizers name another EOS than their chat template closes a turn with."""
     _, engine = parts
     ask = {"temperature": 1.0, "max_tokens": 8, "seeds": [5]}
     [[whole]] = engine.generate([SEQUENCES[0]], [1], **ask)
     last = next(i for i, token in enumerate(whole.token_ids) if i and token not in whole.token_ids[:i])
-    before, engine.eos_token_id = engine.eos_token_id, whole.token_ids[last]
+    monkeypatch.setattr(engine, "eos_token_id", whole.token_ids[last])
     [[cut]] = engine.generate([SEQUENCES[0]], [1], **ask)
-    engine.eos_token_id = before
     assert cut.token_ids == whole.token_ids[: last + 1]
     assert cut.finished
     assert not whole.finished

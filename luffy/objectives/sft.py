@@ -23,7 +23,7 @@ class Sft:
         return min(1, len(example.traces))
 
     def assign(self, group: Group) -> list[Row]:
-        return [row for row in group.rows if row.reward > 0 or not self.config.trace_filter]
+        return [row for row in group.rows if row.solved or not self.config.trace_filter]
 
     def scales(self, num_tokens: int) -> tuple[float, float]:
         return float(max(num_tokens, 1)), 0.0

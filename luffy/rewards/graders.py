@@ -13,7 +13,9 @@ Deliberately absent: length or format rewards.
 import functools
 import importlib
 import logging
+import os
 import re
+import sys
 from collections.abc import Callable, Sequence
 from decimal import Decimal
 from typing import Any
@@ -140,13 +142,16 @@ GRADERS: dict[str, Grader] = {
 def find_grader(name: str) -> Grader:
     """The grader called `name`, or the function at an import path `module:function`.
 
-    Raises ValueError for an unknown name, and ImportError when the module cannot be imported.
+    The module is looked for in the working directory too, after everything that is installed. Raises ValueError for an
+    unknown name, and what importing the module raises.
     """
     if name in GRADERS:
         return GRADERS[name]
     module, _, function = name.partition(":")
     if not (module and function):
         raise ValueError(f"grader must be among {', '.join(GRADERS)} or 'module:function', got {name!r}")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
     found = getattr(importlib.import_module(module), function, None)
     if not callable(found):
         raise ValueError(f"grader {name!r}: module {module} has no function {function!r}")

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
+from luffy.errors import UserError
 from luffy.rewards.graders import Answer, find_grader
 from luffy.rewards.slot import Slot
 
@@ -42,7 +43,7 @@ class VerifierPool:
     def __init__(self, grader: str, workers: int = 2, timeout_s: float = 10.0) -> None:
         try:
             find_grader(grader)  # the workers import it themselves; a name that leads nowhere is better known now
-        except (ImportError, ValueError) as error:
+        except Exception as error:  # importing someone's module can raise anything
             raise ValueError(f"VerifierPool: grader {grader!r} cannot be loaded: {error}") from error
         if workers < 1:
             raise ValueError(f"VerifierPool: workers must be at least 1, got {workers}")
@@ -62,7 +63,7 @@ class VerifierPool:
     def grade(self, pairs: Sequence[tuple[str, Answer]]) -> list[Verdict]:
         """One verdict per pair, in order. Equal pairs are graded once; `ok` verdicts are remembered across calls.
 
-        Raises RuntimeError when the pool is closed or its workers cannot start (say, a grader that does not import).
+        Raises RuntimeError when the pool is closed, UserError when its workers cannot start.
         """
         with self._lock:
             if self._closed:
@@ -162,7 +163,7 @@ class VerifierPool:
         reason = "it ended or did not answer" if reply is None else reply["failed"]
         self._respawn(at)
         if reply is not None or self._failed_starts >= MAX_FAILED_STARTS:
-            raise RuntimeError(f"VerifierPool: a worker for grader {self.grader!r} could not start: {reason}")
+            raise UserError(f"VerifierPool: a worker for grader {self.grader!r} could not start: {reason}")
 
     def _respawn(self, at: int) -> None:
         self._slots[at].kill()

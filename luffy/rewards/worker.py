@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
         grader = find_grader(name)
         if name in GRADERS:
             warm_up()
-    except (ImportError, ValueError) as error:
+    except Exception as error:  # importing someone's module can raise anything
         _send(replies, {"failed": str(error)})
         return 1
     _send(replies, {"ready": True})
