@@ -80,7 +80,7 @@ def recipe() -> str:
 
 def current(results: dict) -> dict:
     """The rows of today's recipe, and the pace."""
-    return {name: row for name, row in results.items() if name == "pace" or row["recipe"] == recipe()}
+    return {name: row for name, row in results.items() if name == "pace" or row.get("recipe") == recipe()}
 
 
 def objective_of(name: str) -> str:
