@@ -178,7 +178,7 @@ def test_generation_from_a_run(whole, home):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_problems_of_ones_own_without_a_held_out_set(home):
+def test_problems_of_ones_own_without_a_held_out_set(whole, home):
     [data] = (home / "cache" / "problems").glob("*/train.parquet")
     options = {"data__path": data, "train__steps": 2, "eval__every": 1}
     done = luffy(*arguments(home / "own", home / "model", **options), cwd=home)
