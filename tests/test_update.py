@@ -38,7 +38,7 @@ def trainer(**changes) -> Trainer:
         setattr(getattr(config, section), name, value)
     policy = Policy(tiny_lm(), config.rollout.temperature)
     sgd = torch.optim.SGD(policy.parameters(), lr=1.0)
-    parts = dict.fromkeys(("run", "template", "engine", "verifier"))
+    parts = dict.fromkeys(("run", "template", "engine", "verifier", "log", "evals", "resources"))
     return Trainer(
         config=config, device=torch.device("cpu"), examples=[], heldout={}, policy=policy, optimizer=sgd,
         objective=make_objective(config.objective), **parts,
