@@ -207,7 +207,7 @@ def start_parent(odd, tmp_path, last_line, timeout_s=60):
     """
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
     command = [sys.executable, "-c", textwrap.dedent(script)]
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell leaves it ignored, by heritage
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # background shells ignore it
     try:
         parent = subprocess.Popen(
             command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
