@@ -83,6 +83,7 @@ def _set_up(
             VerifierPool(config.reward.grader, config.reward.workers, config.reward.timeout_s)
         )
     resources.enter_context(run.lock())
+    run.check(config, resume)  # again: another process may have been here while the problems were read
     if resume:
         run.recover()
     found = checkpoint.latest(run.checkpoints) if resume else None

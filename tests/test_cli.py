@@ -7,6 +7,10 @@ import pyarrow.parquet as pq
 import pytest
 from tiny import luffy, make_model
 
+from luffy.config import RolloutConfig
+from luffy.rollout.vllm_engine import _kv_cache_bytes
+from luffy.run_folder import RunFolder
+
 GOOD = {
     "data_source": "x",
     "prompt": [{"content": "What is 1+1?", "role": "user"}],
@@ -121,6 +125,19 @@ def test_an_unknown_grader_or_family(home):
     (home / "slip.py").write_text("def grade(:\n")
     refused(train(home, "--reward.grader", "slip:grade"), "slip:grade", "invalid syntax")
     refused(train(home, "--data.problems.families", '{"sums": {}}'), "sums", "digit_sum")
+
+
+def test_a_folder_that_another_process_trains_in(home):
+    with RunFolder(home / "busy").lock():
+        refused(train(home, run="busy"), "busy", "another process is training")
+
+
+@pytest.mark.parametrize(("gib", "size"), [(None, 2**30), (0.25, 2**28)])
+def test_the_kv_cache_on_a_cpu_has_a_size_of_its_own(gib, size, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert _kv_cache_bytes(RolloutConfig(kv_cache_gib=gib)) == size
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert _kv_cache_bytes(RolloutConfig(kv_cache_gib=gib)) == (None if gib is None else size)
 
 
 def test_vllm_that_does_not_start_is_quoted(home):

@@ -72,6 +72,11 @@ def halves(home) -> Path:
         done = luffy(*arguments(home / "halves", home / "model", *more, **options), cwd=home)
         assert done.returncode == 0, done.stderr[-3000:]
         assert records(home / "halves")[-1]["step"] == last
+        torn = home / "halves" / "checkpoints" / ".step-000009.tmp"  # as a kill while saving leaves it
+        if more:
+            assert not torn.exists()
+        else:
+            torn.mkdir()
     return home / "halves"
 
 
