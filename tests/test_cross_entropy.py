@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from luffy_kernels import _chunks, linear_cross_entropy, reference
+from luffy_kernels import _chunks, _torch_rows, linear_cross_entropy, reference
 from luffy_kernels.testing import assert_as_good_as
 from torch.nn import functional as F
 
@@ -85,8 +85,8 @@ def test_gradcheck(flags, reduction):
 def test_a_scalar_takes_three_products_and_per_token_losses_four(monkeypatch):
     (hidden, weight, _), targets, _ = problem(torch.float32, {})
     products = []
-    stats, add = _chunks.row_stats, _chunks.Gradients.add
-    monkeypatch.setattr(_chunks, "row_stats", lambda *a: (products.append(1), stats(*a))[1])
+    stats, add = _torch_rows.row_stats, _chunks.Gradients.add
+    monkeypatch.setattr(_torch_rows, "row_stats", lambda *a, **k: (products.append(1), stats(*a, **k))[1])
     monkeypatch.setattr(_chunks.Gradients, "add", lambda *a: (products.append(2), add(*a))[1])
     for reduction, count in (("sum", 3), ("none", 4)):
         products.clear()
@@ -127,7 +127,7 @@ def test_opcheck_and_compile():
     (hidden, weight, bias), targets, _ = problem(torch.float32, {"bias": True})
     leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
     for per_token in (False, True):
-        args = (*leaves, targets, 0.1, 0.01, torch.ones(()), None, 1.0, -100, 10_000, per_token, [True] * 3)
+        args = (*leaves, targets, 0.1, 0.01, torch.ones(()), None, 1.0, -100, None, 0, 10_000, per_token, [True] * 3)
         torch.library.opcheck(torch.ops.luffy_kernels.cross_entropy_torch.default, args)
 
     def step(hidden, weight):

@@ -7,6 +7,7 @@ import torch
 from luffy_kernels import (
     _chunks,
     _native,
+    _torch_rows,
     behaviour_ratio,
     cispo,
     custom,
@@ -299,12 +300,12 @@ def test_workspace_follows_the_documented_formula(monkeypatch, compiled):
         monkeypatch.setattr(_native, "error", "absent")
     bf16, cases = torch.bfloat16, {(torch.float32, None): 8, (torch.bfloat16, 1.0): 14}
     for (dtype, softcap), per_entry in (cases | {(bf16, None): 6 if compiled else 10}).items():
-        head = _chunks.make_head(torch.zeros(100, 4, dtype=dtype), None, torch.ones(()), softcap, 1.0, dtype, 1)
-        assert _chunks.chunk_rows(head, 100 * per_entry * 7 + 99) == 7
-        work = _chunks.Workspace(7, head)
+        head = _chunks.make_head("test", torch.zeros(100, 4, dtype=dtype), None, torch.ones(()), softcap, 1.0, dtype, 1)
+        assert _torch_rows.chunk_rows(head, 100 * per_entry * 7 + 99) == 7
+        work = _torch_rows.Workspace(7, head)
         held = sum(x.nbytes for x in (work.logits, work.exp, work.narrow) if x is not None)
         assert held <= 100 * per_entry * 7
-    assert _chunks.chunk_rows(head, 1) == 1
+    assert _torch_rows.chunk_rows(head, 1) == 1
     assert [part.stop - part.start for part in _chunks.balanced(10, 4)] == [4, 4, 2]
 
 

@@ -1,64 +1,111 @@
 """Which implementation serves an operator: `resolve` picks it, `status` tells.
 
-Every implementation is its own torch.library operator (policy_loss_torch, logprobs_torch, logprobs_cpp): schema, fake
-and autograd are registered beside its Python code, so torch.compile and opcheck see ordinary operators. The compiled
-CPU library only adds kernels to schemas defined here; without it those schemas have none and `auto` uses torch.
+Every implementation is its own torch.library operator (policy_loss_torch, policy_loss_triton, logprobs_cpp): schema,
+fake and autograd are registered beside its Python code, so torch.compile and opcheck see ordinary operators. The
+compiled CPU library only adds kernels to schemas of `_native`; without it those have none and `auto` uses torch.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import inspect
+import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._library.custom_ops import CustomOpDef
 
-from . import _native
+from . import _gemm, _native, _torch_rows
 from ._checks import require
-from ._chunks import DEFAULT_CHUNK_BYTES
+from ._chunks import DEFAULT_CHUNK_BYTES, RowKernels
 
-BACKENDS = ("auto", "torch", "cpp")
+BACKENDS = ("auto", "torch", "cpp", "triton")
 _IMPLEMENTATIONS: dict[str, dict[str, Callable[..., Any]]] = {}
+
+
+def define(
+    name: str, implementation: Callable[..., Any], options: Callable[[], dict[str, Any]] | None = None
+) -> CustomOpDef:
+    """torch.library operator `name` of the implementation's positional parameters, from their annotations.
+
+    Keyword-only parameters are what no schema can carry: `options` gives them at every call.
+    """
+
+    def run(*args: Any) -> Any:
+        return implementation(*args, **(options() if options else {}))
+
+    signature = inspect.signature(implementation, eval_str=True)
+    positional = [p for p in signature.parameters.values() if p.kind is not p.KEYWORD_ONLY]
+    run.__signature__ = signature.replace(parameters=positional)  # type: ignore[attr-defined]
+    return torch.library.custom_op(f"luffy_kernels::{name}", run, mutates_args=())
 
 
 def register(op: str, backend: str, implementation: Callable[..., Any]) -> None:
     _IMPLEMENTATIONS.setdefault(op, {})[backend] = implementation
 
 
-def why_not(op: str, backend: str, device: torch.device, operand: torch.dtype) -> str | None:
-    """Why this backend cannot serve the op for operands of this kind, or None when it can."""
+def why_not(op: str, backend: str, device: torch.device, operand: torch.dtype, spread: bool = False) -> str | None:
+    """Why this backend cannot serve the op for operands of this kind, or None when it can.
+
+    spread: the vocabulary is spread over ranks.
+    """
     if backend not in _IMPLEMENTATIONS[op]:
         return f"{op} has no {backend} implementation"
+    if backend == "torch":
+        return None
+    if operand == torch.float64:
+        return "it computes in float32, and float64 operands ask for more"
     if backend == "cpp":
         if device.type != "cpu":
             return f"it runs on cpu, not {device.type}"
-        if operand == torch.float64:
-            return "it computes in float32, and float64 operands ask for more"
+        if spread:
+            return "it does not spread a vocabulary over ranks"
         return _native.error
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"it runs on cuda and rocm devices, not {device.type} (except under TRITON_INTERPRET=1, slowly)"
     return None
 
 
-def resolve(op: str, backend: str, device: torch.device, operand: torch.dtype) -> Callable[..., Any]:
+def resolve(op: str, backend: str, device: torch.device, operand: torch.dtype, spread: bool = False) -> str:
+    """The backend that serves this call."""
     require(backend in BACKENDS, op, "backend", f"one of {BACKENDS}", repr(backend))
     if backend != "auto":
-        reason = why_not(op, backend, device, operand)
+        reason = why_not(op, backend, device, operand, spread)
         require(reason is None, op, "backend", f"available ({reason})", repr(backend))
-        return _IMPLEMENTATIONS[op][backend]
-    chosen = "torch" if why_not(op, "cpp", device, operand) else "cpp"
-    return _IMPLEMENTATIONS[op][chosen]
+        return backend
+    best = "cpp" if device.type == "cpu" else "triton"
+    return "torch" if why_not(op, best, device, operand, spread) else best
+
+
+def implementation(op: str, backend: str) -> Callable[..., Any]:
+    return _IMPLEMENTATIONS[op][backend]
+
+
+def row_kernels(backend: str) -> RowKernels:
+    """The [C, V] arithmetic of the chunk driver. Triton is imported on first use."""
+    if backend != "triton":
+        return _torch_rows
+    from ._triton import rows
+
+    return rows
 
 
 def status() -> str:
-    """One line per operator: the backend `auto` takes here for bfloat16 operands, and why not the others."""
+    """A table: for every operator the backend that `auto` takes here for bfloat16 operands, and why not the others."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    lines = []
+    lines = [f"{'operator':<24}{'on ' + device.type:<10}not"]
     for op in sorted(_IMPLEMENTATIONS):
-        reason = why_not(op, "cpp", device, torch.bfloat16)
-        chosen = "cpp" if reason is None else f"torch (not cpp: {reason})"
-        lines.append(f"{op} on {device.type}: {chosen}")
-    wide = (
-        "compiled bfloat16 kernels" if device.type == "cpu" and _native.has_wide_mm(torch.bfloat16, 2) else "torch.mm"
-    )
-    lines.append(f"GEMMs of the torch backend on {device.type}: {wide}")
+        chosen = resolve(op, "auto", device, torch.bfloat16)
+        reasons = {b: why_not(op, b, device, torch.bfloat16) for b in BACKENDS[1:] if b != chosen}
+        others = "; ".join(f"{b}: {reason or 'slower here'}" for b, reason in reasons.items())
+        lines.append(f"{op:<24}{chosen:<10}{others}")
+    fused = device.type == "cpu" and _native.has_wide_mm(torch.bfloat16, 2)
+    wide = fused or _gemm.widens(device.type, torch.bfloat16)
+    kind = "compiled bfloat16 kernels" if fused else "torch.mm, float32 out" if wide else "torch.mm of widened operands"
+    lines.append(f"{'logits GEMM':<24}{kind}")
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""The operator behind `linear_policy_loss`, torch backend: one sweep over chunks gives the loss and its gradients.
+"""The operators behind `linear_policy_loss`: one sweep over chunks gives the loss and its gradients.
 
 A row's coefficients g = dL/dlogp and u = dL/dentropy are known as soon as its statistics are, so each chunk runs GEMM,
 row arithmetic, two GEMMs, and is forgotten. The loss is summed, not divided: the normaliser would flush small fp16
@@ -7,21 +7,23 @@ gradients to zero, so it is applied to the fp32 sum and, through the chain rule,
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import _chunks, token_losses
+from . import _chunks, _library, token_losses
 from ._checks import check_head_values
 
 OP = "linear_policy_loss"
 
 
-class _Tokens(NamedTuple):
+class Tokens(NamedTuple):
     """Per-token inputs of a sweep, [N] each."""
 
-    rows: Tensor  # [N, columns] of the loss table
+    table: Tensor  # [losses + 1, columns], the last row NaN
+    ids: Tensor  # [N] row of the table of each token
     advantages: Tensor
     old_logp: Tensor | None
     ref_logp: Tensor | None
@@ -29,7 +31,6 @@ class _Tokens(NamedTuple):
     entropy_coef: Tensor | None
     kl_coef: Tensor | None
     kl_type: str
-    ids: Tensor  # [N] index into the table
     custom: dict[int, token_losses.TokenLoss]  # by that index
 
     def evaluate(self, at: Tensor, stats: _chunks.Stats) -> tuple[Tensor, Tensor, Tensor, token_losses.Evaluated]:
@@ -37,7 +38,7 @@ class _Tokens(NamedTuple):
         logp = stats.logp
         cut = [None if x is None else x[at] for x in (self.old_logp, self.ref_logp, self.weight)]
         old_logp, ref_logp, weight = cut
-        token = token_losses.evaluate(logp, self.advantages[at], old_logp, self.rows[at])
+        token = token_losses.evaluate(logp, self.advantages[at], old_logp, self.table[self.ids[at]])
         for index, spec in self.custom.items():
             token = token_losses.evaluate_custom(
                 spec, self.ids[at] == index, logp, self.advantages[at], old_logp, token
@@ -55,57 +56,13 @@ class _Tokens(NamedTuple):
 
     def may_matter(self) -> Tensor:
         """[N] bool: rows whose gradient is not known to be zero before the forward pass."""
-        live = (self.advantages != 0) | (self.rows[:, 0] >= token_losses.NLL)  # nll and custom need no advantage
+        live = (self.advantages != 0) | (
+            self.table[self.ids, 0] >= token_losses.NLL
+        )  # nll and custom need no advantage
         live = live if self.weight is None else live & (self.weight != 0)
         for coefficient in (self.entropy_coef, self.kl_coef):
             live = live if coefficient is None else live | (coefficient != 0)
         return live
-
-
-@torch.library.custom_op("luffy_kernels::policy_loss_torch", mutates_args=())
-def policy_loss_torch(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    losses: Tensor,
-    loss_id: Tensor | None,
-    advantages: Tensor,
-    old_logp: Tensor | None,
-    ref_logp: Tensor | None,
-    token_weight: Tensor | None,
-    entropy_coef: Tensor | None,
-    kl_coef: Tensor | None,
-    kl_type: str,
-    temperature: Tensor,
-    softcap: float | None,
-    logit_scale: float,
-    ignore_index: int,
-    chunk_bytes: int,
-    need: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss sum, logp, entropy, ratio, kl, clipped, dh, dW, db); gradients that `need` does not ask for are empty."""
-    return sweep(
-        hidden,
-        weight,
-        bias,
-        targets,
-        losses,
-        loss_id,
-        advantages,
-        old_logp,
-        ref_logp,
-        token_weight,
-        entropy_coef,
-        kl_coef,
-        kl_type,
-        temperature,
-        softcap,
-        logit_scale,
-        ignore_index,
-        chunk_bytes,
-        need,
-    )
 
 
 def sweep(
@@ -126,31 +83,37 @@ def sweep(
     softcap: float | None,
     logit_scale: float,
     ignore_index: int,
+    tp_group: str | None,
+    vocab_start: int,
     chunk_bytes: int,
     need: list[bool],
     *,
+    kernels: _chunks.RowKernels,
     custom: dict[int, token_losses.TokenLoss] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The operator, plus the `custom` losses that no schema can carry, by their index in the table."""
+    """(loss sum, logp, entropy, ratio, kl, clipped, dh, dW, db); gradients that `need` does not ask for are empty.
+
+    `custom` holds the losses that no schema can carry, by their index in the table.
+    """
     n, dtype = targets.shape[0], advantages.dtype
-    check_head_values(OP, targets, weight.shape[0], ignore_index, temperature)
     operand = torch.promote_types(hidden.dtype, weight.dtype)
-    head = _chunks.make_head(weight, bias, temperature, softcap, logit_scale, operand, n)
+    head = _chunks.make_head(OP, weight, bias, temperature, softcap, logit_scale, operand, n, tp_group, vocab_start)
+    check_head_values(OP, targets, head.vocabulary, ignore_index, temperature)
 
     def spread(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.expand(n)
+        return None if x is None else x.expand(n).contiguous()
 
     ids = token_losses.table_index(OP, loss_id, losses.shape[0], targets != ignore_index)
-    tokens = _Tokens(
-        losses.to(dtype)[ids],
-        advantages.expand(n),
+    tokens = Tokens(
+        torch.cat([losses, losses.new_full((1, losses.shape[1]), torch.nan)]).to(dtype),
+        ids,
+        advantages.expand(n).contiguous(),
         spread(old_logp),
         spread(ref_logp),
         spread(token_weight),
         spread(entropy_coef),
         spread(kl_coef),
         kl_type,
-        ids,
         custom or {},
     )
     outputs = [targets.new_zeros(n, dtype=dtype) for _ in range(5)] + [targets.new_zeros(n, dtype=torch.bool)]
@@ -158,37 +121,43 @@ def sweep(
     valid = targets != ignore_index
     live = valid & tokens.may_matter() if any(need) else torch.zeros_like(valid)
     # Rows that need a gradient come first, then those that only need their statistics: no chunk mixes the two.
-    most = _chunks.chunk_rows(head, chunk_bytes)
+    most = kernels.chunk_rows(head, chunk_bytes)
     groups = [(live.nonzero().view(-1), True), ((valid & ~live).nonzero().view(-1), False)]
-    work = _chunks.Workspace(min(most, max(len(rows) for rows, _ in groups)), head)
+    work = kernels.workspace(min(most, max(len(rows) for rows, _ in groups)), head)
+    one_pass = getattr(kernels, "policy_rows", None) if not custom and head.shard is None else None
     for group, backward in groups:
         for part in _chunks.balanced(len(group), most):
-            _sweep(hidden, targets, group[part], tokens, head, work, outputs, grads if backward else None)
+            share = grads if backward else None
+            if one_pass is None:
+                _chunk(hidden, targets, group[part], tokens, head, kernels, work, outputs, share)
+            else:
+                _fused_chunk(hidden, targets, group[part], tokens, head, one_pass, work, outputs, share)
     loss, logp, entropy, ratio, kl, clipped = outputs
-    dh, dw, db = (hidden.new_empty(0) if g is None else g for g in grads.all())
+    dh, dw, db = (hidden.new_empty(0) if g is None else g for g in grads.all(head))
     return loss.sum(), logp, entropy, ratio, kl, clipped, dh, dw, db
 
 
-def _sweep(
+def _chunk(
     hidden: Tensor,
     targets: Tensor,
     rows: Tensor,
-    tokens: _Tokens,
+    tokens: Tokens,
     head: _chunks.Head,
-    work: _chunks.Workspace,
+    kernels: _chunks.RowKernels,
+    work: Any,
     outputs: list[Tensor],
     grads: _chunks.Gradients | None,
 ) -> None:
     """One chunk: statistics and loss of these rows, and their share of the gradients."""
     h, y = hidden[rows].to(head.weight.dtype), targets[rows]
-    stats = _chunks.row_stats(h, rows, y, head, work)
+    stats = kernels.row_stats(h, rows, y, head, work)
     loss, g, kl, token = tokens.evaluate(rows, stats)
     for out, value in zip(outputs, (loss, stats.logp, stats.entropy, token.ratio, kl, token.clipped), strict=True):
         out[rows] = value
     if grads is None:
         return
     u = None if tokens.entropy_coef is None else -tokens.entropy_coef[rows]
-    dz = _chunks.logits_grad(stats, rows, y, g, u, None, head, work)
+    dz = kernels.logits_grad(stats, rows, y, g, u, None, head, work)
     if h.device.type == "cpu":  # elsewhere the count would be a synchronisation per chunk
         keep = ((g != 0) if u is None else (g != 0) | (u != 0)).nonzero().view(-1)
         if len(keep) < len(rows):
@@ -197,7 +166,24 @@ def _sweep(
     grads.add(dz, h, rows, head)
 
 
-@policy_loss_torch.register_fake
+def _fused_chunk(
+    hidden: Tensor,
+    targets: Tensor,
+    rows: Tensor,
+    tokens: Tokens,
+    head: _chunks.Head,
+    one_pass: Callable[..., Tensor],
+    work: Any,
+    outputs: list[Tensor],
+    grads: _chunks.Gradients | None,
+) -> None:
+    """One chunk by row kernels that know the table: they write the outputs and dz themselves."""
+    h = hidden[rows].to(head.weight.dtype)
+    dz = one_pass(h, rows, targets, tokens, head, work, outputs, grads is not None)
+    if grads is not None:
+        grads.add(dz, h, rows, head)
+
+
 def _fake(hidden, weight, bias, targets, losses, loss_id, advantages, *rest):
     need, dtype = rest[-1], advantages.dtype
     operand = torch.promote_types(hidden.dtype, weight.dtype)
@@ -224,19 +210,27 @@ def _backward(ctx, grad_loss, *_):
         for i, saved in enumerate(ctx.saved_tensors):
             if ctx.need[i]:  # out of place, so that a second backward finds the saved gradient as it was
                 scaled[i] = (saved * grad_loss.to(saved.device)).to(ctx.dtypes[i])
-    return (*scaled, *(None,) * 16)
+    return (*scaled, *(None,) * 18)
 
 
-policy_loss_torch.register_autograd(_backward, setup_context=_setup)
+def _register(backend: str) -> None:
+    op = _library.define(f"policy_loss_{backend}", sweep, lambda: {"kernels": _library.row_kernels(backend)})
+    op.register_fake(_fake)
+    op.register_autograd(_backward, setup_context=_setup)
+    _library.register(OP, backend, op)
+
+
+for _backend_name in ("torch", "triton"):
+    _register(_backend_name)
 
 
 class CustomPolicyLoss(torch.autograd.Function):
-    """The same sweep outside torch.library, whose schemas take no callables. First argument: `custom` of `sweep`."""
+    """The sweep outside torch.library, whose schemas take no callables. First: `custom` and `kernels` of `sweep`."""
 
     @staticmethod
-    def forward(ctx, custom, *args):
+    def forward(ctx, custom, kernels, *args):
         ctx.set_materialize_grads(False)
-        outputs = sweep(*args, custom=custom)
+        outputs = sweep(*args, kernels=kernels, custom=custom)
         ctx.save_for_backward(*outputs[6:])
         ctx.dtypes = [None if x is None else x.dtype for x in args[:3]]
         ctx.need = args[-1]
@@ -245,4 +239,4 @@ class CustomPolicyLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        return (None, *_backward(ctx, *grads))
+        return (None, None, *_backward(ctx, *grads))

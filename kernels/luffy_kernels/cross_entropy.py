@@ -14,8 +14,9 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
-from . import _chunks, _library
+from . import _chunks, _library, _vocab
 from ._checks import check_head, check_head_values, checked_normalizer, per_token, require
 
 OP = "linear_cross_entropy"
@@ -36,14 +37,15 @@ def linear_cross_entropy(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     ignore_index: int = -100,
+    tp_group: ProcessGroup | None = None,
+    vocab_start: int = 0,
     chunk_bytes: int | None = None,
-    backend: Literal["auto", "torch"] = "auto",
+    backend: Literal["auto", "torch", "triton"] = "auto",
 ) -> Tensor:
     """Negative log-likelihood of the targets, differentiable in hidden, weight and bias.
 
     Args:
-        hidden, weight, targets, bias, temperature, softcap, logit_scale, ignore_index, chunk_bytes: as in
-            `linear_logprobs`.
+        hidden, weight, targets, and every keyword not named here: as in `linear_logprobs`.
         reduction: "mean" divides the sum over valid rows by `normalizer`, their number by default (0 rows give 0);
             "sum" divides by nothing; "none" gives targets' shape, 0 in ignored rows.
         label_smoothing: in [0, 1). z_loss: coefficient of lse^2, at least 0.
@@ -63,6 +65,7 @@ def linear_cross_entropy(
     operand = torch.promote_types(hidden.dtype, weight.dtype)
     dtype = _chunks.compute_dtype(operand)
     grad = torch.is_grad_enabled()
+    group = _vocab.group_name(OP, tp_group)
     args = (
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
@@ -74,11 +77,13 @@ def linear_cross_entropy(
         softcap,
         logit_scale,
         ignore_index,
+        group,
+        vocab_start,
         _library.chunk_budget(OP, chunk_bytes, hidden.device),
     )
     need = [grad and x is not None and x.requires_grad for x in (hidden, weight, bias)]
-    op = _library.resolve(OP, backend, hidden.device, operand)
-    total, per_row, *_ = op(*args, reduction == "none", need)
+    chosen = _library.resolve(OP, backend, hidden.device, operand, group is not None)
+    total, per_row, *_ = _library.implementation(OP, chosen)(*args, reduction == "none", need)
     if reduction == "none":
         return per_row.view(targets.shape)
     if reduction == "sum":
@@ -88,7 +93,7 @@ def linear_cross_entropy(
     return total / checked_normalizer(OP, normalizer, hidden.device, dtype)
 
 
-def _sweep(
+def sweep(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -99,62 +104,46 @@ def _sweep(
     softcap: float | None,
     logit_scale: float,
     ignore_index: int,
+    tp_group: str | None,
+    vocab_start: int,
     chunk_bytes: int,
+    per_token: bool,
     need: list[bool],
+    *,
+    kernels: _chunks.RowKernels,
     upstream: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss [N], dh, dW, db) with row t's gradient scaled by upstream[t]; rows where that is 0 enter no GEMM."""
-    check_head_values(OP, targets, weight.shape[0], ignore_index, temperature)
-    operand = torch.promote_types(hidden.dtype, weight.dtype)
-    head = _chunks.make_head(weight, bias, temperature, softcap, logit_scale, operand, targets.shape[0])
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss sum, loss [N], dh, dW, db). With `per_token` the gradients are left to backward, which recomputes: then row
+    t's gradient is scaled by upstream[t], and rows where that is 0 enter no GEMM."""
+    n, operand = targets.shape[0], torch.promote_types(hidden.dtype, weight.dtype)
+    head = _chunks.make_head(OP, weight, bias, temperature, softcap, logit_scale, operand, n, tp_group, vocab_start)
+    check_head_values(OP, targets, head.vocabulary, ignore_index, temperature)
     loss = targets.new_zeros(targets.shape, dtype=temperature.dtype)
+    need = [wanted and (upstream is not None or not per_token) for wanted in need]
     grads = _chunks.Gradients(hidden, head, (need[0], need[1], need[2]))
     live = targets != ignore_index if upstream is None else (targets != ignore_index) & (upstream != 0)
     active = live.nonzero().view(-1)
-    most = min(_chunks.chunk_rows(head, chunk_bytes), len(active))
-    work = _chunks.Workspace(most, head)
+    most = min(kernels.chunk_rows(head, chunk_bytes), len(active))
+    work = kernels.workspace(most, head)
     for part in _chunks.balanced(len(active), most):
         rows = active[part]
         h, y = hidden[rows].to(operand), targets[rows]
-        stats = _chunks.row_stats(h, rows, y, head, work)
+        stats = kernels.row_stats(h, rows, y, head, work, average=label_smoothing > 0)
         value = z_loss * stats.lse.square() - (1 - label_smoothing) * stats.logp
-        if label_smoothing:
-            value = value + label_smoothing * (stats.sum.log() - stats.centred.mean(-1))
+        if stats.average is not None:
+            value = value + label_smoothing * (stats.sum.log() - stats.average)
         loss[rows] = value
         if any(need):
             scale = torch.ones_like(value) if upstream is None else upstream[rows]
             in_lse = (label_smoothing + 2 * z_loss * stats.lse) * scale
-            uniform = scale * (-label_smoothing / weight.shape[0]) if label_smoothing else None
+            uniform = scale * (-label_smoothing / head.vocabulary) if label_smoothing else None
             g = (label_smoothing - 1) * scale
-            grads.add(_chunks.logits_grad(stats, rows, y, g, None, in_lse, head, work, uniform), h, rows, head)
-    dh, dw, db = (hidden.new_empty(0) if x is None else x for x in grads.all())
-    return loss, dh, dw, db
-
-
-@torch.library.custom_op("luffy_kernels::cross_entropy_torch", mutates_args=())
-def cross_entropy_torch(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    label_smoothing: float,
-    z_loss: float,
-    temperature: Tensor,
-    softcap: float | None,
-    logit_scale: float,
-    ignore_index: int,
-    chunk_bytes: int,
-    per_token: bool,
-    need: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss sum, loss [N], dh, dW, db). With `per_token` the gradients are left to backward, which recomputes."""
-    args = (hidden, weight, bias, targets, label_smoothing, z_loss, temperature, softcap, logit_scale, ignore_index)
-    loss, dh, dw, db = _sweep(*args, chunk_bytes, [False] * 3 if per_token else need)
+            grads.add(kernels.logits_grad(stats, rows, y, g, None, in_lse, head, work, uniform), h, rows, head)
+    dh, dw, db = (hidden.new_empty(0) if x is None else x for x in grads.all(head))
     return loss.sum(), loss, dh, dw, db
 
 
-@torch.library.custom_op("luffy_kernels::cross_entropy_backward_torch", mutates_args=())
-def cross_entropy_backward(
+def backward_sweep(
     upstream: Tensor,
     hidden: Tensor,
     weight: Tensor,
@@ -166,12 +155,17 @@ def cross_entropy_backward(
     softcap: float | None,
     logit_scale: float,
     ignore_index: int,
+    tp_group: str | None,
+    vocab_start: int,
     chunk_bytes: int,
     need: list[bool],
+    *,
+    kernels: _chunks.RowKernels,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dh, dW, db) of per-token losses with this upstream gradient, [N]."""
-    args = (hidden, weight, bias, targets, label_smoothing, z_loss, temperature, softcap, logit_scale, ignore_index)
-    _, dh, dw, db = _sweep(*args, chunk_bytes, need, upstream.to(temperature.dtype))
+    head = (hidden, weight, bias, targets, label_smoothing, z_loss, temperature, softcap, logit_scale, ignore_index)
+    options = (tp_group, vocab_start, chunk_bytes, True, need)
+    _, _, dh, dw, db = sweep(*head, *options, kernels=kernels, upstream=upstream.to(temperature.dtype))
     return dh, dw, db
 
 
@@ -184,14 +178,12 @@ def _fake_grads(hidden, weight, dtype, need):
     )
 
 
-@cross_entropy_torch.register_fake
 def _fake(hidden, weight, bias, targets, label_smoothing, z_loss, temperature, *rest):
     dtype, (per_token, need) = temperature.dtype, rest[-2:]
     grads = _fake_grads(hidden, weight, dtype, [False] * 3 if per_token else need)
     return (hidden.new_empty((), dtype=dtype), hidden.new_empty(targets.shape, dtype=dtype), *grads)
 
 
-@cross_entropy_backward.register_fake
 def _fake_backward(upstream, hidden, weight, bias, targets, label_smoothing, z_loss, temperature, *rest):
     return _fake_grads(hidden, weight, temperature.dtype, rest[-1])
 
@@ -202,25 +194,37 @@ def _setup(ctx, inputs, output):
     ctx.per_token, ctx.need = inputs[-2:]
     if ctx.per_token:
         ctx.save_for_backward(*inputs[:4], inputs[6])
-        ctx.options = (inputs[4:6], inputs[7:11])
+        ctx.options = (inputs[4:6], inputs[7:13])
     else:
         ctx.save_for_backward(*output[2:])
 
 
-def _backward(ctx, grad_sum, grad_rows, *_):
-    upstream = grad_rows if ctx.per_token else grad_sum
-    if upstream is None or not any(ctx.need):
-        return (None,) * 13
-    saved = ctx.saved_tensors
-    if ctx.per_token:
-        *head, temperature = saved
-        (smoothing, z_loss), rest = ctx.options
-        grads = cross_entropy_backward(upstream, *head, smoothing, z_loss, temperature, *rest, ctx.need)
-    else:  # out of place, so that a second backward finds the saved gradient as it was
-        grads = [x * upstream for x in saved]
-    kept = zip(grads, ctx.dtypes, ctx.need, strict=True)
-    return (*(x.to(dtype) if wanted else None for x, dtype, wanted in kept), *(None,) * 10)
+def _register(backend: str) -> None:
+    def kernels() -> dict[str, object]:
+        return {"kernels": _library.row_kernels(backend)}
+
+    op = _library.define(f"cross_entropy_{backend}", sweep, kernels)
+    recompute = _library.define(f"cross_entropy_backward_{backend}", backward_sweep, kernels)
+
+    def backward(ctx, grad_sum, grad_rows, *_):
+        upstream = grad_rows if ctx.per_token else grad_sum
+        if upstream is None or not any(ctx.need):
+            return (None,) * 15
+        saved = ctx.saved_tensors
+        if ctx.per_token:
+            *head, temperature = saved
+            (smoothing, z_loss), rest = ctx.options
+            grads = recompute(upstream, *head, smoothing, z_loss, temperature, *rest, ctx.need)
+        else:  # out of place, so that a second backward finds the saved gradient as it was
+            grads = [x * upstream for x in saved]
+        kept = zip(grads, ctx.dtypes, ctx.need, strict=True)
+        return (*(x.to(dtype) if wanted else None for x, dtype, wanted in kept), *(None,) * 12)
+
+    op.register_fake(_fake)
+    recompute.register_fake(_fake_backward)
+    op.register_autograd(backward, setup_context=_setup)
+    _library.register(OP, backend, op)
 
 
-cross_entropy_torch.register_autograd(_backward, setup_context=_setup)
-_library.register(OP, "torch", cross_entropy_torch)
+for _backend_name in ("torch", "triton"):
+    _register(_backend_name)

@@ -16,8 +16,9 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
-from . import _chunks, _library
+from . import _chunks, _library, _torch_rows, _vocab
 from ._checks import check_head, check_head_values, per_token, require
 
 OP = "linear_logprobs"
@@ -42,8 +43,10 @@ def linear_logprobs(
     logit_scale: float = 1.0,
     ignore_index: int = -100,
     return_entropy: bool = False,
+    tp_group: ProcessGroup | None = None,
+    vocab_start: int = 0,
     chunk_bytes: int | None = None,
-    backend: Literal["auto", "torch", "cpp"] = "auto",
+    backend: Literal["auto", "torch", "cpp", "triton"] = "auto",
 ) -> LogProbs:
     """Log-probability of each target token, without storing the logits.
 
@@ -53,6 +56,9 @@ def linear_logprobs(
         bias: [V] float; -inf masks an entry. temperature: positive number, or tensor broadcastable to targets.
         softcap: cap * tanh(x / cap), before the temperature.
         return_entropy: also return the entropy; it costs no GEMM.
+        tp_group: ranks that hold a part of the vocabulary each (uneven parts, in any order); weight and bias are this
+            rank's rows, from entry `vocab_start` on, and everything else is the same on all ranks. The gradient of
+            hidden comes out summed over the ranks.
         chunk_bytes: bound of the [C, V] buffers (torch backend, and every backward); 256 MiB on CPU, 1 GiB on a device.
 
     Returns:
@@ -64,8 +70,9 @@ def linear_logprobs(
     check_head(OP, hidden, weight, targets, bias)
     require(softcap is None or softcap > 0, OP, "softcap", "positive", softcap)
     operand = torch.promote_types(hidden.dtype, weight.dtype)
-    op = _library.resolve(OP, backend, hidden.device, operand)
-    logp, entropy, lse = op(
+    group = _vocab.group_name(OP, tp_group)
+    chosen = _library.resolve(OP, backend, hidden.device, operand, group is not None)
+    logp, entropy, lse, *_ = _library.implementation(OP, chosen)(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
         bias,
@@ -74,13 +81,14 @@ def linear_logprobs(
         softcap,
         logit_scale,
         ignore_index,
+        group,
+        vocab_start,
         _library.chunk_budget(OP, chunk_bytes, hidden.device),
     )
     shape = targets.shape
     return LogProbs(logp.view(shape), entropy.view(shape) if return_entropy else None, lse.view(shape))
 
 
-@torch.library.custom_op("luffy_kernels::logprobs_torch", mutates_args=())
 def logprobs_torch(
     hidden: Tensor,
     weight: Tensor,
@@ -90,25 +98,26 @@ def logprobs_torch(
     softcap: float | None,
     logit_scale: float,
     ignore_index: int,
+    tp_group: str | None,
+    vocab_start: int,
     chunk_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(logp, entropy, lse), [N] each, through the chunk driver."""
-    check_head_values(OP, targets, weight.shape[0], ignore_index, temperature)
-    operand = torch.promote_types(hidden.dtype, weight.dtype)
-    head = _chunks.make_head(weight, bias, temperature, softcap, logit_scale, operand, targets.shape[0])
+    n, operand = targets.shape[0], torch.promote_types(hidden.dtype, weight.dtype)
+    head = _chunks.make_head(OP, weight, bias, temperature, softcap, logit_scale, operand, n, tp_group, vocab_start)
+    check_head_values(OP, targets, head.vocabulary, ignore_index, temperature)
     outputs = [targets.new_zeros(targets.shape, dtype=temperature.dtype) for _ in range(3)]
     valid = (targets != ignore_index).nonzero().view(-1)
-    most = min(_chunks.chunk_rows(head, chunk_bytes), len(valid))
-    work = _chunks.Workspace(most, head)
+    most = min(_torch_rows.chunk_rows(head, chunk_bytes), len(valid))
+    work = _torch_rows.Workspace(most, head)
     for part in _chunks.balanced(len(valid), most):
         rows = valid[part]
-        stats = _chunks.row_stats(hidden[rows].to(operand), rows, targets[rows], head, work)
+        stats = _torch_rows.row_stats(hidden[rows].to(operand), rows, targets[rows], head, work)
         for out, value in zip(outputs, (stats.logp, stats.entropy, stats.lse), strict=True):
             out[rows] = value
     return outputs[0], outputs[1], outputs[2]
 
 
-@torch.library.custom_op("luffy_kernels::logprobs_cpp", mutates_args=())
 def logprobs_cpp(
     hidden: Tensor,
     weight: Tensor,
@@ -118,6 +127,8 @@ def logprobs_cpp(
     softcap: float | None,
     logit_scale: float,
     ignore_index: int,
+    tp_group: str | None,
+    vocab_start: int,
     chunk_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(logp, entropy, lse), [N] each, by csrc/logprobs.cpp on the valid rows."""
@@ -140,8 +151,7 @@ def logprobs_cpp(
     return outputs[0], outputs[1], outputs[2]
 
 
-@torch.library.custom_op("luffy_kernels::logprobs_backward_torch", mutates_args=())
-def logprobs_backward(
+def backward_torch(
     grad_logp: Tensor,
     grad_entropy: Tensor,
     grad_lse: Tensor,
@@ -153,28 +163,96 @@ def logprobs_backward(
     softcap: float | None,
     logit_scale: float,
     ignore_index: int,
+    tp_group: str | None,
+    vocab_start: int,
     chunk_bytes: int,
     need: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight, bias in their dtypes; empty where not needed. Zero rows enter no GEMM."""
-    operand = torch.promote_types(hidden.dtype, weight.dtype)
-    head = _chunks.make_head(weight, bias, temperature, softcap, logit_scale, operand, targets.shape[0])
+    n, operand = targets.shape[0], torch.promote_types(hidden.dtype, weight.dtype)
+    head = _chunks.make_head(OP, weight, bias, temperature, softcap, logit_scale, operand, n, tp_group, vocab_start)
     grads = _chunks.Gradients(hidden, head, (need[0], need[1], need[2]))
     upstream = [g.to(temperature.dtype) for g in (grad_logp, grad_entropy, grad_lse)]
-    live = (upstream[0] != 0) | (upstream[1] != 0) | (upstream[2] != 0)
-    active = ((targets != ignore_index) & live).nonzero().view(-1)
-    most = min(_chunks.chunk_rows(head, chunk_bytes), len(active))
-    work = _chunks.Workspace(most, head)
+    active = active_rows(targets, ignore_index, upstream)
+    most = min(_torch_rows.chunk_rows(head, chunk_bytes), len(active))
+    work = _torch_rows.Workspace(most, head)
     for part in _chunks.balanced(len(active), most):
         rows = active[part]
         h, y = hidden[rows].to(operand), targets[rows]
         g, u, lse = (grad[rows] for grad in upstream)
-        stats = _chunks.row_stats(h, rows, y, head, work)
-        grads.add(_chunks.logits_grad(stats, rows, y, g, u, lse, head, work), h, rows, head)
+        stats = _torch_rows.row_stats(h, rows, y, head, work)
+        grads.add(_torch_rows.logits_grad(stats, rows, y, g, u, lse, head, work), h, rows, head)
     like = (hidden, weight, weight if bias is None else bias)
     scaled = [
-        hidden.new_empty(0) if g is None else g.to(x.dtype, copy=True) for g, x in zip(grads.all(), like, strict=True)
+        hidden.new_empty(0) if g is None else g.to(x.dtype, copy=True)
+        for g, x in zip(grads.all(head), like, strict=True)
     ]
+    return scaled[0], scaled[1], scaled[2]
+
+
+def active_rows(targets: Tensor, ignore_index: int, upstream: list[Tensor]) -> Tensor:
+    """Indices of the valid rows with any upstream gradient."""
+    live = (upstream[0] != 0) | (upstream[1] != 0) | (upstream[2] != 0)
+    return ((targets != ignore_index) & live).nonzero().view(-1)
+
+
+def logprobs_triton(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    temperature: Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    ignore_index: int,
+    tp_group: str | None,
+    vocab_start: int,
+    chunk_bytes: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(logp, entropy, lse, max z, log sum exp(z - max)), [N] each; the last two are what backward needs again."""
+    from ._triton import logprobs
+
+    shard = _vocab.make_shard(OP, tp_group, vocab_start, weight.shape[0], weight.device)
+    vocabulary = weight.shape[0] if shard is None else shard.total
+    check_head_values(OP, targets, vocabulary, ignore_index, temperature)
+    return logprobs.forward(
+        hidden, weight, bias, targets, temperature, softcap, logit_scale, ignore_index, shard, vocab_start
+    )
+
+
+def backward_triton(
+    grad_logp: Tensor,
+    grad_entropy: Tensor,
+    grad_lse: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    temperature: Tensor,
+    peak: Tensor,
+    log_sum: Tensor,
+    entropy: Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    ignore_index: int,
+    tp_group: str | None,
+    vocab_start: int,
+    chunk_bytes: int,
+    need: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `backward_torch`, over slices of the vocabulary, from the statistics of the forward pass."""
+    from ._triton import logprobs
+
+    shard = _vocab.make_shard(OP, tp_group, vocab_start, weight.shape[0], weight.device)
+    upstream = [g.to(torch.float32) for g in (grad_logp, grad_entropy, grad_lse)]
+    rows = active_rows(targets, ignore_index, upstream)
+    saved = (hidden, weight, bias, targets, temperature, peak, log_sum, entropy)
+    dh, dw, db = logprobs.backward(
+        upstream, rows, *saved, softcap, logit_scale, vocab_start, chunk_bytes, (need[0], need[1], need[2])
+    )
+    _vocab.sum_over(shard, dh)
+    like = ((dh, hidden), (dw, weight), (db, weight if bias is None else bias))
+    scaled = [hidden.new_empty(0) if g is None else g.to(x.dtype) for g, x in like]
     return scaled[0], scaled[1], scaled[2]
 
 
@@ -183,33 +261,47 @@ def _fake(hidden, weight, bias, targets, temperature, *_):
     return outputs[0], outputs[1], outputs[2]
 
 
-@logprobs_backward.register_fake
+def _fake_triton(hidden, weight, bias, targets, temperature, *_):
+    return tuple(temperature.new_empty(targets.shape) for _ in range(5))
+
+
 def _fake_backward(grad_logp, grad_entropy, grad_lse, hidden, weight, bias, targets, *rest):
     empty = hidden.new_empty(0)
     need = rest[-1]
     like = (hidden, weight, weight.new_empty(weight.shape[0]) if bias is None else bias)
     return tuple(
-        torch.empty_like(x) if wanted else torch.empty_like(empty) for x, wanted in zip(like, need, strict=True)
+        x.new_empty(x.shape) if wanted else torch.empty_like(empty) for x, wanted in zip(like, need, strict=True)
     )
 
 
 def _setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:5])
+    # The Triton forward's statistics serve its backward; the others recompute theirs with the logits.
+    ctx.save_for_backward(*inputs[:5], *((output[3], output[4], output[1]) if len(output) == 5 else ()))
     ctx.options = inputs[5:]
 
 
-def _backward(ctx, *upstream):
-    need = list(ctx.needs_input_grad[:3])
-    if all(grad is None for grad in upstream) or not any(need):
-        return (None,) * 9
-    hidden, weight, bias, targets, temperature = ctx.saved_tensors
-    filled = [torch.zeros_like(targets, dtype=temperature.dtype) if g is None else g.contiguous() for g in upstream]
-    grads = logprobs_backward(*filled, hidden, weight, bias, targets, temperature, *ctx.options, need)
-    return (*(grad if wanted else None for grad, wanted in zip(grads, need, strict=True)), *(None,) * 6)
+def _register(backend: str, forward, recompute) -> None:
+    def backward(ctx, *upstream):
+        need = list(ctx.needs_input_grad[:3])
+        if all(grad is None for grad in upstream) or not any(need):
+            return (None,) * 11
+        hidden, weight, bias, targets, temperature, *stats = ctx.saved_tensors
+        zero = torch.zeros_like(targets, dtype=temperature.dtype)
+        filled = [zero if g is None else g.contiguous() for g in upstream[:3]]
+        grads = recompute(*filled, hidden, weight, bias, targets, temperature, *stats, *ctx.options, need)
+        return (*(grad if wanted else None for grad, wanted in zip(grads, need, strict=True)), *(None,) * 8)
+
+    op = _library.define(f"logprobs_{backend}", forward)
+    op.register_fake(_fake_triton if backend == "triton" else _fake)
+    op.register_autograd(backward, setup_context=_setup)
+    _library.register(OP, backend, op)
 
 
-for _backend, _op in (("torch", logprobs_torch), ("cpp", logprobs_cpp)):
-    _op.register_fake(_fake)
-    _op.register_autograd(_backward, setup_context=_setup)
-    _library.register(OP, _backend, _op)
+_backward_torch = _library.define("logprobs_backward_torch", backward_torch)
+_backward_triton = _library.define("logprobs_backward_triton", backward_triton)
+for _op in (_backward_torch, _backward_triton):
+    _op.register_fake(_fake_backward)
+_register("torch", logprobs_torch, _backward_torch)
+_register("cpp", logprobs_cpp, _backward_torch)
+_register("triton", logprobs_triton, _backward_triton)

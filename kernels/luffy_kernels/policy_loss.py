@@ -20,10 +20,11 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
-from . import _chunks, _library, token_losses
+from . import _chunks, _library, _vocab, token_losses
 from ._checks import check_head, check_kl, check_losses, checked_normalizer, per_token, require
-from ._policy_sweep import OP, CustomPolicyLoss, policy_loss_torch
+from ._policy_sweep import OP, CustomPolicyLoss
 
 
 class PolicyLoss(NamedTuple):
@@ -57,8 +58,10 @@ def linear_policy_loss(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     ignore_index: int = -100,
+    tp_group: ProcessGroup | None = None,
+    vocab_start: int = 0,
     chunk_bytes: int | None = None,
-    backend: Literal["auto", "torch"] = "auto",
+    backend: Literal["auto", "torch", "triton"] = "auto",
 ) -> PolicyLoss:
     """Sum of token losses over valid rows, divided by `normalizer`; differentiable in hidden, weight and bias.
 
@@ -74,6 +77,9 @@ def linear_policy_loss(
         entropy_coef, kl_coef: number, 0-d or per-token tensor. kl_type, with d = logp - ref_logp: k1 = d, k2 = d^2/2,
             k3 = exp(-d) + d - 1.
         temperature: positive number or tensor like advantages. softcap: cap * tanh(x / cap), before the temperature.
+        tp_group: ranks that hold a part of the vocabulary each (uneven parts, in any order); weight and bias are this
+            rank's rows, from entry `vocab_start` on, and everything else is the same on all ranks. The gradient of
+            hidden comes out summed over the ranks.
         chunk_bytes: bound of the [C, V] buffers; default 256 MiB on CPU, 1 GiB on a device.
 
     Returns:
@@ -97,11 +103,12 @@ def linear_policy_loss(
         return None if isinstance(value, (int, float)) and value == 0.0 else per_token(OP, name, value, targets, dtype)
 
     grad = torch.is_grad_enabled()
-    op = _library.resolve(OP, backend, hidden.device, operand)
+    group = _vocab.group_name(OP, tp_group)
+    chosen = _library.resolve(OP, backend, hidden.device, operand, group is not None)
+    op = _library.implementation(OP, chosen)
     custom = {index: spec for index, spec in enumerate(specs) if spec.fn is not None}
     if custom:
-        require(backend in ("auto", "torch"), OP, "backend", "'auto' or 'torch' with a custom loss", repr(backend))
-        op = functools.partial(CustomPolicyLoss.apply, custom)
+        op = functools.partial(CustomPolicyLoss.apply, custom, _library.row_kernels(chosen))
     total, logp, entropy, ratio, kl, clipped, *_ = op(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
@@ -120,6 +127,8 @@ def linear_policy_loss(
         softcap,
         logit_scale,
         ignore_index,
+        group,
+        vocab_start,
         chunk_bytes,
         [
             grad and hidden.requires_grad,
@@ -130,6 +139,3 @@ def linear_policy_loss(
     shape = targets.shape
     per_row = (x.detach().view(shape) for x in (logp, entropy, ratio, kl, clipped))
     return PolicyLoss(total / checked_normalizer(OP, normalizer, hidden.device, dtype), *per_row)
-
-
-_library.register(OP, "torch", policy_loss_torch)

@@ -93,7 +93,8 @@ def token_loss_torch(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, ratio, kl, clipped, d loss / d logp), [N] each."""
     ids = token_losses.table_index(OP, loss_id, losses.shape[0], torch.ones_like(logp, dtype=torch.bool))
-    token = token_losses.evaluate(logp, advantages, old_logp, losses.to(logp.dtype)[ids])
+    table = torch.cat([losses, losses.new_full((1, losses.shape[1]), torch.nan)]).to(logp.dtype)
+    token = token_losses.evaluate(logp, advantages, old_logp, table[ids])
     loss = token.loss if token_weight is None else token.loss * token_weight
     grad = token.grad if token_weight is None else token.grad * token_weight
     kl = torch.zeros_like(logp)

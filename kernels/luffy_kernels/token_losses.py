@@ -243,15 +243,15 @@ def encode(losses: TokenLoss | tuple[TokenLoss, ...]) -> Tensor:
 
 
 def table_index(op: str, loss_id: Tensor | None, count: int, valid: Tensor) -> Tensor:
-    """[N] row of the table of each token, 0 where not valid. Checked on CPU: elsewhere a look is a synchronisation."""
+    """[N] row of the table of each token, 0 where not valid. A bad one raises on CPU; elsewhere, where a look would
+    be a synchronisation, it gives `count`: callers add a row of NaN there."""
     if loss_id is None:
         return torch.zeros_like(valid, dtype=torch.int64)
-    loss_id = torch.where(valid, loss_id, 0)
-    if loss_id.device.type == "cpu":
-        bad = loss_id[(loss_id < 0) | (loss_id >= count)]
-        if bad.numel():
-            raise ValueError(f"{op}: loss_id must be in [0, {count}), the rows of losses, got {int(bad[0])}")
-    return loss_id.long()
+    loss_id = torch.where(valid, loss_id.long(), 0)
+    bad = (loss_id < 0) | (loss_id >= count)
+    if loss_id.device.type == "cpu" and bool(bad.any()):
+        raise ValueError(f"{op}: loss_id must be in [0, {count}), the rows of losses, got {int(loss_id[bad][0])}")
+    return torch.where(bad, count, loss_id)
 
 
 def bounded_ratio(logp: Tensor, old_logp: Tensor) -> Tensor:

@@ -1,0 +1,401 @@
+"""Log-probs without logits: a GEMM whose tiles end as statistics, and its backward over slices of the vocabulary.
+
+    forward    tiles_kernel   h W^T tile by tile; a tile in registers becomes (max, sum exp, sum exp z, target) per row
+               merge_kernel   partials of a row in vocabulary order
+    backward   grad_kernel    the same tile again -> dz of a slice; dW of the slice is written once, dh adds up in fp32
+
+A row's result depends on its own tile row alone and on splits that depend on the vocabulary and the architecture, never
+on N: it is the same bits in any batch. Partials take 16 bytes per token and `SPLIT` tiles; no logit reaches memory.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import _gemm, _vocab
+from . import tuning
+from .device import LOWEST, transform
+
+
+@triton.jit
+def tile(
+    hidden,
+    weight,
+    token,
+    live,
+    entry,
+    vocabulary,
+    width,
+    hidden_row,
+    hidden_column,
+    weight_row,
+    weight_column,
+    OPERAND: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """[BLOCK_M, BLOCK_N] fp32 products of these tokens' hidden rows and these rows of the weight."""
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    k = tl.arange(0, BLOCK_K)
+    h_at = hidden + token[:, None] * hidden_row + k[None, :] * hidden_column
+    w_at = weight + entry.to(tl.int64)[None, :] * weight_row + k[:, None] * weight_column
+    for start in range(0, width, BLOCK_K):
+        left = width - start
+        h = tl.load(h_at, mask=live[:, None] & (k[None, :] < left), other=0.0)
+        w = tl.load(w_at, mask=(entry[None, :] < vocabulary) & (k[:, None] < left), other=0.0)
+        acc = tl.dot(h.to(OPERAND), w.to(OPERAND), acc, input_precision="ieee")
+        h_at += BLOCK_K * hidden_column
+        w_at += BLOCK_K * weight_column
+    return acc
+
+
+@triton.jit
+def tile_logits(
+    acc,
+    bias,
+    entry,
+    vocabulary,
+    scale,
+    softcap,
+    temperature,
+    BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):
+    """z of a tile and the slope of `transform`; temperature [BLOCK_M]."""
+    if BIAS:
+        acc += tl.load(bias + entry, mask=entry < vocabulary, other=0.0)[None, :]
+    return transform(acc, scale, softcap, temperature[:, None], SOFTCAP)
+
+
+@triton.jit
+def tiles_kernel(
+    hidden,
+    weight,
+    bias,
+    rows,
+    targets,
+    temperature,
+    partial,
+    found,
+    count,
+    vocabulary,
+    width,
+    vocab_start,
+    hidden_row,
+    hidden_column,
+    weight_row,
+    weight_column,
+    scale,
+    softcap,
+    BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    OPERAND: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """partial [splits, 3, count]: (max, sum, sum of exp times centred z) of SPLIT tiles; found [count]: target's z.
+
+    Row tiles vary fastest over programs, so that those in flight share their part of the weight in cache.
+    """
+    tiles = tl.cdiv(count, BLOCK_M)
+    split = tl.program_id(0) // tiles
+    at = (tl.program_id(0) % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+    live = at < count
+    token = tl.load(rows + at, mask=live, other=0)
+    target = tl.load(targets + token, mask=live, other=-1) - vocab_start
+    t = tl.load(temperature + token, mask=live, other=1.0)
+    peak = tl.full((BLOCK_M,), LOWEST, dtype=tl.float32)
+    total = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    weighted = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    logit = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    first = split * SPLIT * BLOCK_N
+    for start in range(first, tl.minimum(first + SPLIT * BLOCK_N, vocabulary), BLOCK_N):
+        entry = start + tl.arange(0, BLOCK_N)
+        acc = tile(
+            hidden,
+            weight,
+            token,
+            live,
+            entry,
+            vocabulary,
+            width,
+            hidden_row,
+            hidden_column,
+            weight_row,
+            weight_column,
+            OPERAND,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+        )
+        z, _ = tile_logits(acc, bias, entry, vocabulary, scale, softcap, t, BIAS, SOFTCAP)
+        inside = (entry < vocabulary)[None, :]
+        z = tl.where(inside, z, LOWEST)
+        logit += tl.sum(tl.where(entry[None, :] == target[:, None], z, 0.0), axis=1)
+        higher = tl.maximum(peak, tl.max(z, axis=1))
+        centred = z - higher[:, None]
+        e = tl.where(inside, tl.exp(centred), 0.0)
+        shift = peak - higher
+        weighted = tl.exp(shift) * (weighted + shift * total) + tl.sum(e * centred, axis=1)
+        total = tl.exp(shift) * total + tl.sum(e, axis=1)
+        peak = higher
+    out = partial + split.to(tl.int64) * 3 * count + at
+    tl.store(out, peak, mask=live)
+    tl.store(out + count, total, mask=live)
+    tl.store(out + 2 * count, weighted, mask=live)
+    mine = (target >= first) & (target < tl.minimum(first + SPLIT * BLOCK_N, vocabulary))
+    tl.store(found + at, logit, mask=live & mine)
+
+
+@triton.jit
+def merge_kernel(partial, found, out, count, splits, BLOCK: tl.constexpr):
+    """out [4, count]: max z, sum exp(z - max), E_p[z - max], the target's logit centred. Splits in order."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    live = at < count
+    peak = tl.full((BLOCK,), LOWEST, dtype=tl.float32)
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    weighted = tl.zeros((BLOCK,), dtype=tl.float32)
+    base = partial + at
+    for _ in range(0, splits):
+        top = tl.load(base, mask=live, other=0.0)
+        part = tl.load(base + count, mask=live, other=1.0)
+        centred = tl.load(base + 2 * count, mask=live, other=0.0)
+        higher = tl.maximum(peak, top)
+        here = tl.exp(top - higher)
+        shift = peak - higher
+        weighted = tl.exp(shift) * (weighted + shift * total) + here * (centred + (top - higher) * part)
+        total = tl.exp(shift) * total + here * part
+        peak = higher
+        base += 3 * count
+    tl.store(out + at, peak, mask=live)
+    tl.store(out + count + at, total, mask=live)
+    tl.store(out + 2 * count + at, weighted / total, mask=live)
+    tl.store(out + 3 * count + at, tl.load(found + at, mask=live, other=0.0) - peak, mask=live)
+
+
+@triton.jit
+def grad_kernel(
+    hidden,
+    weight,
+    bias,
+    rows,
+    targets,
+    temperature,
+    coefficients,
+    dz,
+    count,
+    first,
+    last,
+    width,
+    vocab_start,
+    hidden_row,
+    hidden_column,
+    weight_row,
+    weight_column,
+    dz_row,
+    scale,
+    softcap,
+    BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    OPERAND: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """dz [count, last - first] of vocabulary entries first..last. coefficients [4, count]: max z, and on_target,
+    offset, slope as in `device.write_gradient`. Columns up to dz_row are written, zero beyond the slice."""
+    tiles = tl.cdiv(count, BLOCK_M)
+    at = (tl.program_id(0) % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = (tl.program_id(0) // tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
+    live = at < count
+    token = tl.load(rows + at, mask=live, other=0)
+    target = tl.load(targets + token, mask=live, other=-1) - vocab_start
+    t = tl.load(temperature + token, mask=live, other=1.0)
+    entry = first + column
+    acc = tile(
+        hidden,
+        weight,
+        token,
+        live,
+        entry,
+        last,
+        width,
+        hidden_row,
+        hidden_column,
+        weight_row,
+        weight_column,
+        OPERAND,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+    )
+    z, cap = tile_logits(acc, bias, entry, last, scale, softcap, t, BIAS, SOFTCAP)
+    centred = z - tl.load(coefficients + at, mask=live, other=0.0)[:, None]
+    on_target = tl.load(coefficients + count + at, mask=live, other=0.0)
+    offset = tl.load(coefficients + 2 * count + at, mask=live, other=0.0)
+    slope = tl.load(coefficients + 3 * count + at, mask=live, other=0.0)
+    value = tl.exp(centred) * (offset[:, None] + slope[:, None] * centred)
+    value += tl.where(entry[None, :] == target[:, None], on_target[:, None], 0.0)
+    value = tl.where((entry < last)[None, :], value * cap, 0.0)
+    out = dz + at.to(tl.int64)[:, None] * dz_row + column[None, :]
+    tl.store(out, value.to(dz.dtype.element_ty), mask=live[:, None] & (column[None, :] < dz_row))
+
+
+def forward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    temperature: Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    ignore_index: int,
+    shard: _vocab.Shard | None,
+    vocab_start: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(logp, entropy, lse, max z, log sum exp(z - max)), [N] each, 0 in ignored rows."""
+    outputs = [targets.new_zeros(targets.shape, dtype=torch.float32) for _ in range(5)]
+    rows = (targets != ignore_index).nonzero().view(-1)
+    if len(rows):
+        local = _statistics(hidden, weight, bias, rows, targets, temperature, softcap, logit_scale, vocab_start)
+        at = targets[rows] - vocab_start
+        owned = (at >= 0) & (at < weight.shape[0])
+        if shard is not None:
+            local = _vocab.merge(shard, weight.shape[0], local, owned)
+        log_sum = local.sum.log()
+        target = local.target if shard is not None else torch.where(owned, local.target, torch.nan)
+        values = (target - log_sum, log_sum - local.mean, local.max + log_sum, local.max, log_sum)
+        for out, value in zip(outputs, values, strict=True):
+            out[rows] = value
+    return outputs[0], outputs[1], outputs[2], outputs[3], outputs[4]
+
+
+def _statistics(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rows: Tensor,
+    targets: Tensor,
+    temperature: Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    vocab_start: int,
+) -> _vocab.Merged:
+    """Statistics of these rows over this rank's entries."""
+    count, (vocabulary, width) = len(rows), weight.shape
+    operand = torch.promote_types(hidden.dtype, weight.dtype)
+    config = tuning.tile_config("logprobs", hidden.device, operand, width)
+    splits = max(1, triton.cdiv(vocabulary, config["SPLIT"] * config["BLOCK_N"]))
+    partial = torch.empty((splits, 3, count), dtype=torch.float32, device=hidden.device)
+    found = torch.empty(count, dtype=torch.float32, device=hidden.device)
+    tiles_kernel[(triton.cdiv(count, config["BLOCK_M"]) * splits,)](
+        hidden,
+        weight,
+        None if bias is None else bias.float(),
+        rows,
+        targets,
+        temperature.expand(targets.shape).contiguous(),
+        partial,
+        found,
+        count,
+        vocabulary,
+        width,
+        vocab_start,
+        *hidden.stride(),
+        *weight.stride(),
+        logit_scale,
+        softcap or 1.0,
+        BIAS=bias is not None,
+        SOFTCAP=softcap is not None,
+        OPERAND=tuning.dot_dtype(operand),
+        **config,
+    )
+    out = torch.empty((4, count), dtype=torch.float32, device=hidden.device)
+    block = tuning.merge_block(count)
+    merge_kernel[(triton.cdiv(count, block),)](partial, found, out, count, splits, BLOCK=block)
+    return _vocab.Merged(out[0], out[1], torch.where(out[1] == 0, 0.0, out[2]), out[3], None)
+
+
+def backward(
+    upstream: list[Tensor],
+    rows: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    temperature: Tensor,
+    peak: Tensor,
+    log_sum: Tensor,
+    entropy: Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    vocab_start: int,
+    chunk_bytes: int,
+    need: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(dh fp32, dW in the operands' dtype, db fp32), None where not needed. Only `rows` enter a GEMM."""
+    count, (vocabulary, width) = len(rows), weight.shape
+    operand = torch.promote_types(hidden.dtype, weight.dtype)
+    temperature = temperature.expand(targets.shape).contiguous()
+    dh = torch.zeros((count, width), dtype=torch.float32, device=hidden.device) if need[0] else None
+    dw = torch.zeros_like(weight, dtype=operand) if need[1] else None
+    db = torch.zeros(vocabulary, dtype=torch.float32, device=hidden.device) if need[2] else None
+    if count and vocabulary:
+        g, u, lse = (x[rows] for x in upstream)
+        chain = logit_scale / temperature[rows]
+        share = chain * torch.exp(-log_sum[rows])
+        offset = (lse - g + u * (log_sum - entropy)[rows]) * share
+        coefficients = torch.stack([peak[rows], g * chain, offset, -u * share]).contiguous()
+        config = tuning.tile_config("logprobs_backward", hidden.device, operand, width)
+        size = slice_width(count, vocabulary, operand, config["BLOCK_N"], chunk_bytes)
+        buffer = torch.empty((count, size), dtype=operand, device=hidden.device)
+        h = hidden[rows].to(operand)
+        wide_bias = None if bias is None else bias.float()
+        for first in range(0, vocabulary, size):
+            last = min(first + size, vocabulary)
+            grad_kernel[(triton.cdiv(count, config["BLOCK_M"]) * triton.cdiv(last - first, config["BLOCK_N"]),)](
+                hidden,
+                weight,
+                wide_bias,
+                rows,
+                targets,
+                temperature,
+                coefficients,
+                buffer,
+                count,
+                first,
+                last,
+                width,
+                vocab_start,
+                *hidden.stride(),
+                *weight.stride(),
+                buffer.stride(0),
+                logit_scale,
+                softcap or 1.0,
+                BIAS=bias is not None,
+                SOFTCAP=softcap is not None,
+                OPERAND=tuning.dot_dtype(operand),
+                **config,
+            )
+            dz = buffer[:, : last - first]
+            part = weight[first:last].to(operand)
+            if dh is not None:
+                _gemm.accumulate(dh, dz, part)
+            if dw is not None:
+                with _gemm.ieee_float32(dz.device):
+                    torch.mm(dz.T, h, out=dw[first:last])
+            if db is not None:
+                db[first:last] = dz.sum(0, dtype=torch.float32)
+    if dh is not None:
+        dh = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device).index_copy_(0, rows, dh)
+    return dh, dw, db
+
+
+def slice_width(count: int, vocabulary: int, operand: torch.dtype, block: int, chunk_bytes: int) -> int:
+    """Vocabulary entries of a slice: dz [count, width] within chunk_bytes, in whole tiles, at least one."""
+    most = max(1, chunk_bytes // (count * operand.itemsize * block)) * block
+    return min(most, triton.cdiv(vocabulary, block) * block)
