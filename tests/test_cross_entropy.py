@@ -42,13 +42,24 @@ def run(fn, dtype, leaves, targets, options, upstream=None, **extra):
 
 @pytest.mark.parametrize("flags", FLAGS)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_matches_float64(flags, reduction, dtype):
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [
+        ("torch", torch.float64),
+        ("torch", torch.float32),
+        ("torch", torch.bfloat16),
+        ("triton", torch.float32),
+        ("triton", torch.bfloat16),
+    ],
+)
+def test_matches_float64(flags, reduction, backend, dtype):
     case = problem(dtype, FLAGS[flags])
     # Not uniform, and partly zero: a backward that reads its first entry alone would pass with ones.
     upstream = torch.randn(N, dtype=torch.float64).masked_fill(torch.arange(N) % 7 == 0, 0.0)
     upstream = upstream if reduction == "none" else torch.tensor(3.0, dtype=torch.float64)
-    ours, grads = run(linear_cross_entropy, dtype, *case, upstream, reduction=reduction, chunk_bytes=20_000)
+    ours, grads = run(
+        linear_cross_entropy, dtype, *case, upstream, reduction=reduction, chunk_bytes=20_000, backend=backend
+    )
     truth, exact = run(reference.linear_cross_entropy, torch.float64, *case, upstream, reduction=reduction)
     _, plain = run(reference.linear_cross_entropy, dtype, *case, upstream, reduction=reduction)
     rtol = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 1e-4}[dtype]
@@ -123,12 +134,14 @@ def test_stride_0_upstream_and_leading_dimensions():
     torch.testing.assert_close(got, want)
 
 
-def test_opcheck_and_compile():
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_opcheck_and_compile(backend):
     (hidden, weight, bias), targets, _ = problem(torch.float32, {"bias": True})
     leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
     for per_token in (False, True):
         args = (*leaves, targets, 0.1, 0.01, torch.ones(()), None, 1.0, -100, None, 0, 10_000, per_token, [True] * 3)
-        torch.library.opcheck(torch.ops.luffy_kernels.cross_entropy_torch.default, args)
+        op = getattr(torch.ops.luffy_kernels, f"cross_entropy_{backend}").default
+        torch.library.opcheck(op, args)
 
     def step(hidden, weight):
         return (

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from luffy_kernels import _native, linear_logprobs, linear_policy_loss, policy_gradient, shaped, status
+from luffy_kernels import _native, custom, linear_logprobs, linear_policy_loss, policy_gradient, shaped, status
 
 OPS = torch.ops.luffy_kernels
 
@@ -13,7 +13,7 @@ def head(n=9, h=8, v=21):
     return torch.randn(n, h, requires_grad=True), torch.randn(v, h, requires_grad=True), torch.randint(v, (n,))
 
 
-@pytest.mark.parametrize("backend", ["torch", "cpp"])
+@pytest.mark.parametrize("backend", ["torch", "cpp", "triton"])
 def test_opcheck_logprobs(backend):
     hidden, weight, targets = head()
     args = (
@@ -32,13 +32,16 @@ def test_opcheck_logprobs(backend):
     torch.library.opcheck(getattr(OPS, f"logprobs_{backend}").default, args)
 
 
-def test_opcheck_policy_loss():
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_opcheck_policy_loss(backend):
     hidden, weight, targets = head()
     n = len(targets)
     table = torch.stack([torch.tensor(s.row()) for s in (policy_gradient(0.2), shaped())])
     per_token = [torch.randn(n), -torch.rand(n), -torch.rand(n), torch.rand(n), torch.rand(n), torch.rand(n)]
     args = (hidden, weight, None, targets, table, torch.randint(2, (n,)), *per_token, "k3", torch.ones(()), None, 1.0)
-    torch.library.opcheck(OPS.policy_loss_torch.default, (*args, -100, None, 0, 10_000, [True, True, False]))
+    torch.library.opcheck(
+        getattr(OPS, f"policy_loss_{backend}").default, (*args, -100, None, 0, 10_000, [True, True, False])
+    )
 
 
 def test_compiles_into_one_graph():
@@ -57,6 +60,28 @@ def test_compiles_into_one_graph():
     got = torch.autograd.grad(compiled(hidden, weight), (hidden, weight))
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_a_custom_loss_compiles_into_one_graph():
+    """A schema takes no callables: the traced loss goes through log-probs, junk in ignored rows and all."""
+    hidden, weight, targets = head()
+    targets[0] = -100
+    ids = torch.randint(2, (len(targets),))
+    ids[0] = 99
+    options = {"advantages": torch.randn(len(targets)), "loss_id": ids, "old_logp": -2 * torch.ones(len(targets))}
+    options["advantages"][0] = torch.nan
+    options |= {"ref_logp": -3 * torch.ones(len(targets)), "kl_coef": 0.2, "entropy_coef": 0.1, "normalizer": 3.0}
+    options["losses"] = (custom(lambda logp, old, a: -a * (1 - logp.exp()) ** 2 * logp), policy_gradient(0.2))
+
+    def step(hidden, weight):
+        return linear_policy_loss(hidden, weight, targets, **options)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    want, got = step(hidden, weight), compiled(hidden, weight)
+    want_grads = torch.autograd.grad(want.loss, (hidden, weight))
+    got_grads = torch.autograd.grad(got.loss, (hidden, weight))
+    for a, b in zip((*want, *want_grads), (*got, *got_grads), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_an_unavailable_backend_says_why(monkeypatch):

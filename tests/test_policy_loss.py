@@ -26,6 +26,7 @@ from luffy_kernels import (
 from luffy_kernels.testing import assert_as_good_as
 
 B, T, H, V = 2, 21, 32, 203
+BACKENDS = ("torch", "triton")
 LOSSES = (
     policy_gradient(0.2, 0.28, 3.0),
     shaped(0.1),
@@ -105,10 +106,23 @@ def run(fn, dtype, hidden, weight, targets, options, **extra):
 
 
 @pytest.mark.parametrize("flags", FLAGS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_matches_float64(flags, dtype):
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [
+        ("torch", torch.float64),
+        ("torch", torch.float32),
+        ("torch", torch.bfloat16),
+        ("triton", torch.float32),
+        ("triton", torch.bfloat16),
+        ("torch", torch.float16),
+        ("triton", torch.float16),
+    ],
+)
+def test_matches_float64(flags, backend, dtype):
+    if dtype == torch.float16 and flags not in ("plain", "entropy", "current"):
+        pytest.skip("the float16 baseline overflows")
     case = problem(dtype, FLAGS[flags])
-    ours, grads = run(linear_policy_loss, dtype, *case, chunk_bytes=20_000, backend="torch")
+    ours, grads = run(linear_policy_loss, dtype, *case, chunk_bytes=20_000, backend=backend)
     truth, exact = run(reference.linear_policy_loss, torch.float64, *case)
     _, plain = run(reference.linear_policy_loss, dtype, *case)
     # 1e-6 for float64: the table of losses holds its constants in float32.
@@ -118,7 +132,7 @@ def test_matches_float64(flags, dtype):
     torch.testing.assert_close(ours.loss.double(), truth.loss, rtol=10 * rtol, atol=10 * rtol)
     for name, mine, baseline, wanted in zip(("hidden", "weight", "bias"), grads, plain, exact, strict=False):
         assert mine.dtype == dtype
-        eps = 2**-7 if dtype == torch.bfloat16 else 5e-6
+        eps = {torch.bfloat16: 2**-7, torch.float16: 2**-10}.get(dtype, 5e-6)
         assert_as_good_as(mine, baseline, wanted, atol=eps * float(wanted.abs().max()), name=name)
 
 
@@ -190,16 +204,17 @@ def test_shaped_gradient_is_the_published_one(p):
     torch.testing.assert_close(grad[0], want.detach(), rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_ignored_rows_leak_nothing(dtype):
+def test_ignored_rows_leak_nothing(backend, dtype):
     hidden, weight, targets, options = problem(dtype, FLAGS["everything"])
-    clean, want = run(linear_policy_loss, dtype, hidden, weight, targets, options)
+    clean, want = run(linear_policy_loss, dtype, hidden, weight, targets, options, backend=backend)
     ignored = targets == -100
     hidden[ignored] = math.nan
     for name in ("advantages", "old_logp", "ref_logp", "token_weight", "entropy_coef"):
         options[name] = torch.where(ignored, math.nan, options[name])
     options["loss_id"] = torch.where(ignored, 99, options["loss_id"])
-    dirty, got = run(linear_policy_loss, dtype, hidden, weight, targets, options)
+    dirty, got = run(linear_policy_loss, dtype, hidden, weight, targets, options, backend=backend)
     for a, b in zip((*clean, *want), (*dirty, *got), strict=True):
         assert torch.equal(a, b)
     assert not any(x[ignored].any() for x in dirty[1:])
@@ -220,14 +235,15 @@ def test_dropping_rows_changes_nothing_but_the_work(monkeypatch):
         torch.testing.assert_close(mine, truth, rtol=1e-6, atol=1e-7)
 
 
-def test_weight_gradient_error_does_not_grow_with_chunks():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_weight_gradient_error_does_not_grow_with_chunks(backend):
     n, h, v = 512, 32, 64
     hidden, weight = torch.randn(n, h).bfloat16(), torch.randn(v, h).bfloat16().requires_grad_()
     targets, advantages = torch.randint(v, (n,)), torch.rand(n)
     common = {"advantages": advantages, "losses": policy_gradient(), "old_logp": "current", "normalizer": 1.0}
 
     def error(chunk_bytes):
-        out = linear_policy_loss(hidden, weight, targets, chunk_bytes=chunk_bytes, **common)
+        out = linear_policy_loss(hidden, weight, targets, chunk_bytes=chunk_bytes, **common, backend=backend)
         (grad,) = torch.autograd.grad(out.loss, weight)
         return float((grad.double() - exact).norm() / exact.norm())
 
@@ -238,10 +254,11 @@ def test_weight_gradient_error_does_not_grow_with_chunks():
     assert error(2 * per_row) <= 1.2 * error(n * per_row) + 1e-4
 
 
-def test_grad_output_and_retain_graph():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_grad_output_and_retain_graph(backend):
     hidden, weight, targets, options = problem(torch.float32)
     hidden.requires_grad_()
-    out = linear_policy_loss(hidden, weight, targets, **options)
+    out = linear_policy_loss(hidden, weight, targets, **options, backend=backend)
     (once,) = torch.autograd.grad(out.loss, hidden, retain_graph=True)
     (thrice,) = torch.autograd.grad(3 * out.loss, hidden, retain_graph=True)
     (again,) = torch.autograd.grad(out.loss, hidden)
@@ -249,21 +266,25 @@ def test_grad_output_and_retain_graph():
     torch.testing.assert_close(thrice, 3 * once)
 
 
-def test_deterministic():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_deterministic(backend):
     case = problem(torch.bfloat16, FLAGS["everything"])
-    first, second = (run(linear_policy_loss, torch.bfloat16, *case, chunk_bytes=20_000) for _ in range(2))
+    first, second = (
+        run(linear_policy_loss, torch.bfloat16, *case, chunk_bytes=20_000, backend=backend) for _ in range(2)
+    )
     for a, b in zip((*first[0], *first[1]), (*second[0], *second[1]), strict=True):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("empty", [True, False], ids=["empty", "all_ignored"])
-def test_nothing_to_train_on_is_zero_and_connected(empty):
+def test_nothing_to_train_on_is_zero_and_connected(backend, empty):
     hidden, weight, targets, options = problem(torch.float32, FLAGS["everything"])
     targets = torch.full_like(targets, -100)
     if empty:
         hidden, targets = hidden[:, :0], targets[:, :0]
         options = {k: x[:, :0] if isinstance(x, torch.Tensor) and x.ndim == 2 else x for k, x in options.items()}
-    out, grads = run(linear_policy_loss, torch.float32, hidden, weight, targets, options)
+    out, grads = run(linear_policy_loss, torch.float32, hidden, weight, targets, options, backend=backend)
     assert out.loss == 0
     assert out.logp.shape == targets.shape
     assert not any(grad.any() for grad in grads)
@@ -285,11 +306,12 @@ def test_only_the_gradients_that_are_asked_for(monkeypatch):
     assert not any(x.requires_grad for x in out[1:])
 
 
-def test_mixed_dtypes_broadcast_advantages_and_tensor_normalizer():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_mixed_dtypes_broadcast_advantages_and_tensor_normalizer(backend):
     hidden, weight, targets, options = problem(torch.bfloat16)
     options |= {"advantages": torch.tensor([[1.0], [-1.0]]), "normalizer": torch.tensor(7.0)}
     hidden, weight = hidden.requires_grad_(), weight.float().requires_grad_()
-    out = linear_policy_loss(hidden, weight, targets, **options)
+    out = linear_policy_loss(hidden, weight, targets, **options, backend=backend)
     out.loss.backward()
     assert (hidden.grad.dtype, weight.grad.dtype, out.loss.dtype) == (torch.bfloat16, torch.float32, torch.float32)
 

@@ -3,6 +3,7 @@ ever storing [tokens, vocabulary] logits. Needs torch alone."""
 
 from ._library import status
 from .cross_entropy import linear_cross_entropy
+from .head import LinearHead
 from .logprobs import LogProbs, linear_logprobs
 from .policy_loss import PolicyLoss, linear_policy_loss
 from .token_loss import TokenLosses, token_loss
@@ -25,6 +26,7 @@ from .token_losses import (
 )
 
 __all__ = [
+    "LinearHead",
     "LogProbs",
     "PolicyLoss",
     "TokenLoss",

@@ -172,6 +172,11 @@ def finish(logits: Tensor, exp: Tensor | None, local: _vocab.Merged, owned: Tens
     return Stats(logits, exp, whole.max, whole.sum, whole.mean, whole.target - whole.sum.log(), whole.average)
 
 
+def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient * factor in this dtype, in one pass and out of place: a second backward finds the gradient as it was."""
+    return torch.mul(gradient, factor.to(gradient.device), out=torch.empty_like(gradient, dtype=dtype))
+
+
 class Gradients:
     """What a sweep accumulates: dh rows in place, dW and db in the compute dtype, whatever the number of chunks."""
 
@@ -180,11 +185,14 @@ class Gradients:
         # A rank's share of dh is a partial sum: it stays in the compute dtype until the ranks have been added up.
         narrow = head.weight.dtype if head.shard is None else dtype
         self.hidden = hidden.new_zeros(hidden.shape, dtype=narrow) if need[0] else None
-        self.weight = torch.zeros_like(head.weight, dtype=dtype) if need[1] else None
+        self.weight = torch.empty_like(head.weight, dtype=dtype) if need[1] else None
+        self.fresh = True  # dW holds nothing yet: the first product is written, not added to zeros
         self.bias = head.weight.new_zeros(head.weight.shape[0], dtype=dtype) if need[2] else None
 
     def all(self, head: Head) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         _vocab.sum_over(head.shard, self.hidden)
+        if self.weight is not None and self.fresh:
+            self.weight.zero_()
         return None if self.hidden is None else self.hidden.to(head.weight.dtype), self.weight, self.bias
 
     def add(self, dz: Tensor, hidden: Tensor, rows: Tensor, head: Head) -> None:
@@ -194,8 +202,9 @@ class Gradients:
                 self.hidden[rows] = (dz @ head.weight).to(self.hidden.dtype)
         if self.weight is not None:
             if head.packed is not None and dz.is_contiguous():
-                torch.ops.luffy_kernels.wide_addmm_t(self.weight, dz, hidden)
+                torch.ops.luffy_kernels.wide_addmm_t(self.weight.zero_() if self.fresh else self.weight, dz, hidden)
             else:
-                _gemm.accumulate(self.weight, dz.T, hidden)
+                _gemm.accumulate(self.weight, dz.T, hidden, fresh=self.fresh)
+            self.fresh = False
         if self.bias is not None:
             self.bias.add_(dz.sum(0, dtype=self.bias.dtype))

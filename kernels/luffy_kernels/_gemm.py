@@ -37,8 +37,13 @@ def widen(out: Tensor, a: Tensor, b: Tensor) -> None:
             torch.mm(a, b, out_dtype=out.dtype, out=out)
 
 
-def accumulate(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out += a b, the sum in out's dtype; one pass over out where the build fuses it."""
+def accumulate(out: Tensor, a: Tensor, b: Tensor, *, fresh: bool = False) -> None:
+    """out += a b, or out = a b when `fresh`, the sum in out's dtype; one pass over out where the build fuses it."""
+    if fresh and (out.dtype == a.dtype or widens(a.device.type, a.dtype)):
+        widen(out, a, b)
+        return
+    if fresh:
+        out.zero_()
     with ieee_float32(a.device):
         if out.dtype == a.dtype:
             out.addmm_(a, b)

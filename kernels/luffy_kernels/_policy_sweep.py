@@ -95,7 +95,7 @@ def sweep(
 
     `custom` holds the losses that no schema can carry, by their index in the table.
     """
-    n, dtype = targets.shape[0], advantages.dtype
+    targets, n, dtype = targets.contiguous(), targets.shape[0], advantages.dtype
     operand = torch.promote_types(hidden.dtype, weight.dtype)
     head = _chunks.make_head(OP, weight, bias, temperature, softcap, logit_scale, operand, n, tp_group, vocab_start)
     check_head_values(OP, targets, head.vocabulary, ignore_index, temperature)
@@ -208,8 +208,8 @@ def _backward(ctx, grad_loss, *_):
     scaled: list[Tensor | None] = [None] * 3
     if grad_loss is not None:
         for i, saved in enumerate(ctx.saved_tensors):
-            if ctx.need[i]:  # out of place, so that a second backward finds the saved gradient as it was
-                scaled[i] = (saved * grad_loss.to(saved.device)).to(ctx.dtypes[i])
+            if ctx.need[i]:
+                scaled[i] = _chunks.scaled(saved, grad_loss, ctx.dtypes[i])
     return (*scaled, *(None,) * 18)
 
 

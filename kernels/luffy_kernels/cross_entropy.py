@@ -215,10 +215,10 @@ def _register(backend: str) -> None:
             *head, temperature = saved
             (smoothing, z_loss), rest = ctx.options
             grads = recompute(upstream, *head, smoothing, z_loss, temperature, *rest, ctx.need)
-        else:  # out of place, so that a second backward finds the saved gradient as it was
-            grads = [x * upstream for x in saved]
-        kept = zip(grads, ctx.dtypes, ctx.need, strict=True)
-        return (*(x.to(dtype) if wanted else None for x, dtype, wanted in kept), *(None,) * 12)
+            kept = zip(grads, ctx.dtypes, ctx.need, strict=True)
+            return (*(x.to(dtype) if wanted else None for x, dtype, wanted in kept), *(None,) * 12)
+        kept = zip(saved, ctx.dtypes, ctx.need, strict=True)
+        return (*(_chunks.scaled(x, upstream, dtype) if wanted else None for x, dtype, wanted in kept), *(None,) * 12)
 
     op.register_fake(_fake)
     recompute.register_fake(_fake_backward)

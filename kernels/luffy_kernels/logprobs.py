@@ -216,7 +216,7 @@ def logprobs_triton(
     vocabulary = weight.shape[0] if shard is None else shard.total
     check_head_values(OP, targets, vocabulary, ignore_index, temperature)
     return logprobs.forward(
-        hidden, weight, bias, targets, temperature, softcap, logit_scale, ignore_index, shard, vocab_start
+        hidden, weight, bias, targets.contiguous(), temperature, softcap, logit_scale, ignore_index, shard, vocab_start
     )
 
 
@@ -246,7 +246,7 @@ def backward_triton(
     shard = _vocab.make_shard(OP, tp_group, vocab_start, weight.shape[0], weight.device)
     upstream = [g.to(torch.float32) for g in (grad_logp, grad_entropy, grad_lse)]
     rows = active_rows(targets, ignore_index, upstream)
-    saved = (hidden, weight, bias, targets, temperature, peak, log_sum, entropy)
+    saved = (hidden, weight, bias, targets.contiguous(), temperature, peak, log_sum, entropy)
     dh, dw, db = logprobs.backward(
         upstream, rows, *saved, softcap, logit_scale, vocab_start, chunk_bytes, (need[0], need[1], need[2])
     )

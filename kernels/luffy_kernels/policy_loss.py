@@ -16,7 +16,7 @@ region: it would run twice.
 from __future__ import annotations
 
 import functools
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ from torch.distributed import ProcessGroup
 from . import _chunks, _library, _vocab, token_losses
 from ._checks import check_head, check_kl, check_losses, checked_normalizer, per_token, require
 from ._policy_sweep import OP, CustomPolicyLoss
+from .logprobs import LogProbs, linear_logprobs
+from .token_loss import token_loss
 
 
 class PolicyLoss(NamedTuple):
@@ -107,6 +109,21 @@ def linear_policy_loss(
     chosen = _library.resolve(OP, backend, hidden.device, operand, group is not None)
     op = _library.implementation(OP, chosen)
     custom = {index: spec for index, spec in enumerate(specs) if spec.fn is not None}
+    if custom and torch.compiler.is_compiling():
+        head: dict[str, Any] = {
+            "bias": bias,
+            "temperature": temperature,
+            "softcap": softcap,
+            "logit_scale": logit_scale,
+        }
+        head |= {"ignore_index": ignore_index, "tp_group": tp_group, "vocab_start": vocab_start}
+        terms: dict[str, Any] = {"advantages": advantages, "losses": losses, "loss_id": loss_id, "old_logp": old_logp}
+        terms |= {"ref_logp": ref_logp, "token_weight": token_weight, "kl_coef": kl_coef, "kl_type": kl_type}
+        found = linear_logprobs(
+            hidden, weight, targets, return_entropy=True, chunk_bytes=chunk_bytes, backend=backend, **head
+        )
+        scale = checked_normalizer(OP, normalizer, hidden.device, dtype)
+        return _composed(found, targets != ignore_index, entropy_coef, scale, terms)
     if custom:
         op = functools.partial(CustomPolicyLoss.apply, custom, _library.row_kernels(chosen))
     total, logp, entropy, ratio, kl, clipped, *_ = op(
@@ -139,3 +156,17 @@ def linear_policy_loss(
     shape = targets.shape
     per_row = (x.detach().view(shape) for x in (logp, entropy, ratio, kl, clipped))
     return PolicyLoss(total / checked_normalizer(OP, normalizer, hidden.device, dtype), *per_row)
+
+
+def _composed(
+    found: LogProbs, valid: Tensor, entropy_coef: float | Tensor, normalizer: Tensor, terms: dict[str, Any]
+) -> PolicyLoss:
+    """The loss from differentiable log-probs, 4 GEMMs: torch.compile traces this where a custom loss is a callable."""
+    assert found.entropy is not None, "the entropy was asked for"
+    if terms["loss_id"] is not None:
+        terms["loss_id"] = torch.where(valid, terms["loss_id"], 0)
+    each = token_loss(found.logp, **terms)
+    # Ignored rows are cut out before they are summed: their per-token arguments may hold anything.
+    total = torch.where(valid, each.loss - entropy_coef * found.entropy, 0.0).sum() / normalizer
+    ratio, kl = (torch.where(valid, x, 0.0) for x in (each.ratio, each.kl))
+    return PolicyLoss(total, found.logp.detach(), found.entropy.detach(), ratio, kl, each.clipped & valid)

@@ -10,6 +10,14 @@ import triton.language as tl
 from .. import _chunks
 
 LOWEST = tl.constexpr(_chunks.LOWEST)
+OUTSIDE = tl.constexpr(2 * _chunks.LOWEST)  # of no entry at all: exp is 0 even in a row whose entries are all LOWEST
+
+
+@triton.jit
+def local_target(target, vocab_start, vocabulary):
+    """Where these entries hold the target, -1 if nowhere. int32: 64-bit comparisons with a tile's columns spill."""
+    at = target - vocab_start
+    return tl.where((at >= 0) & (at < vocabulary), at, -1).to(tl.int32)
 
 
 @triton.jit

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import _gemm, _vocab
 from . import tuning
-from .device import LOWEST, transform
+from .device import LOWEST, OUTSIDE, local_target, transform
 
 
 @triton.jit
@@ -23,7 +23,6 @@ def tile(
     hidden,
     weight,
     token,
-    live,
     entry,
     vocabulary,
     width,
@@ -40,15 +39,30 @@ def tile(
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     k = tl.arange(0, BLOCK_K)
     h_at = hidden + token[:, None] * hidden_row + k[None, :] * hidden_column
+    entry = tl.minimum(entry, vocabulary - 1)
     w_at = weight + entry.to(tl.int64)[None, :] * weight_row + k[:, None] * weight_column
     for start in range(0, width, BLOCK_K):
         left = width - start
-        h = tl.load(h_at, mask=live[:, None] & (k[None, :] < left), other=0.0)
-        w = tl.load(w_at, mask=(entry[None, :] < vocabulary) & (k[:, None] < left), other=0.0)
+        h = tl.load(h_at, mask=k[None, :] < left, other=0.0)
+        w = tl.load(w_at, mask=k[:, None] < left, other=0.0)
         acc = tl.dot(h.to(OPERAND), w.to(OPERAND), acc, input_precision="ieee")
         h_at += BLOCK_K * hidden_column
         w_at += BLOCK_K * weight_column
     return acc
+
+
+@triton.jit
+def halves(acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    return tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def quarters(acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Four groups of columns, left to right: an epilogue that takes them in turn needs fewer registers at a time."""
+    left, right = halves(acc, BLOCK_M, BLOCK_N)
+    a, b = halves(left, BLOCK_M, BLOCK_N // 2)
+    c, d = halves(right, BLOCK_M, BLOCK_N // 2)
+    return a, b, c, d
 
 
 @triton.jit
@@ -106,7 +120,7 @@ def tiles_kernel(
     at = (tl.program_id(0) % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
     live = at < count
     token = tl.load(rows + at, mask=live, other=0)
-    target = tl.load(targets + token, mask=live, other=-1) - vocab_start
+    target = local_target(tl.load(targets + token, mask=live, other=-1), vocab_start, vocabulary)
     t = tl.load(temperature + token, mask=live, other=1.0)
     peak = tl.full((BLOCK_M,), LOWEST, dtype=tl.float32)
     total = tl.zeros((BLOCK_M,), dtype=tl.float32)
@@ -119,7 +133,6 @@ def tiles_kernel(
             hidden,
             weight,
             token,
-            live,
             entry,
             vocabulary,
             width,
@@ -132,17 +145,19 @@ def tiles_kernel(
             BLOCK_N,
             BLOCK_K,
         )
-        z, _ = tile_logits(acc, bias, entry, vocabulary, scale, softcap, t, BIAS, SOFTCAP)
-        inside = (entry < vocabulary)[None, :]
-        z = tl.where(inside, z, LOWEST)
-        logit += tl.sum(tl.where(entry[None, :] == target[:, None], z, 0.0), axis=1)
-        higher = tl.maximum(peak, tl.max(z, axis=1))
-        centred = z - higher[:, None]
-        e = tl.where(inside, tl.exp(centred), 0.0)
-        shift = peak - higher
-        weighted = tl.exp(shift) * (weighted + shift * total) + tl.sum(e * centred, axis=1)
-        total = tl.exp(shift) * total + tl.sum(e, axis=1)
-        peak = higher
+        parts = quarters(acc, BLOCK_M, BLOCK_N)
+        for i in tl.static_range(4):
+            entry = start + i * (BLOCK_N // 4) + tl.arange(0, BLOCK_N // 4)
+            z, _ = tile_logits(parts[i], bias, entry, vocabulary, scale, softcap, t, BIAS, SOFTCAP)
+            z = tl.where((entry < vocabulary)[None, :], z, OUTSIDE)
+            logit += tl.sum(tl.where(entry[None, :] == target[:, None], z, 0.0), axis=1)
+            higher = tl.maximum(peak, tl.max(z, axis=1))
+            centred = z - higher[:, None]
+            e = tl.exp(centred)
+            shift = peak - higher
+            weighted = tl.exp(shift) * (weighted + shift * total) + tl.sum(e * centred, axis=1)
+            total = tl.exp(shift) * total + tl.sum(e, axis=1)
+            peak = higher
     out = partial + split.to(tl.int64) * 3 * count + at
     tl.store(out, peak, mask=live)
     tl.store(out + count, total, mask=live)
@@ -210,18 +225,16 @@ def grad_kernel(
     offset, slope as in `device.write_gradient`. Columns up to dz_row are written, zero beyond the slice."""
     tiles = tl.cdiv(count, BLOCK_M)
     at = (tl.program_id(0) % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
-    column = (tl.program_id(0) // tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
+    left = (tl.program_id(0) // tiles) * BLOCK_N
     live = at < count
     token = tl.load(rows + at, mask=live, other=0)
-    target = tl.load(targets + token, mask=live, other=-1) - vocab_start
+    target = local_target(tl.load(targets + token, mask=live, other=-1), vocab_start, last)
     t = tl.load(temperature + token, mask=live, other=1.0)
-    entry = first + column
     acc = tile(
         hidden,
         weight,
         token,
-        live,
-        entry,
+        first + left + tl.arange(0, BLOCK_N),
         last,
         width,
         hidden_row,
@@ -233,16 +246,21 @@ def grad_kernel(
         BLOCK_N,
         BLOCK_K,
     )
-    z, cap = tile_logits(acc, bias, entry, last, scale, softcap, t, BIAS, SOFTCAP)
-    centred = z - tl.load(coefficients + at, mask=live, other=0.0)[:, None]
-    on_target = tl.load(coefficients + count + at, mask=live, other=0.0)
-    offset = tl.load(coefficients + 2 * count + at, mask=live, other=0.0)
-    slope = tl.load(coefficients + 3 * count + at, mask=live, other=0.0)
-    value = tl.exp(centred) * (offset[:, None] + slope[:, None] * centred)
-    value += tl.where(entry[None, :] == target[:, None], on_target[:, None], 0.0)
-    value = tl.where((entry < last)[None, :], value * cap, 0.0)
-    out = dz + at.to(tl.int64)[:, None] * dz_row + column[None, :]
-    tl.store(out, value.to(dz.dtype.element_ty), mask=live[:, None] & (column[None, :] < dz_row))
+    peak = tl.load(coefficients + at, mask=live, other=0.0)[:, None]
+    on_target = tl.load(coefficients + count + at, mask=live, other=0.0)[:, None]
+    offset = tl.load(coefficients + 2 * count + at, mask=live, other=0.0)[:, None]
+    slope = tl.load(coefficients + 3 * count + at, mask=live, other=0.0)[:, None]
+    out = dz + at.to(tl.int64)[:, None] * dz_row
+    parts = quarters(acc, BLOCK_M, BLOCK_N)
+    for i in tl.static_range(4):
+        column = left + i * (BLOCK_N // 4) + tl.arange(0, BLOCK_N // 4)
+        entry = first + column
+        z, cap = tile_logits(parts[i], bias, entry, last, scale, softcap, t, BIAS, SOFTCAP)
+        centred = z - peak
+        value = tl.exp(centred) * (offset + slope * centred)
+        value += tl.where(entry[None, :] == target[:, None], on_target, 0.0)
+        value = tl.where((entry < last)[None, :], value * cap, 0.0)
+        tl.store(out + column[None, :], value.to(dz.dtype.element_ty), mask=live[:, None] & (column[None, :] < dz_row))
 
 
 def forward(
@@ -295,7 +313,7 @@ def _statistics(
     tiles_kernel[(triton.cdiv(count, config["BLOCK_M"]) * splits,)](
         hidden,
         weight,
-        None if bias is None else bias.float(),
+        None if bias is None else bias.float().contiguous(),
         rows,
         targets,
         temperature.expand(targets.shape).contiguous(),
@@ -354,7 +372,7 @@ def backward(
         size = slice_width(count, vocabulary, operand, config["BLOCK_N"], chunk_bytes)
         buffer = torch.empty((count, size), dtype=operand, device=hidden.device)
         h = hidden[rows].to(operand)
-        wide_bias = None if bias is None else bias.float()
+        wide_bias = None if bias is None else bias.float().contiguous()
         for first in range(0, vocabulary, size):
             last = min(first + size, vocabulary)
             grad_kernel[(triton.cdiv(count, config["BLOCK_M"]) * triton.cdiv(last - first, config["BLOCK_N"]),)](
