@@ -142,9 +142,9 @@ ALGORITHMS = (
         backward=4 + 2,
         dx=Add(2, 2 * NARROW),  # gather hidden, scatter dX
         dw=IN_FP32,
-        finish=(FILL + UNARY + DOWNCAST, 2 + NARROW),
+        finish=(DOWNCAST - FILL, 2 + NARROW),  # scaled and cast in one pass; the first chunk writes dW, adds nothing
         skips="dw ignored zero",
-        extra=lambda tile, vh, nh: max(4 * tile + 4 * vh, 8 * vh),  # dW times grad_output is a second fp32 [V, H]
+        extra=lambda tile, vh, nh: 4 * tile + 4 * vh,
     ),
     Algorithm(
         impl="ours",  # linear_logprobs: statistics in the epilogue; backward over vocabulary slices
