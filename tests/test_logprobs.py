@@ -79,13 +79,14 @@ def test_gradients_are_as_good_as_autograd(backend, flags):
         assert_as_good_as(mine, baseline, exact, atol=2**-7 * float(exact.abs().max()), name=name)
 
 
-def test_gradcheck():
-    hidden, weight, targets, _ = problem(torch.float64, {}, n=4, h=3, v=7)
-    bias = torch.randn(7, dtype=torch.float64, requires_grad=True)
-    leaves = (hidden.requires_grad_(), weight.requires_grad_(), bias)
+@pytest.mark.parametrize("flags", FLAGS)
+def test_gradcheck(flags):
+    hidden, weight, targets, options = problem(torch.float64, FLAGS[flags], n=4, h=3, v=7)
+    bias = options.pop("bias", None)
+    leaves = [x.requires_grad_() for x in (hidden, weight, bias) if x is not None]
 
-    def fn(hidden, weight, bias):
-        return linear_logprobs(hidden, weight, targets, bias=bias, softcap=3.0, temperature=0.8, return_entropy=True)
+    def fn(hidden, weight, bias=None):
+        return linear_logprobs(hidden, weight, targets, bias=bias, return_entropy=True, **options)
 
     assert torch.autograd.gradcheck(fn, leaves)
 

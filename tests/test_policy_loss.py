@@ -11,6 +11,7 @@ from luffy_kernels import (
     behaviour_ratio,
     cispo,
     custom,
+    linear_logprobs,
     linear_policy_loss,
     log_prob,
     nll,
@@ -22,6 +23,7 @@ from luffy_kernels import (
     sapo,
     shaped,
     shaped_relative,
+    token_loss,
 )
 from luffy_kernels.testing import assert_as_good_as
 
@@ -150,6 +152,47 @@ def test_gradcheck(spec):
         return linear_policy_loss(hidden, weight, targets, losses=spec, entropy_coef=0.3, kl_coef=0.2, **cut).loss
 
     assert torch.autograd.gradcheck(fn, (hidden, weight))
+
+
+# "current" holds the ratio at 1: no difference quotient sees the gradient that the reference test compares.
+@pytest.mark.parametrize("flags", [name for name in FLAGS if name != "current"])
+def test_gradcheck_under_every_flag(flags):
+    hidden, weight, targets, options = problem(torch.float64, FLAGS[flags])
+    smooth = [i for i, spec in enumerate(LOSSES) if spec.name not in ("policy_gradient", "cispo")]
+    ids = torch.tensor(smooth)[torch.arange(12).remainder(len(smooth))].view(2, 6)
+    cut = {k: x[:, 4:10] if isinstance(x, torch.Tensor) and x.ndim == 2 else x for k, x in options.items()}
+    cut["loss_id"] = ids
+    leaves = [hidden[:, 4:10, :4].requires_grad_(), weight[:7, :4].clone().requires_grad_()]
+    bias = cut.pop("bias")[:7].clone().requires_grad_() if "bias" in cut else None
+
+    def fn(hidden, weight, *bias):
+        bias = bias[0] if bias else None
+        return linear_policy_loss(hidden, weight, targets[:, 4:10] % 7, bias=bias, **cut).loss
+
+    assert torch.autograd.gradcheck(fn, leaves if bias is None else [*leaves, bias], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("flags", ["plain", "everything"])
+def test_three_products_and_four_agree(flags, backend):
+    """The fused loss against the same loss of differentiable log-probs, whose backward recomputes the logits."""
+    hidden, weight, targets, options = problem(torch.float32, FLAGS[flags])
+    options["ref_logp"] = options["old_logp"] = -3 * torch.rand(B, T)
+    fused, grads = run(linear_policy_loss, torch.float32, hidden, weight, targets, options, backend=backend)
+    leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
+    head = {k: options[k] for k in ("temperature", "softcap", "logit_scale") if k in options}
+    if "bias" in options:
+        head["bias"] = options["bias"].clone().requires_grad_()
+        leaves.append(head["bias"])
+    found = linear_logprobs(*leaves[:2], targets, return_entropy=True, backend=backend, **head)
+    valid = targets != -100
+    terms = ("advantages", "losses", "old_logp", "ref_logp", "token_weight", "kl_coef")
+    each = token_loss(found.logp, loss_id=options["loss_id"] * valid, **{k: options[k] for k in terms if k in options})
+    each = each.loss - options.get("entropy_coef", 0.0) * found.entropy
+    loss = torch.where(valid, each, 0.0).sum() / options["normalizer"]
+    torch.testing.assert_close(fused.loss, loss.float(), rtol=1e-5, atol=1e-5)
+    for mine, other in zip(grads, torch.autograd.grad(loss, leaves), strict=True):
+        torch.testing.assert_close(mine, other, rtol=0, atol=1e-5 * float(other.abs().max()))
 
 
 def squared(logp, old_logp, advantages):

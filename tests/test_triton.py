@@ -1,0 +1,136 @@
+"""What is Triton's own: the table on the device, dz over the logits, splits, and how the backend is chosen."""
+
+import importlib.util
+
+import pytest
+import torch
+from luffy_kernels import (
+    _chunks,
+    _library,
+    behaviour_ratio,
+    cispo,
+    linear_logprobs,
+    linear_policy_loss,
+    log_prob,
+    nll,
+    policy_gradient,
+    power,
+    prob_plus_log,
+    reinforce,
+    sapo,
+    shaped,
+    shaped_relative,
+    status,
+)
+
+BOUNDED = (
+    policy_gradient(),
+    policy_gradient(0.2, 0.28, 3.0),
+    policy_gradient(0.2, 0.2, p_max=0.6),
+    power(0.5),
+    power(2.0, "old", 0.3, 0.3, x_max=2.0),
+    shaped(0.1),
+    shaped(0.2, "old", clip_low=0.5, clip_high=0.1, x_min=0.5, x_max=1.5),
+    shaped_relative(0.1, 0.2, 0.2),
+    log_prob(0.3),
+    log_prob(0.3, "old", x_min=0.5),
+    prob_plus_log(0.1, "old", 0.2, 0.2),
+    behaviour_ratio(1e-3, x_min=0.05, x_max=0.5),
+    reinforce(),
+    cispo(0.28),
+    sapo(1.0, 1.5),
+    nll(),
+)
+
+
+@pytest.mark.parametrize("spec", BOUNDED, ids=lambda s: f"{BOUNDED.index(s)}-{s.name}")
+def test_every_kind_of_loss_is_the_tables(spec):
+    """Through an identity head, so that a row's gradient is its own: all probabilities, ratios from 0 to e^20."""
+    n, v = 96, 8
+    logits = torch.randn(n, v) * torch.linspace(0.1, 5, n)[:, None]
+    targets = torch.randint(v, (n,))
+    options = {"advantages": torch.randn(n), "old_logp": -4 * torch.rand(n), "losses": spec, "normalizer": 1.0}
+    options["advantages"][::9] = 0
+    options["old_logp"][5], options["old_logp"][6] = -60.0, 0.0
+
+    def outcome(backend):
+        hidden = logits.clone().requires_grad_()
+        out = linear_policy_loss(hidden, torch.eye(v), targets, backend=backend, **options)
+        (grad,) = torch.autograd.grad(out.loss, hidden)
+        return out, grad
+
+    (mine, grad), (want, wanted) = outcome("triton"), outcome("torch")
+    assert torch.equal(mine.clipped, want.clipped)
+    for a, b in ((mine.ratio, want.ratio), (mine.loss, want.loss), (grad, wanted)):
+        torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("v", [1, 15, 16, 17, 127, 128, 129, 300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dz_over_the_logits_at_any_width(v, dtype):
+    """One block and several, full and ragged: a store that overtook a load would corrupt what is read next."""
+    hidden, weight = torch.randn(7, 24).to(dtype), torch.randn(v, 24).to(dtype)
+    targets = torch.randint(v, (7,))
+    options = {"advantages": torch.randn(7), "losses": shaped(), "normalizer": 1.0, "entropy_coef": 0.1}
+
+    def grads(backend):
+        leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        return torch.autograd.grad(
+            linear_policy_loss(*leaves, targets, backend=backend, chunk_bytes=4_000, **options).loss, leaves
+        )
+
+    eps = 1e-5 if dtype == torch.float32 else 2**-7
+    for mine, want in zip(grads("triton"), grads("torch"), strict=True):
+        torch.testing.assert_close(mine, want, rtol=0, atol=eps * max(1e-3, float(want.abs().max())))
+
+
+def test_a_row_is_the_same_bits_in_any_batch():
+    hidden, weight, targets = torch.randn(50, 40).bfloat16(), torch.randn(700, 40).bfloat16(), torch.randint(700, (50,))
+    together = linear_logprobs(hidden, weight, targets, return_entropy=True, backend="triton")
+    for rows in (slice(0, 1), slice(17, 18), slice(3, 40)):
+        alone = linear_logprobs(hidden[rows], weight, targets[rows], return_entropy=True, backend="triton")
+        assert all(torch.equal(a[rows], b) for a, b in zip(together, alone, strict=True))
+
+
+@pytest.mark.parametrize("slices", [1, 3, 12])
+def test_gradients_do_not_depend_on_the_slices_of_the_vocabulary(slices):
+    hidden, weight, targets = torch.randn(20, 24), torch.randn(700, 24), torch.randint(700, (20,))
+    upstream = torch.randn(20)
+
+    def grads(chunk_bytes):
+        leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        out = linear_logprobs(*leaves, targets, backend="triton", chunk_bytes=chunk_bytes)
+        return torch.autograd.grad((out.logp * upstream).sum(), leaves)
+
+    for mine, want in zip(grads(20 * 4 * 700 // slices), grads(1 << 30), strict=True):
+        torch.testing.assert_close(mine, want, rtol=1e-5, atol=1e-5)
+
+
+def test_workspace_follows_the_documented_formula():
+    rows = _library.row_kernels("triton")
+    for dtype in (torch.float32, torch.bfloat16):
+        weight = torch.zeros(100, 4, dtype=dtype)
+        head = _chunks.make_head("test", weight, None, torch.ones(()), None, 1.0, dtype, 1)
+        assert rows.chunk_rows(head, 4 * 112 * 7 + 99) == 7
+        assert rows.chunk_rows(head, 1) == 1
+        work = rows.workspace(7, head)
+        assert work.logits.nbytes == 4 * 112 * 7
+        assert work.dz.data_ptr() == work.logits.data_ptr()  # one buffer, not two
+
+
+def test_a_machine_without_triton_says_so(monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "triton" else found(name, *a))
+    assert status().count("triton: triton is not installed") == 3
+    with pytest.raises(ValueError, match=r"backend must be available \(triton is not installed\), got 'triton'"):
+        linear_logprobs(torch.ones(1, 2), torch.ones(3, 2), torch.zeros(1, dtype=torch.int64), backend="triton")
+
+
+def test_a_machine_without_a_device_never_interprets_by_itself(monkeypatch):
+    cpu = torch.device("cpu")
+    assert _library.resolve("linear_policy_loss", "auto", cpu, torch.bfloat16) == "torch"
+    assert _library.resolve("linear_policy_loss", "auto", torch.device("cuda"), torch.bfloat16) == "triton"
+    assert _library.resolve("linear_policy_loss", "auto", torch.device("cuda"), torch.float64) == "torch"
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="it runs on cuda and rocm devices, not cpu"):
+        _library.resolve("linear_policy_loss", "triton", cpu, torch.bfloat16)
