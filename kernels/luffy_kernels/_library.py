@@ -33,7 +33,8 @@ def define(
     """
 
     def run(*args: Any) -> Any:
-        return implementation(*args, **(options() if options else {}))
+        with torch.cuda.device_of(args[0]):  # Triton launches on the current device, wherever its operands are
+            return implementation(*args, **(options() if options else {}))
 
     signature = inspect.signature(implementation, eval_str=True)
     positional = [p for p in signature.parameters.values() if p.kind is not p.KEYWORD_ONLY]

@@ -1,0 +1,91 @@
+"""Wide products of narrow operands: builds that have them, builds that do not, and builds whose result is rounded."""
+
+import pytest
+import torch
+from luffy_kernels import _gemm, linear_policy_loss, policy_gradient
+
+mm, addmm = torch.mm, torch.addmm
+
+
+def wide_mm(a, b, *, out_dtype=None, out=None):
+    """torch.mm as a CUDA build has it, on CPU tensors."""
+    if out_dtype is None:
+        return mm(a, b) if out is None else mm(a, b, out=out)
+    product = mm(a.to(out_dtype), b.to(out_dtype))
+    return product if out is None else out.copy_(product)
+
+
+def wide_addmm(c, a, b, *, out_dtype=None, out=None):
+    return out.copy_(c + mm(a.to(out_dtype), b.to(out_dtype)))
+
+
+def rounded_mm(a, b, *, out_dtype=None, out=None):
+    product = mm(a, b).to(out_dtype or a.dtype)
+    return product if out is None else out.copy_(product)
+
+
+def narrow_mm(a, b, *, out_dtype=None, **options):
+    if out_dtype is not None:
+        raise RuntimeError("out_dtype is not supported")
+    return mm(a, b, **options)
+
+
+def narrow_addmm(*args, **options):
+    raise RuntimeError("out_dtype is not supported")
+
+
+BUILDS = {
+    "both": (wide_mm, wide_addmm, True, True),
+    "mm_alone": (wide_mm, narrow_addmm, True, False),
+    "neither": (narrow_mm, narrow_addmm, False, False),
+    "rounded": (rounded_mm, lambda c, a, b, *, out_dtype, out: out.copy_(c + mm(a, b)), False, False),
+}
+
+
+@pytest.fixture(params=BUILDS)
+def build(request, monkeypatch):
+    fake_mm, fake_addmm, *expected = BUILDS[request.param]
+    for probe in (_gemm.widens, _gemm.adds_wide):
+        probe.cache_clear()
+    monkeypatch.setattr(torch, "mm", fake_mm)
+    monkeypatch.setattr(torch, "addmm", fake_addmm)
+    yield expected
+    for probe in (_gemm.widens, _gemm.adds_wide):
+        probe.cache_clear()
+
+
+@pytest.mark.parametrize("operand", [torch.bfloat16, torch.float16])
+def test_the_probe_believes_what_it_sees(build, operand):
+    assert [_gemm.widens("cpu", operand), _gemm.adds_wide("cpu", operand)] == build
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_sums_stay_in_float32(build, fresh):
+    a, b = torch.randn(40, 30).bfloat16(), torch.randn(30, 20).bfloat16()
+    out = torch.full((40, 20), torch.nan if fresh else 1.0)
+    _gemm.accumulate(out, a, b, fresh=fresh)
+    want = a.double() @ b.double() + (0.0 if fresh else 1.0)
+    tolerance = 1e-5 if build[0] else 2**-7 * float(want.abs().max())  # without wide products each is rounded once
+    torch.testing.assert_close(out.double(), want, rtol=0, atol=tolerance)
+
+
+def test_log_probs_are_float32_exact_in_every_build(build):
+    hidden, weight = torch.randn(9, 16).bfloat16(), torch.randn(50, 16).bfloat16()
+    targets = torch.randint(50, (9,))
+    options = {"advantages": 1.0, "losses": policy_gradient(), "old_logp": "current", "normalizer": 1.0}
+    got = linear_policy_loss(hidden, weight, targets, backend="triton", **options).logp
+    want = (hidden.double() @ weight.double().T).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    torch.testing.assert_close(got.double(), want, rtol=0, atol=1e-5)
+
+
+def test_tf32_is_off_inside_and_as_it_was_outside():
+    backend = torch.backends.cuda.matmul
+    before = backend.allow_tf32
+    try:
+        for allowed in (True, False):
+            backend.allow_tf32 = allowed
+            with _gemm.ieee_float32(torch.device("cuda")):
+                assert not backend.allow_tf32
+            assert backend.allow_tf32 is allowed
+    finally:
+        backend.allow_tf32 = before
