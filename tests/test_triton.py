@@ -7,11 +7,15 @@ import torch
 from luffy_kernels import (
     _chunks,
     _library,
+    _policy_sweep,
     behaviour_ratio,
     cispo,
+    cross_entropy,
+    linear_cross_entropy,
     linear_logprobs,
     linear_policy_loss,
     log_prob,
+    logprobs,
     nll,
     policy_gradient,
     power,
@@ -21,6 +25,7 @@ from luffy_kernels import (
     shaped,
     shaped_relative,
     status,
+    token_losses,
 )
 
 BOUNDED = (
@@ -134,3 +139,42 @@ def test_a_machine_without_a_device_never_interprets_by_itself(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match="it runs on cuda and rocm devices, not cpu"):
         _library.resolve("linear_policy_loss", "triton", cpu, torch.bfloat16)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_what_raises_on_cpu_is_nan_in_its_row_on_a_device(backend, monkeypatch):
+    """Without the look at values, which would synchronise there: a bad row is NaN, the others are untouched."""
+    for module in (_policy_sweep, logprobs, cross_entropy):
+        monkeypatch.setattr(module, "check_head_values", lambda *a: None)
+    table_index = token_losses.table_index
+    monkeypatch.setattr(
+        token_losses,
+        "table_index",
+        lambda op, ids, n, valid: torch.where(ids > 1, n, table_index(op, ids % 2, n, valid)),
+    )
+    hidden, weight, targets = torch.randn(12, 8), torch.randn(30, 8), torch.randint(30, (12,))
+    ids = torch.randint(2, (12,))
+    options = {"advantages": torch.ones(12), "losses": (shaped(), nll()), "normalizer": 1.0, "backend": backend}
+    good = linear_policy_loss(hidden, weight, targets, loss_id=ids, **options)
+    bad_targets, bad_ids = targets.clone(), ids.clone()
+    bad_targets[3], bad_targets[5], bad_ids[7] = 30, -1, 9
+    bad = linear_policy_loss(hidden, weight, bad_targets, loss_id=bad_ids, **options)
+    touched = torch.zeros(12, dtype=torch.bool)
+    touched[[3, 5]] = True
+    assert bad.logp[touched].isnan().all()
+    assert torch.equal(bad.logp[~touched], good.logp[~touched])
+    assert bad.loss.isnan()
+    one = linear_policy_loss(hidden, weight, targets, loss_id=bad_ids, **options)
+    assert one.loss.isnan()
+    assert torch.equal(one.logp, good.logp)
+    cold = torch.ones(12)
+    cold[3], cold[5] = 0.0, -1.0
+    for chilled in (
+        linear_logprobs(hidden, weight, targets, temperature=cold, backend=backend).logp,
+        linear_policy_loss(hidden, weight, targets, loss_id=ids, temperature=cold, **options).logp,
+    ):
+        assert torch.equal(chilled.isnan(), touched)
+    found = linear_logprobs(hidden, weight, bad_targets, backend=backend).logp
+    assert torch.equal(found.isnan(), touched)
+    each = linear_cross_entropy(hidden, weight, bad_targets, reduction="none", backend=backend)
+    assert torch.equal(each.isnan(), touched)

@@ -105,7 +105,12 @@ def checked_normalizer(op: str, normalizer: float | Tensor, device: torch.device
     require(normalizer.ndim == 0, op, "normalizer", "a number or a 0-d tensor", tuple(normalizer.shape))
     if normalizer.device.type == "cpu" and not torch.compiler.is_compiling():
         require(bool(normalizer > 0), op, "normalizer", "positive", float(normalizer))
-    return normalizer.detach().to(device=device, dtype=dtype)
+    return positive(normalizer.detach().to(device=device, dtype=dtype))
+
+
+def positive(x: Tensor) -> Tensor:
+    """x, NaN where it is not positive: what reaches a device unchecked must not pass for a result."""
+    return torch.where(x > 0, x, torch.nan)
 
 
 def check_head_values(op: str, targets: Tensor, vocabulary: int, ignore_index: int, temperature: Tensor) -> None:

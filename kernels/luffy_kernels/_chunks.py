@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from . import _gemm, _native, _vocab
+from ._checks import positive
 
 # Small enough to sit beside a model on a laptop, large enough that the GEMMs of a chunk run near full speed.
 DEFAULT_CHUNK_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
@@ -147,7 +148,7 @@ def make_head(
         else:
             wide = weight.to(dtype)
     bias = None if bias is None else bias.detach().to(dtype)
-    temperature = temperature.detach().to(dtype).expand(rows)
+    temperature = positive(temperature.detach().to(dtype)).expand(rows)
     return Head(weight, wide, packed, bias, temperature, softcap, logit_scale, shard)
 
 

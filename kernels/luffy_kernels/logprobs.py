@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from . import _chunks, _library, _torch_rows, _vocab
-from ._checks import check_head, check_head_values, per_token, require
+from ._checks import check_head, check_head_values, per_token, positive, require
 
 OP = "linear_logprobs"
 
@@ -216,7 +216,16 @@ def logprobs_triton(
     vocabulary = weight.shape[0] if shard is None else shard.total
     check_head_values(OP, targets, vocabulary, ignore_index, temperature)
     return logprobs.forward(
-        hidden, weight, bias, targets.contiguous(), temperature, softcap, logit_scale, ignore_index, shard, vocab_start
+        hidden,
+        weight,
+        bias,
+        targets.contiguous(),
+        positive(temperature),
+        softcap,
+        logit_scale,
+        ignore_index,
+        shard,
+        vocab_start,
     )
 
 
