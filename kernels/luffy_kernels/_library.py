@@ -95,19 +95,29 @@ def row_kernels(backend: str) -> RowKernels:
 
 
 def status() -> str:
-    """A table: for every operator the backend that `auto` takes here for bfloat16 operands, and why not the others."""
+    """A table: which backends serve which operator here for bfloat16 operands, which one `auto` takes, and why not."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    lines = [f"{'operator':<24}{'on ' + device.type:<10}not"]
+    reasons: list[str] = []
+
+    def cell(op: str, backend: str) -> str:
+        if backend not in _IMPLEMENTATIONS[op]:
+            return "-"
+        reason = why_not(op, backend, device, torch.bfloat16)
+        if reason is None:
+            return "yes"
+        if reason not in reasons:
+            reasons.append(reason)
+        return f"no ({reasons.index(reason) + 1})"
+
+    rows = [(f"on {device.type}", "auto", *BACKENDS[1:])]
     for op in sorted(_IMPLEMENTATIONS):
-        chosen = resolve(op, "auto", device, torch.bfloat16)
-        reasons = {b: why_not(op, b, device, torch.bfloat16) for b in BACKENDS[1:] if b != chosen}
-        others = "; ".join(f"{b}: {reason or 'slower here'}" for b, reason in reasons.items())
-        lines.append(f"{op:<24}{chosen:<10}{others}")
+        rows.append((op, resolve(op, "auto", device, torch.bfloat16), *(cell(op, b) for b in BACKENDS[1:])))
+    lines = [f"{row[0]:<22}" + "".join(f"{x:<8}" for x in row[1:]).rstrip() for row in rows]
     fused = device.type == "cpu" and _native.has_wide_mm(torch.bfloat16, 2)
     wide = fused or _gemm.widens(device.type, torch.bfloat16)
     kind = "compiled bfloat16 kernels" if fused else "torch.mm, float32 out" if wide else "torch.mm of widened operands"
-    lines.append(f"{'logits GEMM':<24}{kind}")
-    return "\n".join(lines)
+    notes = [f"({n}) {reason}" for n, reason in enumerate(reasons, 1)]
+    return "\n".join([*lines, f"{'logits GEMM of torch':<22}{kind}", *notes])
 
 
 def chunk_budget(op: str, chunk_bytes: int | None, device: torch.device) -> int:
