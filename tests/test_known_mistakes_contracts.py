@@ -16,7 +16,8 @@ from luffy_kernels import (
     shaped,
     token_loss,
 )
-from test_known_mistakes_values import V, check, forward, make_head, make_tokens, on, run
+from test_known_mistakes_values import SLOW, V, check, forward, make_head, make_tokens, on, run, unit
+from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 from torch.testing import assert_close
 
 
@@ -33,7 +34,7 @@ def test_nothing_is_left_uninitialised(op, backend, poisoned):
     """Mistake 12 (liger#1338): rows that are skipped keep whatever the allocator left there."""
     hidden, weight, targets = make_head()
     ours = run(op, backend, (hidden, weight, targets), chunk_bytes=1, bias=torch.randn(V))
-    for values in (*ours.rows.values(), *ours.grads.values()):
+    for values in (ours.loss, *ours.rows.values(), *ours.grads.values()):
         assert values.isfinite().all()
     for values in (*ours.rows.values(), ours.grads["hidden"]):
         assert not values[targets == -100].any()
@@ -106,8 +107,6 @@ def test_a_sharded_weight_is_refused_with_a_way_out(op, backend):
     """Mistake 16 (cce#31, trl#6064, verl#1565): a shard is multiplied as if it were the weight."""
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
-        from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
-
         hidden, weight, targets = make_head()
         sharded = distribute_tensor(weight, init_device_mesh("cpu", (1,)), [Shard(0)])
         with pytest.raises(ValueError, match=r"weight must be unsharded .*full_tensor\(\).*DTensor"):
@@ -186,7 +185,8 @@ def test_every_two_flags_go_together(op, backend):
     """Mistake 25 (verl#1720): each option works alone, and two of them fail or are quietly ignored."""
     hidden, weight, targets = make_head(N, spread=2.0)
     names = tuple(FLAGS[op])
-    for chosen in (*itertools.combinations(names, 2), names):
+    twos = itertools.pairwise(names) if backend in SLOW else itertools.combinations(names, 2)
+    for chosen in (*twos, names):
         flags = {name: FLAGS[op][name] for name in chosen}
         if "kl_coef" in flags or "kl_type" in flags:
             flags = {"kl_coef": 0.2, "ref_logp": TOKENS.old_logp.roll(3)} | flags
@@ -260,29 +260,16 @@ def test_mixed_dtypes_give_gradients_in_their_own(op, backend, dtypes):
     for name, dtype in zip(("hidden", "weight", "bias"), (*dtypes, F32), strict=True):
         want, mine = truth.grads[name], ours.grads[name]
         assert mine.dtype == dtype
-        rounding = ROUNDING[dtype] if mixed else 2**-7
+        rounding = ROUNDING[dtype] if mixed else 4 * unit(backend)
         assert_close(mine.double(), want, rtol=0, atol=rounding * float(want.abs().max()))
     for name, want in truth.rows.items():
         assert ours.rows[name].dtype == F32
         assert_close(ours.rows[name].double(), want.detach(), rtol=1e-4, atol=1e-4)
 
 
-def autocast_cases():
-    """(op, backend, dtypes, softcap), with marks on those that fail today."""
-    crash = pytest.mark.xfail(strict=True, raises=RuntimeError, reason="dh of float32 operands is a bfloat16 product")
-    coarse = pytest.mark.xfail(strict=True, reason="the mean logit of the entropy is a bfloat16 product")
-    cases = []
-    for (op, backend), dtypes, softcap in itertools.product(on().args[1], [(BF16, F32), (BF16, BF16)], [None, 3.0]):
-        marks = ()
-        if backend == "torch" and op in ("policy", "cross_entropy") and F32 in dtypes:
-            marks = crash
-        elif backend == "torch" and op in ("logprobs", "policy") and softcap:
-            marks = coarse
-        cases.append(pytest.param(op, backend, dtypes, softcap, marks=marks))
-    return cases
-
-
-@pytest.mark.parametrize(("op", "backend", "dtypes", "softcap"), autocast_cases())
+@on()
+@pytest.mark.parametrize("dtypes", [(BF16, F32), (BF16, BF16)])
+@pytest.mark.parametrize("softcap", [None, 3.0])
 def test_autocast_changes_nothing(op, backend, dtypes, softcap):
     """Mistake 29 again: under autocast products that are promised in float32 are made in bfloat16, or fail."""
     hidden, weight, targets = make_head()

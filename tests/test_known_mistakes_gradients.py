@@ -17,7 +17,7 @@ from luffy_kernels import (
     shaped,
     token_loss,
 )
-from test_known_mistakes_values import PER_TOKEN, SLOW, V, check, forward, make_head, make_tokens, on, run
+from test_known_mistakes_values import PER_TOKEN, SLOW, V, check, forward, make_head, make_tokens, on, run, unit
 from torch.testing import assert_close
 
 
@@ -75,8 +75,8 @@ def test_weight_gradient_error_does_not_grow_with_the_number_of_chunks(op, backe
     head = hidden + 0.5, weight, targets  # terms of one sign: a total that outgrows them
     exact = run(op, "reference", head).grads["weight"]
     errors = [relative(run(op, backend, head, chunk_bytes=c).grads["weight"], exact) for c in (1 << 20, 1)]
-    assert errors[1] <= 1.2 * errors[0] + 2**-12  # chunks of one row against one chunk
-    assert errors[1] <= 3e-3  # two bfloat16 roundings, of dz and of the result
+    assert errors[1] <= 1.5 * errors[0]  # chunks of one row against one chunk
+    assert errors[1] <= 1.5 * unit(backend)  # dz is rounded, and then the result
 
 
 @on()
@@ -87,7 +87,9 @@ def test_hidden_gradient_error_does_not_grow_with_the_vocabulary(op, backend):
         head = hidden, weight, targets
         exact = run(op, "reference", head).grads["hidden"]
         for chunk_bytes in (1 << 24, 1):
-            assert relative(run(op, backend, head, chunk_bytes=chunk_bytes).grads["hidden"], exact) <= 3e-3
+            assert relative(run(op, backend, head, chunk_bytes=chunk_bytes).grads["hidden"], exact) <= 1.5 * unit(
+                backend
+            )
 
 
 @on()
@@ -97,7 +99,7 @@ def test_gradients_do_not_come_from_bfloat16_logits(op, backend):
     head = make_head(n, h, dtype=torch.bfloat16, spread=8.0)  # logits up to 30
     ours, truth = (run(op, b, head).grads for b in (backend, "reference"))
     for name in ("hidden", "weight"):
-        assert relative(ours[name], truth[name]) <= 3e-3
+        assert relative(ours[name], truth[name]) <= 1.5 * unit(backend)
 
 
 @on()
@@ -134,8 +136,7 @@ def test_gradient_reaches_hidden_states_of_any_layout(op, backend, layout):
     forward(op, backend, cut(base), weight, targets)[0].backward()
     flat = cut(base.detach()).contiguous().requires_grad_()
     forward(op, backend, flat, weight, targets)[0].backward()
-    cut(want := torch.zeros_like(base)).copy_(flat.grad) if layout != "stride_0" else None
-    want = flat.grad.sum(0, keepdim=True) if layout == "stride_0" else want
+    (want,) = torch.autograd.grad(cut(base), base, flat.grad)
     assert base.grad is not None
     assert_close(base.grad, want, rtol=1e-5, atol=1e-6)
     assert flat.grad.any()
@@ -153,7 +154,7 @@ def test_gradient_reaches_a_weight_of_any_layout(op, backend, layout):
     forward(op, backend, hidden, cut(base), targets)[0].backward()
     flat = cut(base.detach()).contiguous().requires_grad_()
     forward(op, backend, hidden, flat, targets)[0].backward()
-    cut(want := torch.zeros_like(base)).copy_(flat.grad)
+    (want,) = torch.autograd.grad(cut(base), base, flat.grad)
     assert_close(base.grad, want, rtol=1e-5, atol=1e-6)
 
 
@@ -164,14 +165,11 @@ def test_upstream_of_stride_0_and_other_strides(op, backend):
 
     def grads(upstream):
         leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-        out = rows_of(op, backend, leaves[0].view(3, 4, -1), leaves[1], targets.view(3, 4))
-        if upstream is None:
-            return torch.autograd.grad(out.sum(), leaves)
-        return torch.autograd.grad(out, leaves, upstream)
+        out = rows_of(op, backend, *leaves, targets)
+        return torch.autograd.grad(*((out.sum(), leaves) if upstream is None else (out, leaves, upstream)))
 
-    uneven, rows = torch.randn(4, 3), torch.randn(3, 1)
-    for strided in (None, torch.ones(()).expand(3, 4), uneven.T, torch.randn(6, 8)[::2, ::2], rows.expand(3, 4)):
-        dense = torch.ones(3, 4) if strided is None else strided.contiguous()
+    for strided in (None, torch.tensor(2.0).expand(12), torch.randn(24)[::2], torch.randn(12, 3)[:, 1]):
+        dense = torch.ones(12) if strided is None else strided.contiguous()
         for mine, want in zip(grads(strided), grads(dense), strict=True):
             assert torch.equal(mine, want)
 
@@ -222,23 +220,12 @@ def test_entropy_has_a_gradient(op, backend):
 @on(fast=True)
 def test_more_than_65535_rows(op, backend):
     """Mistake 11 (liger#1294): rows beyond 65,535 fall off a grid's second dimension."""
-    head = make_head(70_000, 4, 37)
-    # A float32 GEMM sums 70,000 terms of the weight's gradient one after the other: an error of some 1e-5.
+    head = make_head(90_000, 4, 37)  # 72,000 that count
+    # A float32 GEMM sums 72,000 terms of the weight's gradient one after the other: an error of some 1e-5.
     check(op, backend, head, grad=2e-4)
 
 
-WIDE_CPP = pytest.mark.xfail(
-    torch.get_num_threads() > 1,
-    reason="its worker threads run autograd's mm on a weight that requires a gradient",
-    raises=RuntimeError,
-    strict=True,
-)
-
-
-@pytest.mark.parametrize(
-    ("op", "backend"),
-    [pytest.param(*pair, marks=WIDE_CPP if pair[1] == "cpp" else ()) for pair in on(fast=True).args[1]],
-)
+@on(fast=True)
 @pytest.mark.parametrize("v", [2049, 262_147])
 def test_a_wide_vocabulary_trains(op, backend, v):
     """Mistake 11 again: what works for [3, 2048] logits and fails for [3, 2049] ones."""

@@ -15,7 +15,7 @@ from luffy_kernels import linear_logprobs, linear_policy_loss, nll, policy_gradi
 from torch import Tensor
 from torch.testing import assert_close
 
-EVERYWHERE = ("torch",)  # the backends that serve every operator
+EVERYWHERE = ("torch", "triton")  # the backends that serve every operator
 BACKENDS = {
     "logprobs": (*EVERYWHERE, "cpp"),
     "policy": EVERYWHERE,
@@ -23,14 +23,18 @@ BACKENDS = {
     "cross_entropy_rows": EVERYWHERE,  # reduction="none": backward computes them
 }
 PER_TOKEN = ("logprobs", "cross_entropy_rows")  # operators whose upstream gradient may differ from token to token
-SLOW = ("triton",)  # interpreted on CPU: small sizes only
+SLOW = ("triton",)  # interpreted on CPU: small sizes only, and bfloat16 is cut off there where a device rounds
 V = 131  # odd, and no multiple of any tile
 
 
+def pairs(*ops, fast=False):
+    """(op, backend) of these operators, all by default; fast: without the slow backends."""
+    return [(op, b) for op in ops or BACKENDS for b in BACKENDS[op] if not (fast and b in SLOW)]
+
+
 def on(*ops, fast=False):
-    """Parametrizes a test over these operators (all by default) and the backends of each."""
-    pairs = [(op, b) for op in ops or BACKENDS for b in BACKENDS[op] if not (fast and b in SLOW)]
-    return pytest.mark.parametrize(("op", "backend"), pairs)
+    """Parametrizes a test over `pairs`."""
+    return pytest.mark.parametrize(("op", "backend"), pairs(*ops, fast=fast))
 
 
 def make_head(n=13, h=16, v=V, dtype=torch.float32, spread=1.0):
@@ -39,6 +43,11 @@ def make_head(n=13, h=16, v=V, dtype=torch.float32, spread=1.0):
     targets = torch.randint(v, (n,))
     targets[::5] = -100
     return hidden, weight, targets
+
+
+def unit(backend):
+    """Relative error of one conversion to bfloat16."""
+    return 2**-8 if backend in SLOW else 2**-9
 
 
 def with_logits(logits):
@@ -206,19 +215,19 @@ HEAD_FLAGS = {
 
 
 @on()
-@pytest.mark.parametrize("names", [c for k in range(5) for c in itertools.combinations(HEAD_FLAGS, k)], ids="+".join)
-def test_bias_scale_cap_and_temperature_apply_in_this_order(op, backend, names):
+def test_bias_scale_cap_and_temperature_apply_in_this_order(op, backend):
     """Mistake 19 (unsloth#11277, cce#52): a transform is left out, applied twice, or applied in another order."""
-    flags = {name: HEAD_FLAGS[name] for name in names}
     hidden, weight, targets = make_head(n=6, spread=3.0)
-    check(op, backend, (hidden, weight, targets), **flags)
-    z = hidden.double() @ weight.double().T  # and what the oracle computes, spelt out
-    z = flags.get("logit_scale", 1.0) * (z + flags.get("bias", torch.zeros(V)).double())
-    z = 2.5 * torch.tanh(z / 2.5) if "softcap" in flags else z
-    z = z / flags.get("temperature", 1.0)
-    assert_close(
-        run("logprobs", "reference", (hidden, weight, targets), **flags).rows["lse"][1:5], z[1:5].logsumexp(-1)
-    )
+    for count in (3, 4) if backend in SLOW else range(5):
+        for names in itertools.combinations(HEAD_FLAGS, count):
+            flags = {name: HEAD_FLAGS[name] for name in names}
+            check(op, backend, (hidden, weight, targets), label=f"{names} ", **flags)
+            z = hidden.double() @ weight.double().T  # and what the oracle computes, spelt out
+            z = flags.get("logit_scale", 1.0) * (z + flags.get("bias", torch.zeros(V)).double())
+            z = 2.5 * torch.tanh(z / 2.5) if "softcap" in flags else z
+            z = z / flags.get("temperature", 1.0)
+            oracle = run("logprobs", "reference", (hidden, weight, targets), **flags)
+            assert_close(oracle.rows["lse"][1:5], z[1:5].logsumexp(-1))
 
 
 def masked_bias(keep, v=V):
@@ -245,7 +254,6 @@ def test_masked_vocabulary_entries_give_no_nan(op, backend):
 
 
 @on()
-@pytest.mark.xfail(strict=True, reason="the cap comes after the bias and turns -inf into -softcap")
 def test_a_masked_entry_stays_masked_under_a_softcap(op, backend):
     """Mistake 20 again: the bias is documented to mask, and a softcap must not bring the entry back."""
     keep = 70

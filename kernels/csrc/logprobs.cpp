@@ -104,7 +104,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> logprobs(const at::Tensor& hidden
   TORCH_CHECK(hidden.scalar_type() == weight.scalar_type() && weight.scalar_type() != at::kDouble,
               "logprobs_cpp: operands must share one of bfloat16, float16, float32, got ", hidden.scalar_type(), ", ",
               weight.scalar_type());
-  at::AutoDispatchBelowAutograd below;
   const int64_t n = hidden.size(0), width = hidden.size(1), vocabulary = weight.size(0);
   const int64_t padded = (n + kTokens - 1) / kTokens * kTokens;
   const int64_t splits = (vocabulary + kSplit - 1) / kSplit;
@@ -124,6 +123,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> logprobs(const at::Tensor& hidden
   partial[0].fill_(kLowest);
   float* const base = partial.mutable_data_ptr<float>();
   at::parallel_for(0, splits, 1, [&](int64_t begin, int64_t end) {
+    at::AutoDispatchBelowAutograd below;  // of this thread: a weight that requires a gradient is only read here
     std::vector<float> tile(height * kTokens);
     for (int64_t s = begin; s < end; ++s) {
       float* const at = base + s * padded;

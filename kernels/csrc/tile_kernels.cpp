@@ -60,7 +60,8 @@ void transform(float* tile, int64_t count, int64_t first, int64_t token, const T
         z = z < kLowest ? Vec{} + kLowest : z;
       }
       z = z * how.logit_scale;
-      if (how.softcap > 0) z = how.softcap * fast_tanh(z / how.softcap);
+      // A masked entry (bias -inf) stays masked: the cap would bring it back as -softcap.
+      if (how.softcap > 0) z = z <= kLowest * how.logit_scale ? z : how.softcap * fast_tanh(z / how.softcap);
       store(at, z * cool);
     }
   }

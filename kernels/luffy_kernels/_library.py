@@ -7,13 +7,15 @@ compiled CPU library only adds kernels to schemas of `_native`; without it those
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
 
 from . import _gemm, _native, _torch_rows
@@ -22,6 +24,17 @@ from ._chunks import DEFAULT_CHUNK_BYTES, RowKernels
 
 BACKENDS = ("auto", "torch", "cpp", "triton")
 _IMPLEMENTATIONS: dict[str, dict[str, Callable[..., Any]]] = {}
+
+
+@contextlib.contextmanager
+def isolated(operand: Tensor) -> Iterator[None]:
+    """What an operator computes depends on its operands alone.
+
+    Triton launches on the current device, wherever its operands are, and under autocast the products of an operator's
+    own arithmetic would lose the precision that it promises.
+    """
+    with torch.cuda.device_of(operand), torch.autocast(operand.device.type, enabled=False):
+        yield
 
 
 def define(
@@ -33,7 +46,7 @@ def define(
     """
 
     def run(*args: Any) -> Any:
-        with torch.cuda.device_of(args[0]):  # Triton launches on the current device, wherever its operands are
+        with isolated(args[0]):
             return implementation(*args, **(options() if options else {}))
 
     signature = inspect.signature(implementation, eval_str=True)
@@ -109,7 +122,7 @@ def status() -> str:
             reasons.append(reason)
         return f"no ({reasons.index(reason) + 1})"
 
-    rows = [(f"on {device.type}", "auto", *BACKENDS[1:])]
+    rows: list[tuple[str, ...]] = [(f"on {device.type}", "auto", *BACKENDS[1:])]
     for op in sorted(_IMPLEMENTATIONS):
         rows.append((op, resolve(op, "auto", device, torch.bfloat16), *(cell(op, b) for b in BACKENDS[1:])))
     lines = [f"{row[0]:<22}" + "".join(f"{x:<8}" for x in row[1:]).rstrip() for row in rows]

@@ -230,7 +230,7 @@ class CustomPolicyLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, custom, kernels, *args):
         ctx.set_materialize_grads(False)
-        with torch.cuda.device_of(args[0]):
+        with _library.isolated(args[0]):
             outputs = sweep(*args, kernels=kernels, custom=custom)
         ctx.save_for_backward(*outputs[6:])
         ctx.dtypes = [None if x is None else x.dtype for x in args[:3]]

@@ -93,6 +93,8 @@ def _transform(z: Tensor, rows: Tensor, head: Head) -> None:
     # On CPU a look at the scale is cheaper than a pass over the chunk.
     if z.device.type != "cpu" or not bool((scale == 1).all()):
         z.mul_(scale)
+    if head.softcap is not None and head.bias is not None:  # the cap brought masked entries back as -softcap
+        z.masked_fill_(head.bias == -torch.inf, LOWEST)
 
 
 def logits_grad(
@@ -154,4 +156,4 @@ def logits_grad(
 def _cap_derivative(stats: Stats, rows: Tensor, head: Head, softcap: float) -> Tensor:
     """[C, V] 1 - tanh^2, where tanh = z temperature / softcap with the maximum added back."""
     tanh = (stats.logits + stats.max[:, None]).mul_(head.temperature[rows, None] / softcap)
-    return tanh.square_().neg_().add_(1)
+    return tanh.clamp_(-1, 1).square_().neg_().add_(1)  # masked entries lie far beyond the cap

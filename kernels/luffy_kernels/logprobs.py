@@ -54,7 +54,7 @@ def linear_logprobs(
         hidden: [..., H] float. weight: [V, H] float, same device; GEMMs run in the promoted dtype of the two.
         targets: [...] int64, already aligned with hidden; rows holding `ignore_index` give 0 and no gradient.
         bias: [V] float; -inf masks an entry. temperature: positive number, or tensor broadcastable to targets.
-        softcap: cap * tanh(x / cap), before the temperature.
+        softcap: cap * tanh(x / cap), before the temperature; masked entries stay masked.
         return_entropy: also return the entropy; it costs no GEMM.
         tp_group: ranks that hold a part of the vocabulary each (uneven parts, in any order); weight and bias are this
             rank's rows, from entry `vocab_start` on, and everything else is the same on all ranks. The gradient of

@@ -42,6 +42,8 @@ def logits(
     z = logit_scale * (z if bias is None else z + bias)
     z = z if softcap is None else softcap * torch.tanh(z / softcap)
     z = z / (temperature[..., None] if isinstance(temperature, Tensor) and temperature.ndim else temperature)
+    if bias is not None:
+        z = torch.where(bias == -torch.inf, -torch.inf, z)  # masked, whatever the cap
     return z, valid
 
 

@@ -39,12 +39,12 @@ def expm1(x):
 
 @triton.jit
 def transform(raw, scale, softcap, temperature, SOFTCAP: tl.constexpr):
-    """z and dz/draw / (scale / temperature), from raw = h W^T + b. NaN stays NaN; -inf becomes LOWEST."""
+    """z and dz/draw / (scale / temperature), from raw = h W^T + b. NaN stays NaN; -inf, masked, becomes LOWEST."""
     slope = 1.0
     if SOFTCAP:
         t = tanh(raw * (scale / softcap))
         slope = 1.0 - t * t
-        z = t * (softcap / temperature)
+        z = tl.where(raw == float("-inf"), LOWEST, t * (softcap / temperature))
     else:
         z = raw * (scale / temperature)
     return tl.where(z < LOWEST, LOWEST, z), slope
@@ -82,10 +82,10 @@ def row_statistics(
         column = start + tl.arange(0, BLOCK)
         inside = column < vocabulary
         z, _ = load_logits(logits, bias, column, padded, scale, softcap, temperature, BIAS, SOFTCAP)
-        z = tl.where(inside, z, LOWEST)
+        z = tl.where(inside, z, OUTSIDE)
         higher = tl.maximum(peak, tl.max(z, axis=0))
         centred = z - higher
-        e = tl.where(inside, tl.exp(centred), 0.0)
+        e = tl.exp(centred)
         shift = peak - higher
         weighted = tl.exp(shift) * (weighted + shift * total) + tl.sum(e * centred, axis=0)
         total = tl.exp(shift) * total + tl.sum(e, axis=0)
@@ -128,7 +128,7 @@ def write_gradient(
     """The row's gradient over the row itself, in dz's dtype: exp(z - peak) (offset + slope (z - peak)), and more.
 
     dz may be narrower than the logits and start where they do: entry i of dz never lies beyond entry i of the logits.
-    The barrier keeps a fast warp from writing what a slow one has yet to read.
+    The barrier keeps a fast warp from writing what a slow one has yet to read (`bench.aot` finds it between the two).
     """
     for start in range(0, padded, BLOCK):
         column = start + tl.arange(0, BLOCK)
