@@ -78,14 +78,18 @@ def test_log_probs_are_float32_exact_in_every_build(build):
     torch.testing.assert_close(got.double(), want, rtol=0, atol=1e-5)
 
 
-def test_tf32_is_off_inside_and_as_it_was_outside():
+@pytest.mark.parametrize("newer", [True, False])
+def test_tf32_is_off_inside_and_as_it_was_outside(newer):
+    """Whichever of torch's two settings the program used; reading the older one after the newer raises."""
     backend = torch.backends.cuda.matmul
-    before = backend.allow_tf32
+    before = backend.fp32_precision
     try:
-        for allowed in (True, False):
-            backend.allow_tf32 = allowed
-            with _gemm.ieee_float32(torch.device("cuda")):
-                assert not backend.allow_tf32
-            assert backend.allow_tf32 is allowed
+        if newer:
+            backend.fp32_precision = "tf32"
+        else:
+            backend.allow_tf32 = True
+        with _gemm.ieee_float32(torch.device("cuda")):
+            assert backend.fp32_precision == "ieee"
+        assert backend.fp32_precision == "tf32"
     finally:
-        backend.allow_tf32 = before
+        backend.fp32_precision = before

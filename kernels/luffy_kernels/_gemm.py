@@ -18,14 +18,16 @@ from torch import Tensor
 def ieee_float32(device: torch.device) -> Iterator[None]:
     """fp32 products inside are IEEE ones, whatever the program allows elsewhere (TF32 keeps 10 bits)."""
     backend = torch.backends.cuda.matmul
-    if device.type != "cuda" or not backend.allow_tf32:
+    # Not `allow_tf32`: reading it raises once a program has used the newer setting, and this one sees both.
+    allowed = backend.fp32_precision
+    if device.type != "cuda" or allowed in ("ieee", "none"):
         yield
         return
-    backend.allow_tf32 = False
+    backend.fp32_precision = "ieee"
     try:
         yield
     finally:
-        backend.allow_tf32 = True
+        backend.fp32_precision = allowed
 
 
 def widen(out: Tensor, a: Tensor, b: Tensor) -> None:

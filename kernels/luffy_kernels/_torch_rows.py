@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import _native
 from ._chunks import LOWEST, Head, Stats, compute_dtype, finish, write_logits
+from ._gemm import ieee_float32
 from ._vocab import Merged
 
 
@@ -69,7 +70,8 @@ def row_stats(
         assert work.exp is not None, "the workspace holds exp unless the row kernels are fused"
         exp = torch.exp(z, out=work.exp[: z.shape[0]])
         total = exp.sum(-1)
-        mean = torch.bmm(exp[:, None, :], z[:, :, None]).view(-1) / total
+        with ieee_float32(z.device):
+            mean = torch.bmm(exp[:, None, :], z[:, :, None]).view(-1) / total
     at, owned = head.locate(targets)
     target = z.gather(1, at[:, None]).squeeze(1) if z.shape[1] else torch.zeros_like(peak)
     flat = None if not average else z.mean(-1) if z.shape[1] else torch.zeros_like(peak)

@@ -33,6 +33,7 @@ its code), CISPO (arXiv 2506.13585), SAPO (arXiv 2511.20347).
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
@@ -242,6 +243,11 @@ def encode(losses: TokenLoss | tuple[TokenLoss, ...]) -> Tensor:
     return torch.tensor([spec.row() for spec in rows], dtype=torch.float32)
 
 
+def looks_at_values(device: torch.device) -> bool:
+    """Whether bad values raise: on CPU, and under LUFFY_KERNELS_DEBUG=1 where the look synchronises."""
+    return device.type == "cpu" or os.environ.get("LUFFY_KERNELS_DEBUG") == "1"
+
+
 def table_index(op: str, loss_id: Tensor | None, count: int, valid: Tensor) -> Tensor:
     """[N] row of the table of each token, 0 where not valid. A bad one raises on CPU; elsewhere, where a look would
     be a synchronisation, it gives `count`: callers add a row of NaN there."""
@@ -249,7 +255,7 @@ def table_index(op: str, loss_id: Tensor | None, count: int, valid: Tensor) -> T
         return torch.zeros_like(valid, dtype=torch.int64)
     loss_id = torch.where(valid, loss_id.long(), 0)
     bad = (loss_id < 0) | (loss_id >= count)
-    if loss_id.device.type == "cpu" and bool(bad.any()):
+    if looks_at_values(loss_id.device) and bool(bad.any()):
         raise ValueError(f"{op}: loss_id must be in [0, {count}), the rows of losses, got {int(loss_id[bad][0])}")
     return torch.where(bad, count, loss_id)
 
