@@ -11,7 +11,7 @@ other projects' kernels that are installed here, within 10 minutes in all. Print
 the roofline, and writes bench/results/gpu_check-<device>.json, which is worth sending to us. The exit code
 is 0 only if every test passed; tables and JSON come either way.
 
-Needs: Linux, an NVIDIA or AMD GPU, and a Python with torch 2.11, triton 3.6 or newer, pytest and setuptools.
+Needs: Linux, an NVIDIA or AMD GPU, and a Python with torch 2.11, triton 3.6 or newer, and pytest.
 Nothing is built or installed. Compared where installed: liger-kernel, cut-cross-entropy, verl, quack-kernels, trl.
 
   --tiny          toy shapes, on CPU where there is no GPU: tries the command itself, says nothing of speed
@@ -49,7 +49,7 @@ command -v -- "$python" >/dev/null 2>&1 || die "$python was not found: name a Py
 # Versions are compared by their first two numbers: 2.11.0+cu130 and 2.12.0a0+git are both new enough.
 missing=$("$python" - <<'CHECK'
 import importlib.metadata, re, sys
-wanted = {"torch": (2, 11), "triton": (3, 6), "pytest": (7, 0), "setuptools": (0, 0)}
+wanted = {"torch": (2, 11), "triton": (3, 6), "pytest": (7, 0)}
 if sys.version_info < (3, 11):
     print("Python 3.11 or newer (this is " + sys.version.split()[0] + ")")
 for name, least in wanted.items():
@@ -67,7 +67,7 @@ CHECK
 ) || die "$python does not run."
 if [ -n "$missing" ]; then
     printf 'luffy: %s lacks:\n%s\n' "$python" "$missing" >&2
-    die "get them with: $python -m pip install 'torch>=2.11' 'triton>=3.6' pytest setuptools (or name another with PYTHON=)."
+    die "get them with: $python -m pip install 'torch>=2.11' 'triton>=3.6' pytest (or name another with PYTHON=)."
 fi
 
 trap 'echo; echo "luffy: stopped; run the same command again to start over." >&2; exit 130' INT

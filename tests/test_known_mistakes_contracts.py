@@ -102,19 +102,26 @@ def test_no_tokens_at_all_in_bare_token_losses():
     assert logp.grad.shape == (0,)
 
 
-@on()
-def test_a_sharded_weight_is_refused_with_a_way_out(op, backend):
-    """Mistake 16 (cce#31, trl#6064, verl#1565): a shard is multiplied as if it were the weight."""
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        hidden, weight, targets = make_head()
-        sharded = distribute_tensor(weight, init_device_mesh("cpu", (1,)), [Shard(0)])
-        with pytest.raises(ValueError, match=r"weight must be unsharded .*full_tensor\(\).*DTensor"):
-            forward(op, backend, hidden, sharded, targets)
-        want = forward(op, backend, hidden, weight, targets)[0]
-        assert torch.equal(forward(op, backend, hidden, sharded.full_tensor(), targets)[0], want)  # the way out
-    finally:
+@pytest.fixture
+def mesh():
+    """One rank. A trainer that another test made may have left the process group it belongs to, and still use it."""
+    already = torch.distributed.is_initialized()
+    if not already:
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    if not already:
         torch.distributed.destroy_process_group()
+
+
+@on()
+def test_a_sharded_weight_is_refused_with_a_way_out(op, backend, mesh):
+    """Mistake 16 (cce#31, trl#6064, verl#1565): a shard is multiplied as if it were the weight."""
+    hidden, weight, targets = make_head()
+    sharded = distribute_tensor(weight, mesh, [Shard(0)])
+    with pytest.raises(ValueError, match=r"weight must be unsharded .*full_tensor\(\).*DTensor"):
+        forward(op, backend, hidden, sharded, targets)
+    want = forward(op, backend, hidden, weight, targets)[0]
+    assert torch.equal(forward(op, backend, hidden, sharded.full_tensor(), targets)[0], want)  # the way out
 
 
 def clipped_ratio(logp, old_logp, advantages):

@@ -1,6 +1,6 @@
 """A head whose vocabulary is spread over ranks: each holds some rows of the weight, all hold the same tokens.
 
-Only statistics travel: six numbers per token, gathered and merged in rank order, so every rank computes the same bits.
+Only statistics travel: seven numbers per token, gathered and merged in rank order, so all ranks compute the same bits.
 Every rank must make the same calls with the same hidden, targets and per-token arguments. The gradient of hidden is
 summed over the ranks once, inside the operator; the caller must not reduce it again. A weight shard's is complete.
 """

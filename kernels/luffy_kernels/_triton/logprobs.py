@@ -5,7 +5,7 @@
     backward   grad_kernel    the same tile again -> dz of a slice; dW of the slice is written once, dh adds up in fp32
 
 A row's result depends on its own tile row alone and on splits that depend on the vocabulary and the architecture, never
-on N: it is the same bits in any batch. Partials take 16 bytes per token and `SPLIT` tiles; no logit reaches memory.
+on N: it is the same bits in any batch. Partials take 12 bytes per token and `SPLIT` tiles; no logit reaches memory.
 """
 
 import torch
