@@ -20,6 +20,7 @@
 #include <tuple>
 #include <vector>
 
+#include "bf16_units.h"
 #include "tile_kernels.h"
 
 namespace {
@@ -43,7 +44,7 @@ class TileGemm {
   TileGemm(const at::Tensor& hidden, const at::Tensor& weight, int64_t padded)
       : weight_(weight), width_(weight.size(1)), blocks_(padded / kTokens) {
     const bool bf16 = weight.scalar_type() == at::kBFloat16;
-    packed_ = bf16 && width_ % 2 == 0 && at::native::cpublas::could_pack(at::kBFloat16);
+    packed_ = bf16 && width_ % 2 == 0 && has_bf16_units();
     auto rows = at::zeros({padded, width_}, hidden.options().dtype(packed_ ? at::kBFloat16 : at::kFloat));
     rows.narrow(0, 0, hidden.size(0)).copy_(hidden);
     // [block, token, H] -> [block, H, token]; VNNI keeps pairs of H adjacent: [block, H/2, token, 2].

@@ -12,6 +12,8 @@
 #include <algorithm>
 #include <vector>
 
+#include "bf16_units.h"
+
 namespace {
 
 namespace blas = at::native::cpublas;
@@ -41,7 +43,7 @@ at::Tensor pack_blocks(const at::Tensor& matrix) {
   return out.view(at::kBFloat16);
 }
 
-bool wide_supported(int64_t width) { return width % 2 == 0 && blas::could_pack(at::kBFloat16); }
+bool wide_supported(int64_t width) { return width % 2 == 0 && luffy::has_bf16_units(); }
 
 at::Tensor wide_pack(const at::Tensor& weight) {
   TORCH_CHECK(weight.scalar_type() == at::kBFloat16 && weight.is_contiguous() && wide_supported(weight.size(1)),

@@ -149,9 +149,10 @@ def logits_grad(
             torch.mul(stats.exp, stats.logits, out=out if cap is None else stats.exp)
         if cap is not None:
             torch.mul(stats.exp, cap, out=out)
-    # Rows whose target another rank holds keep what they have at entry 0.
-    kept = on_target.to(out.dtype)[:, None]
-    out.scatter_(1, at, kept if head.shard is None else torch.where(owned[:, None], kept, out.gather(1, at)))
+    # Rows whose target another rank holds keep what they have at entry 0. Not scatter_: on CPU it copies the whole of a
+    # 16-bit matrix.
+    here, at, kept = torch.arange(count, device=out.device), at.squeeze(1), on_target.to(out.dtype)
+    out[here, at] = kept if head.shard is None else torch.where(owned, kept, out[here, at])
     return out
 
 
