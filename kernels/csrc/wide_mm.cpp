@@ -74,8 +74,8 @@ at::Tensor& wide_mm(at::Tensor& out, const at::Tensor& a, const at::Tensor& pack
 
 at::Tensor& wide_addmm_t(at::Tensor& out, const at::Tensor& dz, const at::Tensor& h) {
   const int64_t rows = dz.size(0), vocabulary = dz.size(1), width = h.size(1);
-  TORCH_CHECK(dz.is_contiguous() && out.is_contiguous() && h.size(0) == rows, "wide_addmm_t: dz must be contiguous [",
-              h.size(0), ", V], got ", dz.sizes());
+  TORCH_CHECK(dz.is_contiguous() && out.is_contiguous() && h.size(0) == rows, "wide_addmm_t: dz [", h.size(0),
+              ", V] and out must be contiguous, got ", dz.sizes(), " ", dz.strides(), " and ", out.strides());
   const int64_t even = rows + rows % 2;
   auto transposed =
       at::zeros({width, even}, h.options());  // [H, C]: pack_blocks pairs neighbours of the last dimension

@@ -186,7 +186,8 @@ class Gradients:
         # A rank's share of dh is a partial sum: it stays in the compute dtype until the ranks have been added up.
         narrow = head.weight.dtype if head.shard is None else dtype
         self.hidden = hidden.new_zeros(hidden.shape, dtype=narrow) if need[0] else None
-        self.weight = torch.empty_like(head.weight, dtype=dtype) if need[1] else None
+        # Rows one after another, however the weight's own lie: the compiled products write nothing else.
+        self.weight = head.weight.new_empty(head.weight.shape, dtype=dtype) if need[1] else None
         self.fresh = True  # dW holds nothing yet: the first product is written, not added to zeros
         self.bias = head.weight.new_zeros(head.weight.shape[0], dtype=dtype) if need[2] else None
 
