@@ -278,6 +278,37 @@ def test_dropping_rows_changes_nothing_but_the_work(monkeypatch):
         torch.testing.assert_close(mine, truth, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("chunk_bytes", [None, 1])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tokens_that_are_all_clipped_have_a_loss_and_no_gradient(backend, dtype, chunk_bytes):
+    if backend == "triton" and dtype == torch.float64:
+        pytest.skip("the Triton kernels compute in float32")
+    hidden, weight = torch.randn(4, 32).to(dtype).requires_grad_(), torch.randn(64, 32).to(dtype).requires_grad_()
+    targets = torch.randint(64, (4,))
+    old_logp = linear_logprobs(hidden, weight, targets).logp.detach() - 1
+    out = linear_policy_loss(
+        hidden, weight, targets, advantages=1.0, losses=policy_gradient(0.2, 0.28), old_logp=old_logp, normalizer=4.0,
+        chunk_bytes=chunk_bytes, backend=backend,
+    )  # fmt: skip
+    out.loss.backward()
+    assert out.clipped.all()
+    torch.testing.assert_close(float(out.loss.detach()), -1.28)
+    assert not hidden.grad.any()
+    assert not weight.grad.any()
+
+
+def test_float16_weight_gradients_add_up_beyond_float16():
+    """A sum over rows may exceed 65,504 as long as what the normaliser leaves of it does not."""
+    rows, width = 4000, 16
+    hidden = torch.ones(rows, width, dtype=torch.float16)
+    weight = torch.zeros(8, width, dtype=torch.float16, requires_grad=True)
+    targets = torch.zeros(rows, dtype=torch.int64)
+    out = linear_policy_loss(hidden, weight, targets, advantages=30.0, losses=reinforce(), normalizer=1e5)
+    (grad,) = torch.autograd.grad(out.loss, weight)
+    torch.testing.assert_close(grad[0], torch.full((width,), -30 * rows * 7 / 8 / 1e5).half(), rtol=2e-3, atol=0)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_weight_gradient_error_does_not_grow_with_chunks(backend):
     n, h, v = 512, 32, 64
@@ -384,6 +415,12 @@ BAD = {
     "temperature": (lambda c: {"temperature": 0.0}, "temperature must be positive"),
     "softcap": (lambda c: {"softcap": 0.0}, "softcap must be positive"),
     "normalizer": (lambda c: {"normalizer": 0.0}, "normalizer must be positive"),
+    "normalizer_infinite": (lambda c: {"normalizer": math.inf}, "normalizer must be positive and finite"),
+    "normalizer_word": (lambda c: {"normalizer": "8"}, "normalizer must be a number"),
+    "temperature_word": (lambda c: {"temperature": "1"}, "temperature must be a number"),
+    "temperature_infinite": (lambda c: {"temperature": math.inf}, "temperature must be positive and finite"),
+    "loss_id_device": (lambda c: {"loss_id": c["loss_id"].to("meta")}, "loss_id must be on cpu like targets"),
+    "advantages_list": (lambda c: {"advantages": [1.0]}, "advantages must be a number or a tensor"),
     "normalizer_tensor": (lambda c: {"normalizer": torch.tensor(-1.0)}, "normalizer must be positive"),
     "advantages": (lambda c: {"advantages": torch.ones(B)}, "advantages must be broadcastable"),
     "old_logp": (lambda c: {"old_logp": None}, "old_logp must be given"),

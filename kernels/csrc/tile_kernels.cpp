@@ -93,6 +93,7 @@ void accumulate(const float* tile, int64_t count, int64_t token, const Stats& st
   }
 }
 
+constexpr float kOutside = 2 * kLowest;  // no entry at all: exp gives 0 even in a row whose entries are all kLowest
 constexpr int64_t kBlock = 4096;  // entries summed in fp32 before they join a double: the error does not grow with V
 
 // The last, partial vector of a row, filled up with `fill`.
@@ -114,7 +115,7 @@ void center_row(float* row, int64_t n, float* out) {
     Vec sums{}, products{};
     for (int64_t v = start; v < end; v += kLanes) {
       const int64_t count = end - v < kLanes ? end - v : kLanes;
-      const Vec c = (count == kLanes ? load(row + v) : load_tail(row + v, count, kLowest)) - peak;
+      const Vec c = (count == kLanes ? load(row + v) : load_tail(row + v, count, kOutside)) - peak;
       const Vec e = fast_exp(c);
       std::memcpy(row + v, &c, count * sizeof(float));
       sums += e;

@@ -25,7 +25,8 @@ constexpr int64_t kRows = 128;    // output rows of a tile
 at::Tensor pack_blocks(const at::Tensor& matrix) {
   const int64_t rows = matrix.size(0), half = matrix.size(1) / 2;
   const int64_t blocks = (rows + kColumns - 1) / kColumns;
-  auto words = matrix.view(at::kInt);
+  // A view that begins at an odd entry has no words.
+  auto words = (matrix.storage_offset() % 2 == 0 ? matrix : matrix.clone()).view(at::kInt);
   auto out = at::empty({blocks, half, kColumns}, words.options());
   const int32_t* const from = words.const_data_ptr<int32_t>();
   int32_t* const to = out.mutable_data_ptr<int32_t>();
@@ -76,6 +77,7 @@ at::Tensor& wide_addmm_t(at::Tensor& out, const at::Tensor& dz, const at::Tensor
   const int64_t rows = dz.size(0), vocabulary = dz.size(1), width = h.size(1);
   TORCH_CHECK(dz.is_contiguous() && out.is_contiguous() && h.size(0) == rows, "wide_addmm_t: dz [", h.size(0),
               ", V] and out must be contiguous, got ", dz.sizes(), " ", dz.strides(), " and ", out.strides());
+  if (rows == 0) return out;
   const int64_t even = rows + rows % 2;
   auto transposed =
       at::zeros({width, even}, h.options());  // [H, C]: pack_blocks pairs neighbours of the last dimension

@@ -7,6 +7,9 @@ runs under LUFFY_KERNELS_DEBUG=1.
 
 from __future__ import annotations
 
+import math
+import numbers
+
 import torch
 from torch import Tensor
 
@@ -45,6 +48,7 @@ def check_head(op: str, hidden: Tensor, weight: Tensor, targets: Tensor, bias: T
         require(operand.dtype in FLOATS, op, name, "bfloat16, float16, float32 or float64", operand.dtype)
     tensors = [("weight", weight), ("targets", targets)]
     if bias is not None:
+        require(isinstance(bias, Tensor), op, "bias", "a tensor", type(bias).__name__)
         require(tuple(bias.shape) == (vocabulary,), op, "bias", f"[{vocabulary}]", tuple(bias.shape))
         require(bias.dtype in FLOATS, op, "bias", "floating point", bias.dtype)
         tensors.append(("bias", bias))
@@ -65,7 +69,9 @@ def check_losses(
     require(typed, op, "losses", "one token loss or a non-empty tuple of them", specs)
     require(len(specs) == 1 or loss_id is not None, op, "loss_id", "given with more than one loss", None)
     if loss_id is not None:
+        require(isinstance(loss_id, Tensor), op, "loss_id", "a tensor", type(loss_id).__name__)
         require(loss_id.shape == like.shape, op, "loss_id", f"of shape {tuple(like.shape)}", tuple(loss_id.shape))
+        require(loss_id.device == like.device, op, "loss_id", f"on {like.device} like targets", loss_id.device)
         require(not loss_id.is_floating_point(), op, "loss_id", "an integer tensor", loss_id.dtype)
     needing = [spec.name for spec in specs if spec.needs_old_logp]
     require(not needing or old_logp is not None, op, "old_logp", f"given ({', '.join(needing)} reads it)", None)
@@ -83,6 +89,7 @@ def check_kl(op: str, kl_type: str, kl_coef: float | Tensor, ref_logp: Tensor | 
 def per_token(op: str, name: str, value: float | Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
     """A number or a tensor that broadcasts dimension by dimension to targets' shape -> [N] or 0-d, detached."""
     if not isinstance(value, Tensor):
+        require(isinstance(value, numbers.Real), op, name, "a number or a tensor", type(value).__name__)
         return torch.full((), value, dtype=dtype, device=targets.device)
     require(
         value.device == targets.device or value.ndim == 0, op, name, f"on {targets.device} like targets", value.device
@@ -98,11 +105,14 @@ def per_token(op: str, name: str, value: float | Tensor, targets: Tensor, dtype:
 def checked_normalizer(op: str, normalizer: float | Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     """The normaliser as a 0-d tensor."""
     if not isinstance(normalizer, Tensor):
-        require(normalizer > 0, op, "normalizer", "positive", normalizer)
+        number = isinstance(normalizer, numbers.Real)
+        require(number, op, "normalizer", "a number or a 0-d tensor", type(normalizer).__name__)
+        require(0 < normalizer < math.inf, op, "normalizer", "positive and finite", normalizer)
         return torch.full((), normalizer, dtype=dtype, device=device)
     require(normalizer.ndim == 0, op, "normalizer", "a number or a 0-d tensor", tuple(normalizer.shape))
     if normalizer.device.type == "cpu" and not torch.compiler.is_compiling():
-        require(bool(normalizer > 0), op, "normalizer", "positive", float(normalizer))
+        usable = bool((normalizer > 0) & normalizer.isfinite())
+        require(usable, op, "normalizer", "positive and finite", float(normalizer))
     return positive(normalizer.detach().to(device=device, dtype=dtype))
 
 
@@ -118,5 +128,6 @@ def check_head_values(op: str, targets: Tensor, vocabulary: int, ignore_index: i
     bad = targets[(targets != ignore_index) & ((targets < 0) | (targets >= vocabulary))]
     if bad.numel():
         require(False, op, "targets", f"in [0, {vocabulary}) or {ignore_index}", int(bad[0]))
-    if not bool((temperature > 0).all()):
-        require(False, op, "temperature", "positive", float(temperature.min()))
+    usable = (temperature > 0) & temperature.isfinite()
+    if not bool(usable.all()):
+        require(False, op, "temperature", "positive and finite", float(temperature.reshape(-1)[~usable.reshape(-1)][0]))

@@ -13,6 +13,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+# Rows that are widened at a time where no product here widens on its own.
+BLOCK = 4096
+
 
 @contextlib.contextmanager
 def ieee_float32(device: torch.device) -> Iterator[None]:
@@ -54,7 +57,9 @@ def accumulate(out: Tensor, a: Tensor, b: Tensor, *, fresh: bool = False) -> Non
         elif widens(a.device.type, a.dtype):
             out.add_(torch.mm(a, b, out_dtype=out.dtype))
         else:
-            out.add_(a @ b)
+            wide = b.to(out.dtype)
+            for mine, rows in zip(out.split(BLOCK), a.split(BLOCK), strict=True):
+                mine.addmm_(rows.to(out.dtype), wide)
 
 
 @functools.cache

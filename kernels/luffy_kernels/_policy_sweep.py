@@ -160,6 +160,8 @@ def _chunk(
     dz = kernels.logits_grad(stats, rows, y, g, u, None, head, work)
     if h.device.type == "cpu":  # elsewhere the count would be a synchronisation per chunk
         keep = ((g != 0) if u is None else (g != 0) | (u != 0)).nonzero().view(-1)
+        if len(keep) == 0:
+            return
         if len(keep) < len(rows):
             dz = torch.index_select(dz, 0, keep, out=work.spare(len(keep), dz.dtype))
             h, rows = h[keep], rows[keep]

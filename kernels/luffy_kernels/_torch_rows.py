@@ -133,22 +133,22 @@ def logits_grad(
     if stats.exp is None:
         torch.ops.luffy_kernels.grad_rows(out, stats.logits, offset, slope)
         if flat_share is not None:
-            out.add_(flat_share[:, None])
+            out.add_(flat_share.to(out.dtype)[:, None])
     else:
         cap = None if head.softcap is None else _cap_derivative(stats, rows, head, head.softcap)
         if cap is not None:
             on_target = on_target * cap.gather(1, at).squeeze(1)
         if flat_share is not None:
             torch.addcmul(flat_share[:, None], stats.exp, offset[:, None], out=stats.exp)
-            torch.mul(stats.exp, 1.0 if cap is None else cap, out=out)
-            cap = None
         elif u is None:
-            torch.mul(stats.exp, offset[:, None], out=out if cap is None else stats.exp)
+            torch.mul(stats.exp, offset[:, None], out=stats.exp)
         else:
             torch.addcmul(offset[:, None], stats.logits, slope[:, None], out=stats.logits)
-            torch.mul(stats.exp, stats.logits, out=out if cap is None else stats.exp)
+            torch.mul(stats.exp, stats.logits, out=stats.exp)
         if cap is not None:
-            torch.mul(stats.exp, cap, out=out)
+            torch.mul(stats.exp, cap, out=stats.exp)
+        if out.dtype != stats.exp.dtype:  # a product straight into a narrower type would widen a copy of it first
+            out.copy_(stats.exp)
     # Rows whose target another rank holds keep what they have at entry 0. Not scatter_: on CPU it copies the whole of a
     # 16-bit matrix.
     here, at, kept = torch.arange(count, device=out.device), at.squeeze(1), on_target.to(out.dtype)
