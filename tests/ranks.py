@@ -25,7 +25,7 @@ def _enter(rank: int, world: int, store: str, fn, args: tuple) -> None:
     finally:
         dist.destroy_process_group()
     # Everything held. Leave without the interpreter's own end: FSDP2 keeps gloo's threads alive, and a late one of them
-    # aborts the process when it finds no interpreter (seen in one run of six, torch 2.13).
+    # aborts the process when it finds no interpreter (seen now and then, torch 2.13).
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)

@@ -99,7 +99,7 @@ def test_tf32_is_off_inside_and_as_it_was_outside(newer):
 
 @pytest.mark.skipif(_native.error is not None, reason="the compiled library is not built")
 def test_the_processors_own_bfloat16_products_are_used():
-    """With a matrix unit or with dot products alone (AVX-512 BF16): twice as fast as widened operands."""
+    """With a matrix unit or with dot products alone (AVX-512 BF16), instead of operands widened to float32."""
     cpu = Path("/proc/cpuinfo")
     flags = cpu.read_text().split() if cpu.exists() else []
     limited = any(name in os.environ for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"))

@@ -128,6 +128,15 @@ def test_without_a_gpu_it_says_so_at_once(tmp_path):
     assert "no GPU here" in done.stderr
 
 
+def test_a_signal_that_only_what_runs_heard_stops_it_too(tmp_path):
+    python = stub(tmp_path, 'case "$*" in *"-m pytest"*) exit 130 ;; *gpu_check*) echo measured ;; esac')
+    env = os.environ | {"PYTHON": python, "LUFFY_RESULTS": str(tmp_path)}
+    done = subprocess.run(["bash", str(SCRIPT), "--tiny"], env=env, capture_output=True, text=True)
+    assert done.returncode == 130
+    assert "stopped; run the same command again" in done.stderr
+    assert "measured" not in done.stdout
+
+
 def test_interrupted_it_stops_at_once(tmp_path):
     """Control-C reaches the script and what it runs alike; a stand-in for Python sends it while it plays pytest."""
     python = stub(tmp_path, 'case "$*" in *pytest*) kill -INT 0 ;; *gpu_check*) echo measured ;; esac')

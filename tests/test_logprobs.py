@@ -137,3 +137,13 @@ def test_shapes(backend, layout):
     assert got.entropy is None
     want = reference.linear_logprobs(hidden.double(), weight.double(), targets)
     torch.testing.assert_close(got.logp.double(), want.logp, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_row_that_is_masked_everywhere_counts_its_entries_and_no_padding(backend, dtype):
+    """Every entry then weighs the same; lanes beyond the vocabulary, which hold as little, must not join them."""
+    hidden, weight, bias = torch.randn(3, 16).to(dtype), torch.randn(20, 16).to(dtype), torch.full((20,), -torch.inf)
+    out = linear_logprobs(hidden, weight, torch.arange(3), bias=bias, return_entropy=True, backend=backend)
+    torch.testing.assert_close(out.logp, torch.full((3,), -math.log(20)))
+    torch.testing.assert_close(out.entropy, torch.full((3,), math.log(20)))

@@ -405,6 +405,24 @@ def test_workspace_follows_the_documented_formula(monkeypatch, compiled):
     assert [part.stop - part.start for part in _chunks.balanced(10, 4)] == [4, 4, 2]
 
 
+@pytest.mark.parametrize("term", ["entropy", "uniform", "neither"])
+@pytest.mark.parametrize(("dtype", "softcap"), [(torch.float16, None), (torch.bfloat16, None), (torch.bfloat16, 3.0)])
+def test_gradients_of_logits_need_no_buffer_but_the_workspace(dtype, softcap, term):
+    """A torch operation that writes another dtype than it computes in would widen a copy of the whole chunk."""
+    rows, size = 8, 20_000
+    weight, hidden, targets = torch.randn(size, 4).to(dtype), torch.randn(rows, 4).to(dtype), torch.arange(rows)
+    head = _chunks.make_head("test", weight, None, torch.ones(()), softcap, 1.0, dtype, rows)
+    work, one = _torch_rows.Workspace(rows, head), torch.ones(rows)
+    stats = _torch_rows.row_stats(hidden, targets, targets, head, work)
+    u, uniform = one if term == "entropy" else None, one if term == "uniform" else None
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
+        _torch_rows.logits_grad(stats, targets, targets, one, u, None, head, work, uniform)
+    found = [e.nbytes() for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+    large = [size_ for size_ in found if size_ >= rows * size * 2]
+    assert found
+    assert len(large) == (0 if softcap is None else 1)  # the cap's derivative, which the formula counts
+
+
 BAD = {
     "hidden": (lambda c: {"hidden": c["hidden"][..., :-1]}, r"hidden must be \[..., 32\]"),
     "targets_shape": (lambda c: {"targets": c["targets"][:, 1:]}, "targets must be"),
@@ -419,7 +437,7 @@ BAD = {
     "normalizer_word": (lambda c: {"normalizer": "8"}, "normalizer must be a number"),
     "temperature_word": (lambda c: {"temperature": "1"}, "temperature must be a number"),
     "temperature_infinite": (lambda c: {"temperature": math.inf}, "temperature must be positive and finite"),
-    "loss_id_device": (lambda c: {"loss_id": c["loss_id"].to("meta")}, "loss_id must be on cpu like targets"),
+    "loss_id_device": (lambda c: {"loss_id": c["loss_id"].to("meta")}, "loss_id must be on cpu, got meta"),
     "advantages_list": (lambda c: {"advantages": [1.0]}, "advantages must be a number or a tensor"),
     "normalizer_tensor": (lambda c: {"normalizer": torch.tensor(-1.0)}, "normalizer must be positive"),
     "advantages": (lambda c: {"advantages": torch.ones(B)}, "advantages must be broadcastable"),

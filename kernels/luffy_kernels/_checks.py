@@ -71,7 +71,7 @@ def check_losses(
     if loss_id is not None:
         require(isinstance(loss_id, Tensor), op, "loss_id", "a tensor", type(loss_id).__name__)
         require(loss_id.shape == like.shape, op, "loss_id", f"of shape {tuple(like.shape)}", tuple(loss_id.shape))
-        require(loss_id.device == like.device, op, "loss_id", f"on {like.device} like targets", loss_id.device)
+        require(loss_id.device == like.device, op, "loss_id", f"on {like.device}", loss_id.device)
         require(not loss_id.is_floating_point(), op, "loss_id", "an integer tensor", loss_id.dtype)
     needing = [spec.name for spec in specs if spec.needs_old_logp]
     require(not needing or old_logp is not None, op, "old_logp", f"given ({', '.join(needing)} reads it)", None)

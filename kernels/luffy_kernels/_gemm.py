@@ -87,7 +87,7 @@ def _holds(call: Callable[[], object], out: Tensor, want: Tensor) -> bool:
     try:
         call()
     except torch.OutOfMemoryError:
-        raise  # says nothing about the build, and must not be remembered as if it did
+        raise  # a full device says nothing about the build, and must not be remembered as if it did
     except (RuntimeError, TypeError):  # refused by this build or device: the answer, not a failure
         return False
     return bool(torch.allclose(out, want, rtol=1e-5))
