@@ -103,21 +103,10 @@ def test_the_processors_own_bfloat16_products_are_used():
     cpu = Path("/proc/cpuinfo")
     flags = cpu.read_text().split() if cpu.exists() else []
     limited = any(name in os.environ for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"))
-    assert _native.has_wide_mm(torch.bfloat16, 64) == ("avx512_bf16" in flags) or limited
-    assert not _native.has_wide_mm(torch.bfloat16, 63)  # pairs of the inner dimension
-    assert not _native.has_wide_mm(torch.float16, 64)
-
-
-@pytest.mark.skipif(not _native.has_wide_mm(torch.bfloat16, 64), reason="no bfloat16 units here")
-@pytest.mark.parametrize(("rows", "columns", "width"), [(1, 1, 2), (129, 65, 64), (3, 200, 130)])
-def test_compiled_bfloat16_products_against_float64(rows, columns, width):
-    a, b = torch.randn(rows, width).bfloat16(), torch.randn(columns, width).bfloat16()
-    out = torch.full((rows, columns), torch.nan)
-    torch.ops.luffy_kernels.wide_mm(out, a, torch.ops.luffy_kernels.wide_pack(b))
-    torch.testing.assert_close(out.double(), a.double() @ b.double().T, rtol=1e-5, atol=1e-5)
-    dz, total = torch.randn(rows, columns).bfloat16(), torch.ones(columns, width)
-    torch.ops.luffy_kernels.wide_addmm_t(total, dz, a)
-    torch.testing.assert_close(total.double(), 1 + dz.double().T @ a.double(), rtol=1e-5, atol=1e-5)
+    words = torch.ops.luffy_kernels.bf16_words
+    assert words(torch.empty(9, 64, dtype=torch.bfloat16)) == ("avx512_bf16" in flags) or limited
+    assert not words(torch.empty(9, 63, dtype=torch.bfloat16))  # pairs of the inner dimension
+    assert not words(torch.empty(9, 64, dtype=torch.float16))
 
 
 @pytest.mark.parametrize("backend", ["torch", "cpp"])

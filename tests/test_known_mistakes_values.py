@@ -15,13 +15,13 @@ from luffy_kernels import linear_logprobs, linear_policy_loss, nll, policy_gradi
 from torch import Tensor
 from torch.testing import assert_close
 
-EVERYWHERE = ("torch", "triton")  # the backends that serve every operator
-BACKENDS = {
-    "logprobs": (*EVERYWHERE, "cpp"),
-    "policy": EVERYWHERE,
-    "cross_entropy": EVERYWHERE,  # a scalar: the forward sweep computes its gradients
-    "cross_entropy_rows": EVERYWHERE,  # reduction="none": backward computes them
-}
+OPS = (
+    "logprobs",
+    "policy",
+    "cross_entropy",
+    "cross_entropy_rows",
+)  # the last: reduction="none", with a backward of its own
+BACKENDS = ("torch", "cpp", "triton")
 PER_TOKEN = ("logprobs", "cross_entropy_rows")  # operators whose upstream gradient may differ from token to token
 SLOW = ("triton",)  # interpreted on CPU: small sizes only, and bfloat16 is cut off there where a device rounds
 V = 131  # odd, and no multiple of any tile
@@ -29,7 +29,7 @@ V = 131  # odd, and no multiple of any tile
 
 def pairs(*ops, fast=False):
     """(op, backend) of these operators, all by default; fast: without the slow backends."""
-    return [(op, b) for op in ops or BACKENDS for b in BACKENDS[op] if not (fast and b in SLOW)]
+    return [(op, b) for op in ops or OPS for b in BACKENDS if not (fast and b in SLOW)]
 
 
 def on(*ops, fast=False):

@@ -32,7 +32,7 @@ def test_opcheck_logprobs(backend):
     torch.library.opcheck(getattr(OPS, f"logprobs_{backend}").default, args)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ["torch", "cpp", "triton"])
 def test_opcheck_policy_loss(backend):
     hidden, weight, targets = head()
     n = len(targets)

@@ -65,8 +65,6 @@ def cross_entropy(backend, flags):
 @pytest.mark.parametrize("op", [policy, with_custom, logprobs, cross_entropy])
 @pytest.mark.parametrize("backend", ["torch", "cpp", "triton"])
 def test_uninitialised_memory_reaches_no_result(poisoned, backend, op, flags):
-    if backend == "cpp" and op is not logprobs:
-        pytest.skip("cpp serves linear_logprobs alone")
     clean = op(backend, flags)
     poisoned(True)
     dirty = op(backend, flags)

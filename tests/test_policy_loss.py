@@ -6,6 +6,7 @@ import pytest
 import torch
 from luffy_kernels import (
     _chunks,
+    _cpp_rows,
     _native,
     _torch_rows,
     behaviour_ratio,
@@ -28,7 +29,7 @@ from luffy_kernels import (
 from luffy_kernels.testing import assert_as_good_as
 
 B, T, H, V = 2, 21, 32, 203
-BACKENDS = ("torch", "triton")
+BACKENDS = ("torch", "cpp", "triton")
 LOSSES = (
     policy_gradient(0.2, 0.28, 3.0),
     shaped(0.1),
@@ -208,7 +209,7 @@ def test_a_custom_loss_among_built_in_ones(dtype, monkeypatch):
     products = []
     add = _chunks.Gradients.add
     monkeypatch.setattr(_chunks.Gradients, "add", lambda *a: (products.append(1), add(*a))[1])
-    ours, grads = run(linear_policy_loss, dtype, hidden, weight, targets, options)
+    ours, grads = run(linear_policy_loss, dtype, hidden, weight, targets, options, backend="torch")
     assert products == [1]  # in the same sweep as the rest: 3 GEMMs
     truth, exact = run(reference.linear_policy_loss, torch.float64, hidden, weight, targets, options)
     _, plain = run(reference.linear_policy_loss, dtype, hidden, weight, targets, options)
@@ -282,8 +283,8 @@ def test_dropping_rows_changes_nothing_but_the_work(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_tokens_that_are_all_clipped_have_a_loss_and_no_gradient(backend, dtype, chunk_bytes):
-    if backend == "triton" and dtype == torch.float64:
-        pytest.skip("the Triton kernels compute in float32")
+    if backend != "torch" and dtype == torch.float64:
+        pytest.skip("the compiled kernels compute in float32")
     hidden, weight = torch.randn(4, 32).to(dtype).requires_grad_(), torch.randn(64, 32).to(dtype).requires_grad_()
     targets = torch.randint(64, (4,))
     old_logp = linear_logprobs(hidden, weight, targets).logp.detach() - 1
@@ -390,19 +391,35 @@ def test_mixed_dtypes_broadcast_advantages_and_tensor_normalizer(backend):
     assert (hidden.grad.dtype, weight.grad.dtype, out.loss.dtype) == (torch.bfloat16, torch.float32, torch.float32)
 
 
-@pytest.mark.parametrize("compiled", [True, False])
-def test_workspace_follows_the_documented_formula(monkeypatch, compiled):
-    if not compiled:
-        monkeypatch.setattr(_native, "error", "absent")
-    bf16, cases = torch.bfloat16, {(torch.float32, None): 8, (torch.bfloat16, 1.0): 14}
-    for (dtype, softcap), per_entry in (cases | {(bf16, None): 6 if compiled else 10}).items():
-        head = _chunks.make_head("test", torch.zeros(100, 4, dtype=dtype), None, torch.ones(()), softcap, 1.0, dtype, 1)
+def make_chunks_head(dtype, v=100, softcap=None):
+    return _chunks.make_head("test", torch.zeros(v, 4, dtype=dtype), None, torch.ones(()), softcap, 1.0, dtype, 1)
+
+
+def test_workspace_follows_the_documented_formula():
+    for (dtype, softcap), per_entry in {
+        (torch.float32, None): 8,
+        (torch.bfloat16, 1.0): 14,
+        (torch.bfloat16, None): 10,
+    }.items():
+        head = make_chunks_head(dtype, softcap=softcap)
         assert _torch_rows.chunk_rows(head, 100 * per_entry * 7 + 99) == 7
         work = _torch_rows.Workspace(7, head)
         held = sum(x.nbytes for x in (work.logits, work.exp, work.narrow) if x is not None)
         assert held <= 100 * per_entry * 7
     assert _torch_rows.chunk_rows(head, 1) == 1
     assert [part.stop - part.start for part in _chunks.balanced(10, 4)] == [4, 4, 2]
+    assert [part.stop - part.start for part in _chunks.balanced(300, 128)] == [128, 128, 44]  # whole blocks of 64
+
+
+@pytest.mark.skipif(_native.error is not None, reason="the compiled library is not built")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_workspace_of_the_compiled_chunks_follows_the_documented_formula(dtype):
+    head = make_chunks_head(dtype, 1001)
+    size = 2 if torch.ops.luffy_kernels.bf16_words(head.weight) else 4
+    for budget, rows in ((1, 64), (1001 * size * 200, 192), (1 << 40, 1024)):
+        assert _cpp_rows.chunk_rows(head, budget) == rows
+    assert _cpp_rows.Workspace(192, head).buffer().nbytes <= 192 * 1002 * size
+    assert _cpp_rows.chunk_rows(head, 1001 // 16 * 200, keep=False) == 192
 
 
 @pytest.mark.parametrize("term", ["entropy", "uniform", "neither"])
@@ -449,7 +466,7 @@ BAD = {
     "losses": (lambda c: {"losses": ()}, "losses must be"),
     "kl_type": (lambda c: {"kl_type": "k4"}, "kl_type must be one of"),
     "backend": (lambda c: {"backend": "cuda"}, "backend must be one of"),
-    "backend_missing": (lambda c: {"backend": "cpp"}, "has no cpp implementation"),
+    "backend_dtype": (lambda c: {"backend": "cpp", "hidden": c["hidden"].double()}, "float64 operands ask for more"),
     "chunk_bytes": (lambda c: {"chunk_bytes": 0}, "chunk_bytes must be positive"),
 }
 

@@ -1,4 +1,4 @@
-"""The chunk driver of the torch and Triton paths: logits of a block of rows, statistics, gradient, two GEMMs.
+"""The chunk driver: logits of a block of rows, statistics, gradient, two GEMMs.
 
     N rows, H hidden size, V vocabulary, C rows of a chunk
 
@@ -6,7 +6,7 @@
     e    = exp(z - max z)    s = sum_v e    mean = sum_v e (z - max z) / s
     dz   = g onehot(y) + e / s * (l - g - u (z - max z - mean))      with g = dL/dlogp, u = dL/dentropy, l = dL/dlse
 
-What a chunk needs of [C, V] arithmetic is a `RowKernels`: `_torch_rows` in plain torch and compiled CPU code,
+What a chunk needs of [C, V] arithmetic is a `RowKernels`: `_torch_rows` in plain torch, `_cpp_rows` compiled for CPUs,
 `_triton.rows` for devices. Logits are centred before anything is summed, so a large common offset costs no digits.
 Results do not depend on the chunk size beyond the rounding of a GEMM.
 """
@@ -24,6 +24,7 @@ from ._checks import positive
 
 # Small enough to sit beside a model on a laptop, large enough that the GEMMs of a chunk run near full speed.
 DEFAULT_CHUNK_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
+BLOCK = 64  # rows of a tile
 # exp(LOWEST) is 0 and 0 * LOWEST is 0, where -inf would give NaN: masked vocabulary entries (bias = -inf).
 LOWEST = -1e30
 
@@ -32,8 +33,6 @@ class Head(NamedTuple):
     """The linear head, as every chunk sees it."""
 
     weight: Tensor  # [V, H], operand dtype
-    wide: Tensor | None  # [V, H], the weight in the compute dtype, where no GEMM here widens on its own
-    packed: Tensor | None  # the weight in the layout of the compiled widening GEMM
     bias: Tensor | None  # [V], compute dtype
     temperature: Tensor  # [N], compute dtype
     softcap: float | None
@@ -60,7 +59,7 @@ class Head(NamedTuple):
 class Stats(NamedTuple):
     """Per-row statistics of a chunk, over the whole vocabulary."""
 
-    logits: Tensor  # [C, V] in the form that these row kernels keep for their `logits_grad`
+    logits: Any  # [C, V] in the form that these row kernels keep for their gradients
     exp: Tensor | None  # [C, V] exp(z - max), where it is kept
     max: Tensor  # [C]
     sum: Tensor  # [C] sum_v exp
@@ -80,32 +79,41 @@ class Stats(NamedTuple):
 class RowKernels(Protocol):
     """The [C, V] arithmetic of a chunk. rows: [C] indices of its tokens. targets: [C]. hidden: [C, H] operands.
 
-    `work` is what `workspace` made: the [C, V] buffers of a sweep, allocated once and cut to each chunk. Its method
-    spare(rows, dtype) gives a [rows, V] buffer that the written dz no longer needs, or None.
+    keep: whether `add_grads` will follow. `work` is what `workspace` made: the [C, V] buffers of a sweep, allocated
+    once and cut to each chunk.
     """
 
-    def chunk_rows(self, head: Head, chunk_bytes: int) -> int: ...
+    def chunk_rows(self, head: Head, chunk_bytes: int, keep: bool = True) -> int: ...
 
     def workspace(self, rows: int, head: Head) -> Any: ...
 
     def row_stats(
-        self, hidden: Tensor, rows: Tensor, targets: Tensor, head: Head, work: Any, average: bool = False
+        self,
+        hidden: Tensor,
+        rows: Tensor,
+        targets: Tensor,
+        head: Head,
+        work: Any,
+        average: bool = False,
+        keep: bool = True,
     ) -> Stats:
         """GEMM and statistics of a chunk."""
 
-    def logits_grad(
+    def add_grads(
         self,
         stats: Stats,
         rows: Tensor,
         targets: Tensor,
+        hidden: Tensor,
         g: Tensor,
         u: Tensor | None,
         lse: Tensor | None,
         head: Head,
         work: Any,
+        grads: Gradients,
         uniform: Tensor | None = None,
-    ) -> Tensor:
-        """[C, V] gradient of h W^T + b in the operands' dtype. Overwrites the statistics' buffers.
+    ) -> None:
+        """Adds the chunk's gradients to `grads`. Overwrites what `row_stats` kept.
 
         g, u, lse: [C] derivatives of the loss in logp, entropy and lse. uniform: [C] its derivative in every z alike.
         """
@@ -116,11 +124,13 @@ def compute_dtype(operand: torch.dtype) -> torch.dtype:
 
 
 def balanced(count: int, most: int) -> Iterator[slice]:
-    """Slices of at most `most` rows and equal size, so that the last chunk is no sliver."""
+    """Slices of at most `most` rows and equal size, so that the last chunk is no sliver. Whole blocks of `BLOCK` rows
+    where `most` is: a part of one would cost as much as all of it."""
     if count == 0:
         return
     chunks = -(-count // most)
     size = -(-count // chunks)
+    size += -size % BLOCK if most % BLOCK == 0 else 0
     for start in range(0, count, size):
         yield slice(start, min(start + size, count))
 
@@ -141,27 +151,23 @@ def make_head(
     dtype = compute_dtype(operand)
     shard = _vocab.make_shard(op, tp_group, vocab_start, weight.shape[0], weight.device)
     weight = weight.detach().to(operand)
-    wide = packed = None
-    if dtype != operand and not _gemm.widens(weight.device.type, operand):
-        if weight.device.type == "cpu" and weight.shape[0] > 0 and _native.has_wide_mm(operand, weight.shape[1]):
-            packed = torch.ops.luffy_kernels.wide_pack(weight.contiguous())
-        else:
-            wide = weight.to(dtype)
     bias = None if bias is None else bias.detach().to(dtype)
     temperature = positive(temperature.detach().to(dtype)).expand(rows)
-    return Head(weight, wide, packed, bias, temperature, softcap, logit_scale, shard)
+    return Head(weight, bias, temperature, softcap, logit_scale, shard)
 
 
-def write_logits(out: Tensor, hidden: Tensor, head: Head) -> None:
-    """out [C, V] = hidden W^T in the compute dtype; out may be strided by rows."""
-    if head.packed is not None and out.is_contiguous():
-        torch.ops.luffy_kernels.wide_mm(out, hidden, head.packed)
-    elif head.packed is not None:
-        out.copy_(torch.ops.luffy_kernels.wide_mm(torch.empty(out.shape, dtype=out.dtype), hidden, head.packed))
-    elif head.wide is not None:
-        _gemm.widen(out, hidden.to(out.dtype), head.wide.T)
-    else:
+def wide_weight(head: Head) -> Tensor | None:
+    """The weight in the compute dtype, where no product here widens on its own."""
+    dtype, operand = compute_dtype(head.weight.dtype), head.weight.dtype
+    return None if dtype == operand or _gemm.widens(head.weight.device.type, operand) else head.weight.to(dtype)
+
+
+def write_logits(out: Tensor, hidden: Tensor, head: Head, wide: Tensor | None) -> None:
+    """out [C, V] = hidden W^T in the compute dtype; out may be strided by rows. wide: `wide_weight` of the head."""
+    if wide is None:
         _gemm.widen(out, hidden, head.weight.T)
+    else:
+        _gemm.widen(out, hidden.to(out.dtype), wide.T)
 
 
 def finish(logits: Tensor, exp: Tensor | None, local: _vocab.Merged, owned: Tensor, head: Head) -> Stats:
@@ -175,6 +181,8 @@ def finish(logits: Tensor, exp: Tensor | None, local: _vocab.Merged, owned: Tens
 
 def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """gradient * factor in this dtype, in one pass and out of place: a second backward finds the gradient as it was."""
+    if _native.error is None and gradient.device.type == "cpu" and gradient.dtype == torch.float32:
+        return torch.ops.luffy_kernels.scaled(gradient, factor, dtype)
     return torch.mul(gradient, factor.to(gradient.device), out=torch.empty_like(gradient, dtype=dtype))
 
 
@@ -187,7 +195,8 @@ class Gradients:
         narrow = head.weight.dtype if head.shard is None else dtype
         self.hidden = hidden.new_zeros(hidden.shape, dtype=narrow) if need[0] else None
         # Rows one after another, however the weight's own lie: the compiled products write nothing else.
-        self.weight = head.weight.new_empty(head.weight.shape, dtype=dtype) if need[1] else None
+        empty = head.weight.new_empty(head.weight.shape if need[1] else (0,), dtype=dtype)
+        self.weight = _native.on_large_pages(empty) if need[1] else None
         self.fresh = True  # dW holds nothing yet: the first product is written, not added to zeros
         self.bias = head.weight.new_zeros(head.weight.shape[0], dtype=dtype) if need[2] else None
 
@@ -203,10 +212,7 @@ class Gradients:
             with _gemm.ieee_float32(dz.device):
                 self.hidden[rows] = (dz @ head.weight).to(self.hidden.dtype)
         if self.weight is not None:
-            if head.packed is not None and dz.is_contiguous():
-                torch.ops.luffy_kernels.wide_addmm_t(self.weight.zero_() if self.fresh else self.weight, dz, hidden)
-            else:
-                _gemm.accumulate(self.weight, dz.T, hidden, fresh=self.fresh)
+            _gemm.accumulate(self.weight, dz.T, hidden, fresh=self.fresh)
             self.fresh = False
         if self.bias is not None:
             self.bias.add_(dz.sum(0, dtype=self.bias.dtype))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
 
-from . import _gemm, _native, _torch_rows
+from . import _cpp_rows, _gemm, _native, _torch_rows
 from ._checks import require
 from ._chunks import DEFAULT_CHUNK_BYTES, RowKernels
 
@@ -101,7 +101,7 @@ def implementation(op: str, backend: str) -> Callable[..., Any]:
 def row_kernels(backend: str) -> RowKernels:
     """The [C, V] arithmetic of the chunk driver. Triton is imported on first use."""
     if backend != "triton":
-        return _torch_rows
+        return _cpp_rows if backend == "cpp" else _torch_rows
     from ._triton import rows
 
     return rows
@@ -126,11 +126,13 @@ def status() -> str:
     for op in sorted(_IMPLEMENTATIONS):
         rows.append((op, resolve(op, "auto", device, torch.bfloat16), *(cell(op, b) for b in BACKENDS[1:])))
     lines = [f"{row[0]:<22}" + "".join(f"{x:<8}" for x in row[1:]).rstrip() for row in rows]
-    fused = device.type == "cpu" and _native.has_wide_mm(torch.bfloat16, 2)
-    wide = fused or _gemm.widens(device.type, torch.bfloat16)
-    kind = "compiled bfloat16 kernels" if fused else "torch.mm, float32 out" if wide else "torch.mm of widened operands"
-    notes = [f"({n}) {reason}" for n, reason in enumerate(reasons, 1)]
-    return "\n".join([*lines, f"{'logits GEMM of torch':<22}{kind}", *notes])
+    wide = _gemm.widens(device.type, torch.bfloat16)
+    lines.append(f"{'logits GEMM of torch':<22}torch.mm{', float32 out' if wide else ' of widened operands'}")
+    if device.type == "cpu" and _native.error is None:
+        ops = torch.ops.luffy_kernels
+        units = "bfloat16" if ops.bf16_words(torch.empty(0, 2, dtype=torch.bfloat16)) else "widened to float32"
+        lines.append(f"{'products of cpp':<22}{units}; row arithmetic: {ops.tile_isa()}")
+    return "\n".join([*lines, *(f"({n}) {reason}" for n, reason in enumerate(reasons, 1))])
 
 
 def chunk_budget(op: str, chunk_bytes: int | None, device: torch.device) -> int:

@@ -9,19 +9,29 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 _SCHEMAS = (
-    "logprobs_cpp_rows(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor temperature, float? softcap,"
-    " float logit_scale) -> (Tensor, Tensor, Tensor)",
-    "wide_supported(int width) -> bool",
-    "wide_pack(Tensor weight) -> Tensor",
-    "wide_mm(Tensor(a!) out, Tensor a, Tensor packed) -> Tensor(a!)",
-    "center_rows_(Tensor(a!) z) -> (Tensor, Tensor, Tensor)",
-    "grad_rows(Tensor(a!) out, Tensor centred, Tensor offset, Tensor slope) -> Tensor(a!)",
-    "wide_addmm_t(Tensor(a!) out, Tensor dz, Tensor h) -> Tensor(a!)",
+    "head_sweep(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor temperature, float? softcap,"
+    " float logit_scale, bool flat, Tensor(a!)? exps) -> Tensor",
+    "exps_sums(Tensor exps, Tensor factor, int vocabulary) -> Tensor",
+    "shape_exps_(Tensor(a!) exps, Tensor targets, int vocabulary, Tensor coefficients, float? softcap) -> Tensor(a!)",
+    "head_grads(Tensor exps, Tensor hidden, Tensor weight, Tensor targets, Tensor scale, Tensor on_target,"
+    " bool need_dh, Tensor(a!)? dw, Tensor(b!)? db, bool fresh) -> Tensor",
+    "bf16_words(Tensor weight) -> bool",
+    "use_large_pages_(Tensor(a!) buffer) -> ()",
+    "scaled(Tensor x, Tensor factor, ScalarType dtype) -> Tensor",
+    "tile_isa() -> str",
+    "tile_exp(Tensor x) -> Tensor",
+    "tile_log(Tensor x) -> Tensor",
 )
 for _schema in _SCHEMAS:
     torch.library.define(f"luffy_kernels::{_schema.split('(')[0]}", "(" + _schema.split("(", 1)[1])
+
+
+@torch.library.register_fake("luffy_kernels::scaled")  # the one that a traced backward meets
+def _(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(x, dtype=dtype)
 
 
 def _load() -> str | None:
@@ -40,11 +50,8 @@ def _load() -> str | None:
 error = _load()
 
 
-def has_row_kernels(operand: torch.dtype) -> bool:
-    """Whether the compiled row kernels serve a chunk of these operands on CPU."""
-    return error is None and operand in (torch.bfloat16, torch.float32)
-
-
-def has_wide_mm(operand: torch.dtype, width: int) -> bool:
-    """Whether bf16 x bf16 -> fp32 products run on this CPU's matrix or dot-product units."""
-    return error is None and operand == torch.bfloat16 and torch.ops.luffy_kernels.wide_supported(width)
+def on_large_pages(buffer: Tensor) -> Tensor:
+    """The same buffer, not touched yet: on CPU its memory will come in large pages where the system gives them."""
+    if error is None and buffer.device.type == "cpu":
+        torch.ops.luffy_kernels.use_large_pages_(buffer)
+    return buffer

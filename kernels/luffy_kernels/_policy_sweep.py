@@ -121,13 +121,12 @@ def sweep(
     valid = targets != ignore_index
     live = valid & tokens.may_matter() if any(need) else torch.zeros_like(valid)
     # Rows that need a gradient come first, then those that only need their statistics: no chunk mixes the two.
-    most = kernels.chunk_rows(head, chunk_bytes)
-    groups = [(live.nonzero().view(-1), True), ((valid & ~live).nonzero().view(-1), False)]
-    work = kernels.workspace(min(most, max(len(rows) for rows, _ in groups)), head)
+    groups = [(live.nonzero().view(-1), grads), ((valid & ~live).nonzero().view(-1), None)]
+    longest = max(len(rows) for rows, _ in groups)
+    work = kernels.workspace(min(kernels.chunk_rows(head, chunk_bytes), longest), head)
     one_pass = getattr(kernels, "policy_rows", None) if not custom and head.shard is None else None
-    for group, backward in groups:
-        for part in _chunks.balanced(len(group), most):
-            share = grads if backward else None
+    for group, share in groups:
+        for part in _chunks.balanced(len(group), kernels.chunk_rows(head, chunk_bytes, keep=share is not None)):
             if one_pass is None:
                 _chunk(hidden, targets, group[part], tokens, head, kernels, work, outputs, share)
             else:
@@ -150,22 +149,13 @@ def _chunk(
 ) -> None:
     """One chunk: statistics and loss of these rows, and their share of the gradients."""
     h, y = hidden[rows].to(head.weight.dtype), targets[rows]
-    stats = kernels.row_stats(h, rows, y, head, work)
+    stats = kernels.row_stats(h, rows, y, head, work, keep=grads is not None)
     loss, g, kl, token = tokens.evaluate(rows, stats)
     for out, value in zip(outputs, (loss, stats.logp, stats.entropy, token.ratio, kl, token.clipped), strict=True):
         out[rows] = value
-    if grads is None:
-        return
-    u = None if tokens.entropy_coef is None else -tokens.entropy_coef[rows]
-    dz = kernels.logits_grad(stats, rows, y, g, u, None, head, work)
-    if h.device.type == "cpu":  # elsewhere the count would be a synchronisation per chunk
-        keep = ((g != 0) if u is None else (g != 0) | (u != 0)).nonzero().view(-1)
-        if len(keep) == 0:
-            return
-        if len(keep) < len(rows):
-            dz = torch.index_select(dz, 0, keep, out=work.spare(len(keep), dz.dtype))
-            h, rows = h[keep], rows[keep]
-    grads.add(dz, h, rows, head)
+    if grads is not None:
+        u = None if tokens.entropy_coef is None else -tokens.entropy_coef[rows]
+        kernels.add_grads(stats, rows, y, h, g, u, None, head, work, grads)
 
 
 def _fused_chunk(
@@ -222,7 +212,7 @@ def _register(backend: str) -> None:
     _library.register(OP, backend, op)
 
 
-for _backend_name in ("torch", "triton"):
+for _backend_name in ("torch", "cpp", "triton"):
     _register(_backend_name)
 
 

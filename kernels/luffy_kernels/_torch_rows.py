@@ -1,4 +1,4 @@
-"""Row arithmetic in plain torch, for any device and dtype, and its compiled shortcut on CPU.
+"""Row arithmetic in plain torch, for any device and dtype.
 
 At most two [C, V] buffers in the compute dtype (fp32, fp64 for fp64 operands), a third with a softcap, and one in the
 operands' dtype where that is narrower exist; `chunk_rows` is the exact formula.
@@ -9,40 +9,35 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _native
-from ._chunks import LOWEST, Head, Stats, compute_dtype, finish, write_logits
+from ._chunks import LOWEST, Gradients, Head, Stats, compute_dtype, finish, wide_weight, write_logits
 from ._gemm import ieee_float32
 from ._vocab import Merged
 
 
-def fused(head: Head) -> bool:
-    """Whether the compiled row kernels serve this head's chunks: exp(z - max) is then never stored."""
-    operand = head.weight.dtype
-    return head.softcap is None and head.weight.device.type == "cpu" and _native.has_row_kernels(operand)
-
-
-def chunk_rows(head: Head, chunk_bytes: int) -> int:
+def chunk_rows(head: Head, chunk_bytes: int, keep: bool = True) -> int:
     """Rows of a chunk, C = max(1, chunk_bytes // (V (k wide + narrow))), V of the largest shard.
 
     wide is the size of the compute dtype and narrow that of the operands where it is smaller, else 0. k is 2; 3 with a
-    softcap; 1 where the compiled row kernels serve 16-bit operands.
+    softcap.
     """
     operand = head.weight.dtype
     wide = compute_dtype(operand).itemsize
     narrow = operand.itemsize if operand.itemsize < wide else 0
-    k = 1 if fused(head) and narrow else 2 if head.softcap is None else 3
+    k = 2 if head.softcap is None else 3
     return max(1, chunk_bytes // max(1, head.widest * (k * wide + narrow)))
+
+
+PART = 4096
 
 
 class Workspace:
     def __init__(self, rows: int, head: Head) -> None:
         operand, device, size = head.weight.dtype, head.weight.device, (rows, head.weight.shape[0])
         dtype = compute_dtype(operand)
-        self.fused = fused(head)
+        self.wide = wide_weight(head)
         self.logits = torch.empty(size, dtype=dtype, device=device)
+        self.exp = torch.empty(size, dtype=dtype, device=device)
         self.narrow = None if operand == dtype else torch.empty(size, dtype=operand, device=device)
-        stored = not (self.fused and self.narrow is not None)
-        self.exp = torch.empty(size, dtype=dtype, device=device) if stored else None
 
     def spare(self, rows: int, operand: torch.dtype) -> Tensor:
         buffer = self.logits.view(operand).view(-1)
@@ -53,25 +48,29 @@ workspace = Workspace
 
 
 def row_stats(
-    hidden: Tensor, rows: Tensor, targets: Tensor, head: Head, work: Workspace, average: bool = False
+    hidden: Tensor,
+    rows: Tensor,
+    targets: Tensor,
+    head: Head,
+    work: Workspace,
+    average: bool = False,
+    keep: bool = True,
 ) -> Stats:
     z = work.logits[: hidden.shape[0]]
-    write_logits(z, hidden, head)
+    write_logits(z, hidden, head, work.wide)
     _transform(z, rows, head)
-    exp = None
     if z.shape[1] == 0:  # a rank without entries
         exp, empty = z, z.new_zeros(z.shape[0])
         peak, total, mean = empty + LOWEST, empty, empty
-    elif work.fused:
-        peak, total, mean = torch.ops.luffy_kernels.center_rows_(z)
     else:
         peak = z.amax(-1)
         z.sub_(peak[:, None])
-        assert work.exp is not None, "the workspace holds exp unless the row kernels are fused"
         exp = torch.exp(z, out=work.exp[: z.shape[0]])
         total = exp.sum(-1)
+        # Parts of the vocabulary: the error of one long product would grow with it.
+        parts = zip(exp.split(PART, 1), z.split(PART, 1), strict=True)
         with ieee_float32(z.device):
-            mean = torch.bmm(exp[:, None, :], z[:, :, None]).view(-1) / total
+            mean = sum(torch.bmm(e[:, None, :], c[:, :, None]) for e, c in parts).view(-1) / total
     at, owned = head.locate(targets)
     target = z.gather(1, at[:, None]).squeeze(1) if z.shape[1] else torch.zeros_like(peak)
     flat = None if not average else z.mean(-1) if z.shape[1] else torch.zeros_like(peak)
@@ -79,8 +78,7 @@ def row_stats(
     if head.shard is not None:
         shift = (peak - stats.max)[:, None]
         z.add_(shift)
-        if exp is not None:
-            exp.mul_(shift.exp())
+        exp.mul_(shift.exp())
     return stats
 
 
@@ -112,7 +110,6 @@ def logits_grad(
 ) -> Tensor:
     count = stats.logp.shape[0]
     buffer = work.exp if work.narrow is None else work.narrow
-    assert buffer is not None, "a workspace has exp or a narrow buffer"
     out, chain = buffer[:count], head.logit_scale / head.temperature[rows]
     if out.shape[1] == 0:
         return out
@@ -130,30 +127,52 @@ def logits_grad(
     flat_share = None if uniform is None else uniform * chain
     if flat_share is not None:
         on_target = on_target + flat_share
-    if stats.exp is None:
-        torch.ops.luffy_kernels.grad_rows(out, stats.logits, offset, slope)
-        if flat_share is not None:
-            out.add_(flat_share.to(out.dtype)[:, None])
+    assert stats.exp is not None, "row_stats keeps exp"
+    cap = None if head.softcap is None else _cap_derivative(stats, rows, head, head.softcap)
+    if cap is not None:
+        on_target = on_target * cap.gather(1, at).squeeze(1)
+    if flat_share is not None:
+        torch.addcmul(flat_share[:, None], stats.exp, offset[:, None], out=stats.exp)
+    elif u is None:
+        torch.mul(stats.exp, offset[:, None], out=stats.exp)
     else:
-        cap = None if head.softcap is None else _cap_derivative(stats, rows, head, head.softcap)
-        if cap is not None:
-            on_target = on_target * cap.gather(1, at).squeeze(1)
-        if flat_share is not None:
-            torch.addcmul(flat_share[:, None], stats.exp, offset[:, None], out=stats.exp)
-        elif u is None:
-            torch.mul(stats.exp, offset[:, None], out=stats.exp)
-        else:
-            torch.addcmul(offset[:, None], stats.logits, slope[:, None], out=stats.logits)
-            torch.mul(stats.exp, stats.logits, out=stats.exp)
-        if cap is not None:
-            torch.mul(stats.exp, cap, out=stats.exp)
-        if out.dtype != stats.exp.dtype:  # a product straight into a narrower type would widen a copy of it first
-            out.copy_(stats.exp)
+        torch.addcmul(offset[:, None], stats.logits, slope[:, None], out=stats.logits)
+        torch.mul(stats.exp, stats.logits, out=stats.exp)
+    if cap is not None:
+        torch.mul(stats.exp, cap, out=stats.exp)
+    if out.dtype != stats.exp.dtype:  # a product straight into a narrower type would widen a copy of it first
+        out.copy_(stats.exp)
     # Rows whose target another rank holds keep what they have at entry 0. Not scatter_: on CPU it copies the whole of a
     # 16-bit matrix.
     here, at, kept = torch.arange(count, device=out.device), at.squeeze(1), on_target.to(out.dtype)
     out[here, at] = kept if head.shard is None else torch.where(owned, kept, out[here, at])
     return out
+
+
+def add_grads(
+    stats: Stats,
+    rows: Tensor,
+    targets: Tensor,
+    hidden: Tensor,
+    g: Tensor,
+    u: Tensor | None,
+    lse: Tensor | None,
+    head: Head,
+    work: Workspace,
+    grads: Gradients,
+    uniform: Tensor | None = None,
+) -> None:
+    """Adds this chunk's gradients. On CPU rows that turned out zero enter no product; elsewhere their count would be a
+    synchronisation per chunk."""
+    dz = logits_grad(stats, rows, targets, g, u, lse, head, work, uniform)
+    if dz.device.type == "cpu":
+        keep = sum((x != 0 for x in (u, lse) if x is not None), g != 0).nonzero().view(-1)
+        if len(keep) == 0:
+            return
+        if len(keep) < len(rows):
+            dz = torch.index_select(dz, 0, keep, out=work.spare(len(keep), dz.dtype))
+            hidden, rows = hidden[keep], rows[keep]
+    grads.add(dz, hidden, rows, head)
 
 
 def _cap_derivative(stats: Stats, rows: Tensor, head: Head, softcap: float) -> Tensor:

@@ -40,7 +40,7 @@ def linear_cross_entropy(
     tp_group: ProcessGroup | None = None,
     vocab_start: int = 0,
     chunk_bytes: int | None = None,
-    backend: Literal["auto", "torch", "triton"] = "auto",
+    backend: Literal["auto", "torch", "cpp", "triton"] = "auto",
 ) -> Tensor:
     """Negative log-likelihood of the targets, differentiable in hidden, weight and bias.
 
@@ -123,22 +123,23 @@ def sweep(
     grads = _chunks.Gradients(hidden, head, (need[0], need[1], need[2]))
     live = targets != ignore_index if upstream is None else (targets != ignore_index) & (upstream != 0)
     active = live.nonzero().view(-1)
-    most = min(kernels.chunk_rows(head, chunk_bytes), len(active))
+    keep = any(need)
+    most = min(kernels.chunk_rows(head, chunk_bytes, keep), len(active))
     work = kernels.workspace(most, head)
     for part in _chunks.balanced(len(active), most):
         rows = active[part]
         h, y = hidden[rows].to(operand), targets[rows]
-        stats = kernels.row_stats(h, rows, y, head, work, average=label_smoothing > 0)
+        stats = kernels.row_stats(h, rows, y, head, work, average=label_smoothing > 0, keep=keep)
         value = z_loss * stats.lse.square() - (1 - label_smoothing) * stats.logp
         if stats.average is not None:
             value = value + label_smoothing * (stats.sum.log() - stats.average)
         loss[rows] = value
-        if any(need):
+        if keep:
             scale = torch.ones_like(value) if upstream is None else upstream[rows]
             in_lse = (label_smoothing + 2 * z_loss * stats.lse) * scale
             uniform = scale * (-label_smoothing / head.vocabulary) if label_smoothing else None
             g = (label_smoothing - 1) * scale
-            grads.add(kernels.logits_grad(stats, rows, y, g, None, in_lse, head, work, uniform), h, rows, head)
+            kernels.add_grads(stats, rows, y, h, g, None, in_lse, head, work, grads, uniform)
     dh, dw, db = (hidden.new_empty(0) if x is None else x for x in grads.all(head))
     return loss.sum(), loss, dh, dw, db
 
@@ -226,5 +227,5 @@ def _register(backend: str) -> None:
     _library.register(OP, backend, op)
 
 
-for _backend_name in ("torch", "triton"):
+for _backend_name in ("torch", "cpp", "triton"):
     _register(_backend_name)

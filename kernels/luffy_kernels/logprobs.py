@@ -6,8 +6,8 @@
 Differentiable in hidden, weight and bias through all three results; backward recomputes the logits a chunk at a time
 (4 GEMMs in all) and saves nothing but its inputs. Logits, statistics and dW are fp32 (fp64 for fp64 operands).
 
-`cpp` fuses GEMM and statistics tile by tile: its memory does not grow with V, and a row's result depends neither on the
-other rows nor on the number of threads. `torch` uses the chunk driver and needs `chunk_bytes` (`_chunks.chunk_rows`).
+`cpp` fuses GEMM and statistics tile by tile, and a row's result depends neither on the other rows nor on the number of
+threads. `torch` stores the logits of a chunk of `chunk_bytes`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from . import _chunks, _library, _torch_rows, _vocab
+from . import _chunks, _library, _vocab
 from ._checks import check_head, check_head_values, per_token, positive, require
 
 OP = "linear_logprobs"
@@ -89,7 +89,7 @@ def linear_logprobs(
     return LogProbs(logp.view(shape), entropy.view(shape) if return_entropy else None, lse.view(shape))
 
 
-def logprobs_torch(
+def forward_chunks(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -101,6 +101,8 @@ def logprobs_torch(
     tp_group: str | None,
     vocab_start: int,
     chunk_bytes: int,
+    *,
+    kernels: _chunks.RowKernels,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(logp, entropy, lse), [N] each, through the chunk driver."""
     n, operand = targets.shape[0], torch.promote_types(hidden.dtype, weight.dtype)
@@ -108,50 +110,17 @@ def logprobs_torch(
     check_head_values(OP, targets, head.vocabulary, ignore_index, temperature)
     outputs = [targets.new_zeros(targets.shape, dtype=temperature.dtype) for _ in range(3)]
     valid = (targets != ignore_index).nonzero().view(-1)
-    most = min(_torch_rows.chunk_rows(head, chunk_bytes), len(valid))
-    work = _torch_rows.Workspace(most, head)
+    most = min(kernels.chunk_rows(head, chunk_bytes, keep=False), len(valid))
+    work = kernels.workspace(most, head)
     for part in _chunks.balanced(len(valid), most):
         rows = valid[part]
-        stats = _torch_rows.row_stats(hidden[rows].to(operand), rows, targets[rows], head, work)
+        stats = kernels.row_stats(hidden[rows].to(operand), rows, targets[rows], head, work, keep=False)
         for out, value in zip(outputs, (stats.logp, stats.entropy, stats.lse), strict=True):
             out[rows] = value
     return outputs[0], outputs[1], outputs[2]
 
 
-def logprobs_cpp(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    temperature: Tensor,
-    softcap: float | None,
-    logit_scale: float,
-    ignore_index: int,
-    tp_group: str | None,
-    vocab_start: int,
-    chunk_bytes: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(logp, entropy, lse), [N] each, by csrc/logprobs.cpp on the valid rows."""
-    check_head_values(OP, targets, weight.shape[0], ignore_index, temperature)
-    operand = torch.promote_types(hidden.dtype, weight.dtype)
-    outputs = [targets.new_zeros(targets.shape, dtype=torch.float32) for _ in range(3)]
-    rows = (targets != ignore_index).nonzero().view(-1)
-    if len(rows):
-        values = torch.ops.luffy_kernels.logprobs_cpp_rows(
-            hidden[rows].to(operand).contiguous(),
-            weight.to(operand).contiguous(),
-            None if bias is None else bias.float().contiguous(),
-            targets[rows],
-            temperature.expand(targets.shape)[rows],
-            softcap,
-            logit_scale,
-        )
-        for out, value in zip(outputs, values, strict=True):
-            out[rows] = value
-    return outputs[0], outputs[1], outputs[2]
-
-
-def backward_torch(
+def backward_chunks(
     grad_logp: Tensor,
     grad_entropy: Tensor,
     grad_lse: Tensor,
@@ -167,6 +136,8 @@ def backward_torch(
     vocab_start: int,
     chunk_bytes: int,
     need: list[bool],
+    *,
+    kernels: _chunks.RowKernels,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight, bias in their dtypes; empty where not needed. Zero rows enter no GEMM."""
     n, operand = targets.shape[0], torch.promote_types(hidden.dtype, weight.dtype)
@@ -174,14 +145,16 @@ def backward_torch(
     grads = _chunks.Gradients(hidden, head, (need[0], need[1], need[2]))
     upstream = [g.to(temperature.dtype) for g in (grad_logp, grad_entropy, grad_lse)]
     active = active_rows(targets, ignore_index, upstream)
-    most = min(_torch_rows.chunk_rows(head, chunk_bytes), len(active))
-    work = _torch_rows.Workspace(most, head)
+    most = min(kernels.chunk_rows(head, chunk_bytes), len(active))
+    work = kernels.workspace(most, head)
+    # Without an entropy term a chunk needs less arithmetic.
+    in_entropy = bool((grad_entropy != 0).any())
     for part in _chunks.balanced(len(active), most):
         rows = active[part]
         h, y = hidden[rows].to(operand), targets[rows]
         g, u, lse = (grad[rows] for grad in upstream)
-        stats = _torch_rows.row_stats(h, rows, y, head, work)
-        grads.add(_torch_rows.logits_grad(stats, rows, y, g, u, lse, head, work), h, rows, head)
+        stats = kernels.row_stats(h, rows, y, head, work)
+        kernels.add_grads(stats, rows, y, h, g, u if in_entropy else None, lse, head, work, grads)
     like = (hidden, weight, weight if bias is None else bias)
     scaled = [
         hidden.new_empty(0) if g is None else g.to(x.dtype, copy=True)
@@ -290,7 +263,7 @@ def _setup(ctx, inputs, output):
     ctx.options = inputs[5:]
 
 
-def _register(backend: str, forward, recompute) -> None:
+def _register(backend: str, forward, recompute, options=None) -> None:
     def backward(ctx, *upstream):
         need = list(ctx.needs_input_grad[:3])
         if all(grad is None for grad in upstream) or not any(need):
@@ -301,16 +274,23 @@ def _register(backend: str, forward, recompute) -> None:
         grads = recompute(*filled, hidden, weight, bias, targets, temperature, *stats, *ctx.options, need)
         return (*(grad if wanted else None for grad, wanted in zip(grads, need, strict=True)), *(None,) * 8)
 
-    op = _library.define(f"logprobs_{backend}", forward)
+    op = _library.define(f"logprobs_{backend}", forward, options)
     op.register_fake(_fake_triton if backend == "triton" else _fake)
     op.register_autograd(backward, setup_context=_setup)
     _library.register(OP, backend, op)
 
 
-_backward_torch = _library.define("logprobs_backward_torch", backward_torch)
+def _chunked(backend: str) -> None:
+    def kernels() -> dict[str, object]:
+        return {"kernels": _library.row_kernels(backend)}
+
+    recompute = _library.define(f"logprobs_backward_{backend}", backward_chunks, kernels)
+    recompute.register_fake(_fake_backward)
+    _register(backend, forward_chunks, recompute, kernels)
+
+
+_chunked("torch")
+_chunked("cpp")
 _backward_triton = _library.define("logprobs_backward_triton", backward_triton)
-for _op in (_backward_torch, _backward_triton):
-    _op.register_fake(_fake_backward)
-_register("torch", logprobs_torch, _backward_torch)
-_register("cpp", logprobs_cpp, _backward_torch)
+_backward_triton.register_fake(_fake_backward)
 _register("triton", logprobs_triton, _backward_triton)

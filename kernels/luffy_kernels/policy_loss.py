@@ -63,7 +63,7 @@ def linear_policy_loss(
     tp_group: ProcessGroup | None = None,
     vocab_start: int = 0,
     chunk_bytes: int | None = None,
-    backend: Literal["auto", "torch", "triton"] = "auto",
+    backend: Literal["auto", "torch", "cpp", "triton"] = "auto",
 ) -> PolicyLoss:
     """Sum of token losses over valid rows, divided by `normalizer`; differentiable in hidden, weight and bias.
 

@@ -218,7 +218,7 @@ def padded_width(vocabulary: int) -> int:
     return max(16, -(-vocabulary // 16) * 16)
 
 
-def chunk_rows(head: _chunks.Head, chunk_bytes: int) -> int:
+def chunk_rows(head: _chunks.Head, chunk_bytes: int, keep: bool = True) -> int:
     """Rows of a chunk, C = max(1, chunk_bytes // (4 V')), V' the largest shard rounded up to 16."""
     return max(1, chunk_bytes // (4 * padded_width(head.widest)))
 
@@ -234,10 +234,8 @@ class Workspace:
         self.bias = None if head.bias is None else torch.zeros(self.padded, device=device)
         if head.bias is not None and self.bias is not None:
             self.bias[: head.bias.shape[0]] = head.bias
+        self.wide = _chunks.wide_weight(head)
         self.config = tuning.row_config("rows", device, self.padded)
-
-    def spare(self, rows: int, operand: torch.dtype) -> None:
-        """None: dz lies over the logits."""
 
 
 workspace = Workspace
@@ -250,10 +248,11 @@ def row_stats(
     head: _chunks.Head,
     work: Workspace,
     average: bool = False,
+    keep: bool = True,
 ) -> _chunks.Stats:
     count, vocabulary = hidden.shape[0], head.weight.shape[0]
     z = work.logits[:count]
-    _chunks.write_logits(z[:, :vocabulary], hidden, head)
+    _chunks.write_logits(z[:, :vocabulary], hidden, head, work.wide)
     out = torch.empty((5, count), dtype=torch.float32, device=z.device)
     # The kernel indexes per-token arrays by token; here targets are the chunk's own, so the chunk's index serves both.
     here = torch.arange(count, device=z.device)
@@ -325,11 +324,16 @@ def logits_grad(
     return work.dz[:count, :vocabulary]
 
 
+def add_grads(stats, rows, targets, hidden, g, u, lse, head, work, grads, uniform=None) -> None:
+    """Adds this chunk's gradients, from `logits_grad`."""
+    grads.add(logits_grad(stats, rows, targets, g, u, lse, head, work, uniform), hidden, rows, head)
+
+
 def policy_rows(hidden, rows, targets, tokens, head, work, outputs, backward) -> Tensor:
     """A chunk of `_policy_sweep` in one launch: fills the outputs at `rows`, returns dz [C, V] (with `backward`)."""
     count, vocabulary = hidden.shape[0], head.weight.shape[0]
     z = work.logits[:count]
-    _chunks.write_logits(z[:, :vocabulary], hidden, head)
+    _chunks.write_logits(z[:, :vocabulary], hidden, head, work.wide)
     policy_rows_kernel[(count,)](
         z,
         work.dz,
