@@ -1,4 +1,4 @@
-"""What `bench.gpu_check` times: ours, plain torch, bare GEMMs, and each peer by its own import and call.
+"""What `bench.gpu_check` and `bench.ops` time: ours, plain torch, bare GEMMs, and each peer by its own import and call.
 
 `names(mode)` lists them, `load(impl, mode)` imports one and gives a function of a `Problem`: log-probs [N] in mode
 `logp`, (log-probs, entropy) in `logp_entropy`, and a scalar to differentiate in `ce` and `policy`. Names are those of
@@ -34,28 +34,59 @@ class Problem(NamedTuple):
     advantages: Tensor  # [sequences]
     upstream: Tensor  # [2, N] gradients of log-prob and entropy
     logp: Tensor  # [N] fp32, to compare with
+    active: Tensor | None = None  # [N] bool: rows that count; None: all. A peer without a mask computes the others too
 
     @property
     def per_token(self) -> Tensor:
         return self.advantages.repeat_interleave(len(self.targets) // len(self.advantages))
+
+    @property
+    def labels(self) -> Tensor:
+        """Targets, -100 where a row does not count."""
+        return self.targets if self.active is None else self.targets.where(self.active, -100)
+
+    def mean(self, per_token: Tensor) -> Tensor:
+        """Over the rows that count."""
+        if self.active is None:
+            return per_token.mean()
+        return per_token.where(self.active, 0).sum() / self.active.sum()
 
 
 Call = Callable[[Problem], Any]
 LogProbs = Callable[[Problem], tuple[Tensor, Tensor | None]]  # the entropy None where it is not computed
 
 
-def make_problem(hidden: int, vocabulary: int, tokens: int, device: str, sequence: int = 2048) -> Problem:
-    """bf16 operands, logits of deviation 2; ratios to the old policy on both sides of the clips."""
-    rng = torch.Generator(device).manual_seed(0)
-    h = torch.randn(tokens, hidden, generator=rng, device=device).bfloat16()
-    w = torch.randn(vocabulary, hidden, generator=rng, device=device).mul_(2 * hidden**-0.5).bfloat16()
+def make_problem(
+    hidden: int,
+    vocabulary: int,
+    tokens: int,
+    device: str,
+    sequence: int = 2048,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    active: float = 1.0,
+    zero: float = 0.0,
+    seed: int = 0,
+) -> Problem:
+    """Logits of deviation 2; ratios to the old policy on both sides of the clips.
+
+    active: share of rows that count. zero: share of sequences whose advantage is 0, as those of a group whose answers
+    are all right or all wrong.
+    """
+    rng = torch.Generator(device).manual_seed(seed)
+    h = torch.randn(tokens, hidden, generator=rng, device=device).to(dtype)
+    w = torch.randn(vocabulary, hidden, generator=rng, device=device).mul_(2 * hidden**-0.5).to(dtype)
     targets = torch.randint(vocabulary, (tokens,), generator=rng, device=device)
     sequences = tokens // sequence if tokens % sequence == 0 else 1
     advantages = torch.randn(sequences, generator=rng, device=device)
+    advantages[: round(zero * sequences)] = 0
     upstream = torch.randn(2, tokens, generator=rng, device=device) / tokens
     logp = exact_logp(h, w, targets, torch.float32)
-    old_logp = logp + 0.2 * torch.randn(tokens, generator=rng, device=device)
-    return Problem(h.requires_grad_(), w.requires_grad_(), targets, old_logp, advantages, upstream, logp)
+    # Half of them beyond a clip, none near one: rounded log-probs would clip other tokens, which is not what is timed.
+    away = torch.tensor([-0.5, -0.1, 0.1, 0.5], device=device)
+    old_logp = logp + away[torch.randint(4, (tokens,), generator=rng, device=device)]
+    counts = None if active == 1 else torch.rand(tokens, generator=rng, device=device) < active
+    return Problem(h.requires_grad_(), w.requires_grad_(), targets, old_logp, advantages, upstream, logp, counts)
 
 
 @torch.no_grad()
@@ -69,11 +100,11 @@ def exact_logp(hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dty
 def surrogate(logp: Tensor, p: Problem) -> Tensor:
     """PPO's clipped loss, the mean over tokens."""
     ratio, a = (logp - p.old_logp).exp(), p.per_token
-    return torch.maximum(-a * ratio, -a * ratio.clamp(1 - CLIP_LOW, 1 + CLIP_HIGH)).mean()
+    return p.mean(torch.maximum(-a * ratio, -a * ratio.clamp(1 - CLIP_LOW, 1 + CLIP_HIGH)))
 
 
 def exact_loss(p: Problem, mode: str) -> float:
-    return float(surrogate(p.logp, p) if mode == POLICY else -p.logp.mean())
+    return float(surrogate(p.logp, p) if mode == POLICY else -p.mean(p.logp))
 
 
 def from_logprobs(fn: LogProbs, mode: str) -> Call:
@@ -81,21 +112,22 @@ def from_logprobs(fn: LogProbs, mode: str) -> Call:
     return {
         LOGP: lambda p: fn(p)[0],
         ENTROPY: fn,
-        CE: lambda p: -fn(p)[0].mean(),
+        CE: lambda p: -p.mean(fn(p)[0]),
         POLICY: lambda p: surrogate(fn(p)[0], p),
     }[mode]
 
 
 def ours(mode: str) -> Call:
     def policy(p: Problem) -> Tensor:
-        options = {"losses": policy_gradient(CLIP_LOW, CLIP_HIGH), "normalizer": float(len(p.targets))}
+        count = float(len(p.targets) if p.active is None else p.active.sum())
+        options = {"losses": policy_gradient(CLIP_LOW, CLIP_HIGH), "normalizer": count}
         given = {"advantages": p.per_token, "old_logp": p.old_logp}
-        return linear_policy_loss(p.hidden, p.weight, p.targets, **options, **given).loss
+        return linear_policy_loss(p.hidden, p.weight, p.labels, **options, **given).loss
 
     return {
-        LOGP: lambda p: linear_logprobs(p.hidden, p.weight, p.targets).logp,
-        ENTROPY: lambda p: linear_logprobs(p.hidden, p.weight, p.targets, return_entropy=True)[:2],
-        CE: lambda p: linear_cross_entropy(p.hidden, p.weight, p.targets),
+        LOGP: lambda p: linear_logprobs(p.hidden, p.weight, p.labels).logp,
+        ENTROPY: lambda p: linear_logprobs(p.hidden, p.weight, p.labels, return_entropy=True)[:2],
+        CE: lambda p: linear_cross_entropy(p.hidden, p.weight, p.labels),
         POLICY: policy,
     }[mode]
 
@@ -105,6 +137,17 @@ def naive(mode: str) -> Call:
         log_p = functional.linear(p.hidden, p.weight).float().log_softmax(-1)
         entropy = -(log_p.exp() * log_p).sum(-1) if mode == ENTROPY else None
         return log_p.gather(-1, p.targets[:, None])[:, 0], entropy
+
+    return from_logprobs(logprobs, mode)
+
+
+def naive_narrow(mode: str) -> Call:
+    """As `naive`, with the softmax in the operands' dtype: half the memory, log-probs off by its rounding."""
+
+    def logprobs(p: Problem) -> tuple[Tensor, Tensor | None]:
+        log_p = functional.linear(p.hidden, p.weight).log_softmax(-1)
+        entropy = -(log_p.exp() * log_p).sum(-1).float() if mode == ENTROPY else None
+        return log_p.gather(-1, p.targets[:, None])[:, 0].float(), entropy
 
     return from_logprobs(logprobs, mode)
 
@@ -130,7 +173,8 @@ def liger_grpo(mode: str) -> Call:
     def call(p: Problem) -> Tensor:
         shape = len(p.advantages), -1
         targets = p.targets.view(shape)
-        arguments = p.hidden.view(*shape, p.hidden.shape[1]), p.weight, targets, torch.ones_like(targets), p.advantages
+        mask = torch.ones_like(targets) if p.active is None else p.active.view(shape).long()
+        arguments = p.hidden.view(*shape, p.hidden.shape[1]), p.weight, targets, mask, p.advantages
         return loss(*arguments, old_per_token_logps=p.old_logp.view(shape))[0]
 
     return call
@@ -138,7 +182,7 @@ def liger_grpo(mode: str) -> Call:
 
 def liger_flce(mode: str) -> Call:
     loss = attribute("liger_kernel.transformers", "LigerFusedLinearCrossEntropyLoss")()
-    return lambda p: loss(p.weight, p.hidden, p.targets)
+    return lambda p: loss(p.weight, p.hidden, p.labels)
 
 
 def cce(mode: str) -> Call:
@@ -192,6 +236,7 @@ CONTENDERS: dict[str, tuple[tuple[str, ...], Callable[[str], Call]]] = {
     "gemm_x3": ((CE, POLICY), gemm(3)),
     "gemm_x4": ((ENTROPY,), gemm(4)),
     "naive": (ALL, naive),
+    "naive_bf16": ((LOGP, POLICY), naive_narrow),
     "liger_grpo": ((POLICY,), liger_grpo),
     "liger_flce": ((CE,), liger_flce),
     "cce": (SCALARS, cce),

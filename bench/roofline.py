@@ -38,6 +38,9 @@ from bench.peers import ALGORITHMS, CE, ENTROPY, LOGP, MODES, Algorithm, Work, f
 SHAPES = {
     "llama3-8b": (4096, 128256),
     "llama2-7b": (4096, 32000),
+    "smollm2-135m": (576, 49152),
+    "qwen2.5-0.5b": (896, 151936),
+    "qwen2.5-1.5b": (1536, 151936),
     "qwen2.5-7b": (3584, 152064),
     "qwen2.5-14b": (5120, 152064),
     "qwen2.5-72b": (8192, 152064),

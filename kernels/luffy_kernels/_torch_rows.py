@@ -68,9 +68,12 @@ def row_stats(
         exp = torch.exp(z, out=work.exp[: z.shape[0]])
         total = exp.sum(-1)
         # Parts of the vocabulary: the error of one long product would grow with it.
-        parts = zip(exp.split(PART, 1), z.split(PART, 1), strict=True)
         with ieee_float32(z.device):
-            mean = sum(torch.bmm(e[:, None, :], c[:, :, None]) for e, c in parts).view(-1) / total
+            parts = [
+                torch.bmm(e[:, None, :], c[:, :, None]).view(-1)
+                for e, c in zip(exp.split(PART, 1), z.split(PART, 1), strict=True)
+            ]
+        mean = torch.stack(parts).sum(0) / total
     at, owned = head.locate(targets)
     target = z.gather(1, at[:, None]).squeeze(1) if z.shape[1] else torch.zeros_like(peak)
     flat = None if not average else z.mean(-1) if z.shape[1] else torch.zeros_like(peak)

@@ -1,0 +1,337 @@
+"""Times the LM-head losses on this CPU: ours beside plain torch, bare products and every peer that runs here.
+
+    python -m bench.ops --standard                  the set behind README's table, into bench/results/ops-<cpu>.jsonl
+    python -m bench.ops --shapes smollm2-135m 896x151936 --tokens 1024 --modes policy logp [--active 1 0.5 0.25]
+        [--zero 0 0.75] [--head train frozen] [--dtype bf16 fp32] [--impl ours naive] [--out FILE]
+
+A case is a shape, a number of tokens, a mode (`bench.peers.MODES`), a dtype, the share of rows that count, the share of
+sequences with advantage 0, and whether the head is trained. Its contenders (`bench.contenders`) first pass a gate: the
+log-probs, or the loss and its gradients, against float64 or float32 by plain products; who fails it is not timed. Then
+they take turns, on buffers that alternate, with torch's threads fixed. A row of the JSON lines holds median, 20th and
+80th percentile in ms, the errors, and the memory beyond inputs and gradients, measured in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from luffy_kernels import status
+
+from bench import contenders, roofline
+from bench.contenders import Call, Problem
+from bench.gpu_check import environment, error, step
+from bench.peers import CE, ENTROPY, LOGP, MODES, POLICY
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+SEQUENCE = 128
+WARMUPS, SECONDS, ROUNDS = 1, 20.0, (3, 9)  # of the timed rounds of a case's slowest contender, at most
+# Gates, of what is plainly wrong rather than rounded: bf16 logits are off by some 0.01 nats, 3 % of a gradient.
+LOGP_GATE, LOSS_GATE, GRAD_GATE = 0.1, 0.05, 0.1
+OURS_GATE = {"logp_error": 1e-4, "loss_error": 1e-3, "grad_error": 0.02}
+PRODUCTS = ("gemm_x1", "gemm_x3", "gemm_x4", "tiles_x1", "tiles_x3")
+CPU_SKIPS = ("verl_triton", "quack")  # device kernels
+HEADER = (
+    f"{'implementation':16s} {'median ms':>10s}{'p20':>10s}{'p80':>10s} {'extra MiB':>9s} {'error':>9s} {'dx, dW':>9s}"
+)
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    shape: str
+    tokens: int
+    mode: str = POLICY
+    dtype: str = "bf16"
+    active: float = 1.0
+    zero: float = 0.0
+    frozen: bool = False
+
+    def problem(self, seed: int = 0) -> Problem:
+        hidden, vocabulary = roofline.shape_of("--shapes", self.shape)
+        torch.manual_seed(seed)
+        options = {"dtype": DTYPES[self.dtype], "active": self.active, "zero": self.zero, "seed": seed}
+        p = contenders.make_problem(hidden, vocabulary, self.tokens, "cpu", SEQUENCE, **options)
+        p.weight.requires_grad_(not self.frozen)
+        return p
+
+
+def standard() -> Iterator[tuple[Case, list[str] | None]]:
+    """(case, its contenders, None for all): what README shows, in 15 minutes on two cores."""
+    small, large = ("smollm2-135m", 2048), ("qwen2.5-0.5b", 1024)
+    for shape in (small, large):
+        yield Case(*shape), None
+        yield Case(*shape, mode=LOGP), None
+    yield Case(*small, dtype="fp32"), ["ours", "gemm_x3", "tiles_x3", "naive", "liger_grpo", "trl_logp"]
+    yield Case(*large, dtype="fp32"), ["ours", "gemm_x3", "tiles_x3", "naive"]
+    for share in ({"active": 0.25}, {"zero": 0.75}, {"active": 0.5}, {"frozen": True}):
+        yield Case(*small, **share), ["ours", "naive"]
+        yield Case(*large, **share), ["ours"]
+    yield Case(*small, mode=CE), ["ours", "naive", "liger_flce", "torch_lce"]
+    yield Case(*small, mode=ENTROPY), ["ours", "naive", "trl_logp"]
+    for vocabulary in (8192, 16384, 32768, 65536, 131072):
+        yield Case(f"576x{vocabulary}", 1024), ["ours", "gemm_x3", "naive", "liger_grpo", "trl_logp"]
+    for tokens in (512, 4096, 8192):
+        yield Case("smollm2-135m", tokens), ["ours", "gemm_x3", "naive"] if tokens < 8192 else ["ours"]
+
+
+@functools.cache
+def tiled_products() -> Any:
+    """Products by tiles, compiled on first use: what no softmax at all would cost."""
+    from torch.utils.cpp_extension import load
+
+    source = str(ROOT / "bench" / "tiled_products.cpp")
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # where ninja is
+    load("luffy_bench", [source], extra_cflags=["-O3", "-fopenmp"], is_python_module=False, verbose=False)
+    return torch.ops.luffy_bench.tiled_products
+
+
+def tiles(count: int) -> Call:
+    product, rows = tiled_products(), {}
+
+    def call(p: Problem) -> None:
+        shape = p.weight.shape
+        dw = rows.setdefault(shape, torch.empty(shape if count > 1 else (0,)))
+        narrow = p.weight.dtype == torch.bfloat16 and torch.ops.luffy_kernels.bf16_words(p.weight)
+        product(len(p.targets), shape[1], shape[0], dw, count, narrow)
+
+    return call
+
+
+def load(impl: str, mode: str) -> Call:
+    return tiles(int(impl[-1])) if impl.startswith("tiles") else contenders.load(impl, mode)
+
+
+def names(mode: str) -> list[str]:
+    listed = [impl for impl in contenders.names(mode) if impl not in CPU_SKIPS]
+    return [*listed, "tiles_x1"] if mode == LOGP else [*listed, "tiles_x3"] if mode in (CE, POLICY) else listed
+
+
+def leaves(p: Problem) -> list[torch.Tensor]:
+    return [x for x in (p.hidden, p.weight) if x.requires_grad]
+
+
+def gradients(call: Call, p: Problem, mode: str) -> tuple[Any, list[torch.Tensor]]:
+    out = call(p)
+    scalar = (out[0] * p.upstream[0]).sum() + (out[1] * p.upstream[1]).sum() if mode == ENTROPY else out
+    return out, list(torch.autograd.grad(scalar, leaves(p)))
+
+
+def exact_gradients(p: Problem, mode: str) -> list[torch.Tensor]:
+    """By plain float32 products and autograd, from the same operands."""
+    wide = p._replace(
+        hidden=p.hidden.detach().float().requires_grad_(),
+        weight=p.weight.detach().float().requires_grad_(p.weight.requires_grad),
+    )
+    return gradients(contenders.load("naive", mode), wide, mode)[1]
+
+
+def check(impl: str, call: Call, p: Problem, mode: str, exact: list[torch.Tensor]) -> Record:
+    """Errors of a contender. ValueError where one is beyond its gate."""
+    if impl in PRODUCTS:
+        return {}
+    if mode == LOGP:
+        found = error(step(call, p, mode), p, mode)
+    else:
+        out, grads = gradients(call, p, mode)
+        found = error(out, p, mode)
+        worst = (float((g.float() - w).abs().max() / w.abs().max()) for g, w in zip(grads, exact, strict=True))
+        found["grad_error"] = max(worst)
+    gates = {"logp_error": LOGP_GATE, "loss_error": LOSS_GATE, "grad_error": GRAD_GATE}
+    for name, value in found.items():
+        gate = (OURS_GATE if impl == "ours" else gates)[name]
+        if not value <= gate:
+            raise ValueError(f"not timed: its {name.replace('_', ' ')} is {value:.1e}, more than {gate:g}")
+    return found
+
+
+def timed(call: Call, p: Problem, mode: str) -> float:
+    began = time.perf_counter()
+    if mode == LOGP:
+        step(call, p, mode)
+    elif (out := call(p)) is not None:
+        scalar = (out[0] * p.upstream[0]).sum() + (out[1] * p.upstream[1]).sum() if mode == ENTROPY else out
+        torch.autograd.grad(scalar, leaves(p))
+    return 1e3 * (time.perf_counter() - began)
+
+
+def measure(case: Case, impls: list[str], memory: bool) -> Iterator[Record]:
+    """A record per contender: its figures, or "why" there are none."""
+    problems = [case.problem(seed) for seed in (0, 1)]
+    p, mode, ready, seconds = problems[0], case.mode, {}, {}
+    exact = [] if mode == LOGP else exact_gradients(p, mode)
+    for impl in impls:
+        try:
+            call = load(impl, mode)
+            found = check(impl, call, p, mode, exact)
+            seconds[impl] = min(timed(call, p, mode) for _ in range(WARMUPS)) / 1e3
+            ready[impl] = call, found
+        except Exception as failure:  # a peer may raise anything; the others go on
+            yield {"impl": impl, "why": contenders.why(failure)}
+    del exact
+    rounds = max(ROUNDS[0], min(ROUNDS[1], int(SECONDS / max(seconds.values(), default=1.0))))
+    times: dict[str, list[float]] = {impl: [] for impl in ready}
+    for i in range(rounds):
+        for impl, (call, _) in ready.items():
+            times[impl].append(timed(call, problems[i % 2], mode))
+    del problems, p
+    for impl, ms in times.items():
+        cuts = statistics.quantiles(ms, n=5, method="inclusive")
+        spread = {"ms": statistics.median(ms), "p20_ms": cuts[0], "p80_ms": cuts[3], "rounds": len(ms)}
+        peak = {"extra_mib": peak_memory(case, impl)} if memory and impl not in PRODUCTS else {}
+        yield {"impl": impl, **ready[impl][1], **spread, **peak}
+
+
+def peak_memory(case: Case, impl: str) -> float | None:
+    """MiB beyond inputs and gradients, in a fresh process."""
+    command = [sys.executable, "-m", "bench.ops", "--memory", json.dumps(asdict(case)), "--impl", impl]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return float(done.stdout) if done.returncode == 0 else None
+
+
+def measure_memory(case: Case, impl: str) -> float:
+    """Largest resident set during one step less that before it and less the gradients. Linux alone can be asked."""
+    call, small = load(impl, case.mode), Case("576x4096", SEQUENCE, case.mode, case.dtype)
+    timed(call, small.problem(), case.mode)  # libraries and thread pools are not what is measured
+    p = case.problem()
+    status_file, before = Path("/proc/self/status"), {}
+
+    def read(name: str) -> int:
+        return 1024 * int(re.search(rf"{name}:\s+(\d+)", status_file.read_text()).group(1))  # type: ignore[union-attr]
+
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
+    before = read("VmRSS")
+    if case.mode == LOGP:
+        step(call, p, case.mode)
+        kept = 0
+    else:
+        kept = sum(g.nbytes for g in gradients(call, p, case.mode)[1])
+    return (read("VmHWM") - before - kept) / 2**20
+
+
+def cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def instruction_sets() -> list[str]:
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
+    return [name for name in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if name in flags]
+
+
+def machine() -> Record:
+    about = {"cpu": cpu_name(), "isa": instruction_sets(), "threads": torch.get_num_threads(), "backends": status()}
+    return about | {k: v for k, v in environment().items() if v not in (None, {})}
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.ops", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--standard", action="store_true", help="the set behind README's table")
+    parser.add_argument("--shapes", nargs="+", default=["smollm2-135m"], help=f"HxV or of {', '.join(roofline.SHAPES)}")
+    parser.add_argument("--tokens", nargs="+", type=int, default=[2048], metavar="N")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=[POLICY])
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16"])
+    parser.add_argument("--active", nargs="+", type=float, default=[1.0], help="share of rows that count")
+    parser.add_argument("--zero", nargs="+", type=float, default=[0.0], help="share of sequences with advantage 0")
+    parser.add_argument("--head", nargs="+", choices=("train", "frozen"), default=["train"])
+    parser.add_argument("--impl", nargs="+", help="contenders; all by default")
+    parser.add_argument("--no-memory", action="store_true", help="leave out the processes that measure memory")
+    parser.add_argument("--threads", type=int, help="torch's threads; as many as it takes by default")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON lines; by default only the table is printed")
+    parser.add_argument("--memory", help=argparse.SUPPRESS)  # a case: print its contender's memory, nothing else
+    args = parser.parse_args(argv)
+    try:
+        [roofline.shape_of("--shapes", name) for name in args.shapes]
+        for tokens in args.tokens:
+            roofline.expect(tokens > 0 and tokens % SEQUENCE == 0, "--tokens", f"a multiple of {SEQUENCE}", tokens)
+        for share in args.active:
+            roofline.expect(0 < share <= 1, "--active", "in (0, 1]", share)
+        for share in args.zero:
+            roofline.expect(0 <= share <= 1, "--zero", "in [0, 1]", share)
+        known = sorted({impl for mode in MODES for impl in names(mode)})
+        for impl in args.impl or []:
+            roofline.expect(impl in known, "--impl", f"of {', '.join(known)}", impl)
+    except roofline.InputError as failure:
+        parser.error(str(failure))
+    return args
+
+
+def cases(args: argparse.Namespace) -> Iterator[tuple[Case, list[str] | None]]:
+    if args.standard:
+        yield from standard()
+        return
+    for shape in args.shapes:
+        for tokens in args.tokens:
+            for mode in args.modes:
+                for dtype in args.dtype:
+                    for active in args.active:
+                        for zero in args.zero:
+                            for head in args.head:
+                                yield Case(shape, tokens, mode, dtype, active, zero, head == "frozen"), args.impl
+
+
+def line(record: Record) -> str:
+    if "why" in record:
+        return f"{record['impl']:16s} {record['why']}"
+    cells = "".join(f"{record[name]:10.1f}" for name in ("ms", "p20_ms", "p80_ms"))
+    extra, off = record.get("extra_mib"), record.get("logp_error", record.get("loss_error"))
+    grad = record.get("grad_error")
+    marks = [f"{'-' if x is None else form.format(x):>9s}" for x, form in ((extra, "{:.0f}"), (off, "{:.1e}"))]
+    return f"{record['impl']:16s} {cells} {marks[0]} {marks[1]} {'-' if grad is None else f'{grad:.1e}':>9s}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    if args.memory:
+        print(measure_memory(Case(**json.loads(args.memory)), args.impl[0]))
+        return 0
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    out = args.out
+    if out is None and args.standard:
+        out = RESULTS / f"ops-{re.sub(r'[^A-Za-z0-9]+', '-', cpu_name()).strip('-')}.jsonl"
+    lines = [json.dumps({"machine": machine()})]
+    partial = None if out is None else out.with_suffix(".partial")
+    try:
+        for case, impls in cases(args):
+            share = (
+                f"{case.active:g} active, {case.zero:g} at advantage 0, head {'frozen' if case.frozen else 'trained'}"
+            )
+            print(f"\n{case.shape}, {case.tokens} tokens, {MODES[case.mode]}, {case.dtype}, {share}")
+            print(HEADER)
+            chosen = [impl for impl in impls or names(case.mode) if impl in names(case.mode)]
+            for record in measure(case, chosen, not args.no_memory):
+                print(line(record), flush=True)
+                lines.append(json.dumps(asdict(case) | record))
+                if partial is not None:
+                    partial.write_text("\n".join(lines) + "\n")
+    except KeyboardInterrupt:
+        print("\nluffy: stopped.", file=sys.stderr)
+        return 130
+    if partial is not None and out is not None:
+        partial.replace(out)
+        print(f"\nwritten to {out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,185 @@
+"""The compiled CPU kernels: their functions, every instruction set they have, and what their schedule promises."""
+
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from luffy_kernels import _cpp_rows, _native, linear_logprobs, linear_policy_loss, policy_gradient, reference
+
+pytestmark = pytest.mark.skipif(_native.error is not None, reason="the compiled library is not built")
+OPS = torch.ops.luffy_kernels
+HERE = os.path.dirname(__file__)
+ULP = 2.0
+
+
+def ulps(got, exact):
+    """Distance in units of the last place of float32 at the exact value."""
+    unit = torch.exp2(torch.floor(torch.log2(exact.abs().clamp(min=2.0**-126))) - 23)
+    return float(((got.double() - exact) / unit).abs().max())
+
+
+def check_functions():
+    """exp and log against float64, over the whole range and at its ends."""
+    inputs = torch.cat([torch.linspace(-87, 88, 2_000_001), torch.linspace(-1e-3, 1e-3, 20_001)])
+    assert ulps(OPS.tile_exp(inputs), inputs.double().exp()) <= ULP
+    ends = torch.tensor([-math.inf, -1e30, -2e30, -87.5, 0.0, 89.0, math.inf, math.nan])
+    got = OPS.tile_exp(ends)
+    assert not got[:4].any()
+    assert got[4] == 1
+    assert ulps(got[5:7], torch.tensor([88.0, 88.0]).double().exp()) <= ULP  # held there: finite, and far too large
+    assert got[7].isnan()
+    positive = torch.logspace(-37.9, 38.5, 2_000_001, dtype=torch.float64).float()
+    assert ulps(OPS.tile_log(positive), positive.double().log()) <= ULP
+    near_1 = torch.linspace(0.7, 1.4, 200_001)
+    error = (OPS.tile_log(near_1).double() - near_1.double().log()).abs() / near_1.double().log().abs().clamp(min=1e-7)
+    assert float(error.max()) <= 4e-7
+    assert OPS.tile_log(torch.ones(3)).tolist() == [0.0, 0.0, 0.0]
+
+
+def problem(dtype, n=150, h=66, v=1003, spread=2.0):
+    rng = torch.Generator().manual_seed(3)
+    hidden = torch.randn(n, h, generator=rng).to(dtype)
+    weight = (spread * h**-0.5 * torch.randn(v, h, generator=rng)).to(dtype)
+    targets = torch.randint(v, (n,), generator=rng)
+    targets[::9] = -100
+    advantages = torch.randn(n, generator=rng)
+    advantages[::5] = 0
+    return hidden, weight, targets, advantages
+
+
+def outcome(fn, dtype, hidden, weight, targets, advantages, bias=None, **options):
+    leaves = [x.to(dtype, copy=True).requires_grad_() for x in (hidden, weight, *([] if bias is None else [bias]))]
+    options |= {"bias": None if bias is None else leaves[2], "advantages": advantages.to(leaves[0].dtype)}
+    loss = policy_gradient(0.2, 0.28)
+    out = fn(leaves[0], leaves[1], targets, losses=loss, old_logp="current", normalizer=9.0, **options)
+    return out, torch.autograd.grad(out.loss, leaves)
+
+
+OPTIONS = {
+    "plain": {},
+    "entropy": {"entropy_coef": 0.3},
+    "head": {"entropy_coef": 0.3, "softcap": 4.0, "logit_scale": 1.2, "temperature": 0.8},
+}
+
+
+def check_operators():
+    """linear_policy_loss with all its gradients, in every dtype, against float64."""
+    for dtype, bound in ((torch.float32, 5e-6), (torch.bfloat16, 8e-3), (torch.float16, 1e-3)):
+        head = problem(dtype)
+        bias = torch.randn(1003, generator=torch.Generator().manual_seed(4)).to(dtype)
+        for options in OPTIONS.values():
+            out, grads = outcome(linear_policy_loss, dtype, *head, bias=bias, backend="cpp", **options)
+            truth, exact = outcome(reference.linear_policy_loss, torch.float64, *head, bias=bias, **options)
+            torch.testing.assert_close(out.logp.double(), truth.logp, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(out.entropy.double(), truth.entropy, rtol=1e-5, atol=1e-5)
+            for mine, want in zip(grads, exact, strict=True):
+                torch.testing.assert_close(mine.double(), want, rtol=0, atol=bound * float(want.abs().max()))
+
+
+def test_functions():
+    check_functions()
+
+
+def test_operators():
+    check_operators()
+
+
+@pytest.mark.parametrize(("isa", "products"), [("base", "SSE41"), ("v3", "AVX2"), ("v4", "AVX512_CORE"), ("v4", "ALL")])
+def test_every_instruction_set(isa, products):
+    """As on a CPU that has no more: row arithmetic by our own choice, products by oneDNN's."""
+    order = ["base", "v3", "v4"]
+    if order.index(isa) > order.index(OPS.tile_isa()):
+        pytest.skip(f"this CPU has {OPS.tile_isa()}")
+    script = f"import test_cpp_rows as t; assert t.OPS.tile_isa() == {isa!r}; t.check_functions(); t.check_operators()"
+    environment = os.environ | {"LUFFY_KERNELS_ISA": isa, "ONEDNN_MAX_CPU_ISA": products}
+    result = subprocess.run([sys.executable, "-c", script], env=environment, cwd=HERE, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_an_unknown_instruction_set_is_named():
+    environment = os.environ | {"LUFFY_KERNELS_ISA": "avx9"}
+    script = "import luffy_kernels; luffy_kernels.status()"
+    result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert "LUFFY_KERNELS_ISA must be one of base" in result.stderr
+    assert "got avx9" in result.stderr
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_nothing_depends_on_the_number_of_threads_or_on_the_run(dtype, options):
+    head, results = problem(dtype, n=700), []
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 2, 5):
+            torch.set_num_threads(count)
+            out, grads = outcome(linear_policy_loss, dtype, *head, backend="cpp", **OPTIONS[options])
+            results.append((*out, *grads))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        for mine, first in zip(other, results[0], strict=True):
+            assert torch.equal(mine, first)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_targets_too_unlikely_to_refer_to(dtype, options):
+    """Exponentials relative to such a target leave fp32: their blocks are swept again with the maximum instead."""
+    hidden, weight, targets, advantages = problem(dtype, n=200, spread=30.0)
+    head = hidden, weight, targets, advantages
+    out, grads = outcome(linear_policy_loss, dtype, *head, backend="cpp", **OPTIONS[options])
+    truth, exact = outcome(reference.linear_policy_loss, torch.float64, *head, **OPTIONS[options])
+    if options != "head":
+        assert float(truth.logp.min()) < -100
+        assert float(truth.logp.max()) > -60
+    torch.testing.assert_close(out.logp.double(), truth.logp, rtol=1e-5, atol=1e-4)
+    for mine, want in zip(grads, exact, strict=True):
+        assert mine.isfinite().all()
+        bound = 1e-4 if dtype == torch.float32 else 1e-2
+        torch.testing.assert_close(mine.double(), want, rtol=0, atol=bound * float(want.abs().max()))
+
+
+def test_a_sure_token_keeps_its_digits():
+    """log p of p = 1 - 1e-11 and the gradient 1 - p: no other implementation in float32 has either."""
+    logits = torch.tensor([[0.0, -25.0, -26.0, -30.0]])
+    hidden, weight = torch.ones(1, 1, requires_grad=True), logits.T.contiguous().requires_grad_()
+    logp = linear_logprobs(hidden, weight, torch.tensor([0]), backend="cpp").logp
+    exact = logits.double().log_softmax(-1)[0, 0]
+    torch.testing.assert_close(logp.double(), exact[None], rtol=1e-5, atol=0)
+    (grad,) = torch.autograd.grad(logp, weight)
+    torch.testing.assert_close(grad[0, 0].double(), -torch.expm1(exact), rtol=1e-5, atol=0)
+
+
+def test_the_workspace_does_not_grow_with_the_number_of_tokens():
+    head = 64, 4099
+
+    def largest(n):
+        hidden, weight, targets, advantages = problem(torch.bfloat16, n, *head)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
+            outcome(linear_policy_loss, torch.bfloat16, hidden, weight, targets, advantages, backend="cpp")
+        found = [e.nbytes() for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+        return max(found)
+
+    words = OPS.bf16_words(torch.empty(4099, 64, dtype=torch.bfloat16))
+    assert largest(3000) == largest(15_000) <= 1024 * 4100 * (2 if words else 4)
+
+
+def test_statistics_alone_keep_no_exponentials(monkeypatch):
+    """Rows without a gradient cost one product and no buffer."""
+    hidden, weight, targets, _ = problem(torch.bfloat16)
+    monkeypatch.setattr(_cpp_rows.Workspace, "buffer", lambda self: pytest.fail("a buffer for nothing"))
+    outcome_of = linear_policy_loss(
+        hidden, weight, targets, advantages=torch.ones(len(targets)), losses=policy_gradient(), old_logp="current",
+        normalizer=1.0, backend="cpp",
+    )  # fmt: skip
+    assert outcome_of.logp.any()
+    hidden.requires_grad_()
+    out = linear_policy_loss(
+        hidden, weight, targets, advantages=0.0, losses=policy_gradient(), old_logp="current", normalizer=1.0,
+        backend="cpp",
+    )  # fmt: skip
+    out.loss.backward()
+    assert not hidden.grad.any()
