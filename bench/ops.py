@@ -5,10 +5,13 @@
         [--zero 0 0.75] [--head train frozen] [--dtype bf16 fp32] [--impl ours naive] [--out FILE]
 
 A case is a shape, a number of tokens, a mode (`bench.peers.MODES`), a dtype, the share of rows that count, the share of
-sequences with advantage 0, and whether the head is trained. Its contenders (`bench.contenders`) first pass a gate: the
-log-probs, or the loss and its gradients, against float64 or float32 by plain products; who fails it is not timed. Then
-they take turns, on buffers that alternate, with torch's threads fixed. A row of the JSON lines holds median, 20th and
-80th percentile in ms, the errors, and the memory beyond inputs and gradients, measured in a process of its own.
+sequences with advantage 0, whether the head is trained, and whether the process keeps memory that was freed (as the
+trainer does, `luffy.process`) or asks the system for fresh pages in every call (as Python starts).
+
+Contenders (`bench.contenders`) first pass a gate: their log-probs, or their loss and its gradients, against float64 or
+float32 by plain products; who fails it is not timed. Then they take turns, on buffers that alternate, with torch's
+threads fixed. A row of the JSON lines holds median, 20th and 80th percentile in ms, the errors, and the memory beyond
+inputs and gradients, measured in a process of its own.
 """
 
 from __future__ import annotations
@@ -35,6 +38,7 @@ from bench import contenders, roofline
 from bench.contenders import Call, Problem
 from bench.gpu_check import environment, error, step
 from bench.peers import CE, ENTROPY, LOGP, MODES, POLICY
+from luffy.process import keep_freed_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -61,6 +65,7 @@ class Case:
     active: float = 1.0
     zero: float = 0.0
     frozen: bool = False
+    kept: bool = True
 
     def problem(self, seed: int = 0) -> Problem:
         hidden, vocabulary = roofline.shape_of("--shapes", self.shape)
@@ -74,9 +79,14 @@ class Case:
 def standard() -> Iterator[tuple[Case, list[str] | None]]:
     """(case, its contenders, None for all): what README shows, in 15 minutes on two cores."""
     small, large = ("smollm2-135m", 2048), ("qwen2.5-0.5b", 1024)
-    for shape in (small, large):
-        yield Case(*shape), None
-        yield Case(*shape, mode=LOGP), None
+    for shape in (small, large):  # first: what is kept is never given back
+        yield Case(*shape, kept=False), ["ours", "gemm_x3", "tiles_x3", "naive", "liger_grpo", "trl_logp"]
+        yield Case(*shape, mode=LOGP, kept=False), ["ours", "gemm_x1", "tiles_x1", "naive"]
+    fast = ["ours", "gemm_x3", "tiles_x3", "naive", "naive_bf16", "liger_grpo", "trl_logp"]
+    yield Case(*small), None
+    yield Case(*small, mode=LOGP), None
+    yield Case(*large), fast  # the others take minutes
+    yield Case(*large, mode=LOGP), ["ours", "gemm_x1", "tiles_x1", "naive", "naive_bf16", "trl_logp"]
     yield Case(*small, dtype="fp32"), ["ours", "gemm_x3", "tiles_x3", "naive", "liger_grpo", "trl_logp"]
     yield Case(*large, dtype="fp32"), ["ours", "gemm_x3", "tiles_x3", "naive"]
     for share in ({"active": 0.25}, {"zero": 0.75}, {"active": 0.5}, {"frozen": True}):
@@ -253,6 +263,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--active", nargs="+", type=float, default=[1.0], help="share of rows that count")
     parser.add_argument("--zero", nargs="+", type=float, default=[0.0], help="share of sequences with advantage 0")
     parser.add_argument("--head", nargs="+", choices=("train", "frozen"), default=["train"])
+    parser.add_argument("--fresh", action="store_true", help="fresh pages in every call, as Python starts")
     parser.add_argument("--impl", nargs="+", help="contenders; all by default")
     parser.add_argument("--no-memory", action="store_true", help="leave out the processes that measure memory")
     parser.add_argument("--threads", type=int, help="torch's threads; as many as it takes by default")
@@ -289,6 +300,12 @@ def cases(args: argparse.Namespace) -> Iterator[tuple[Case, list[str] | None]]:
                                 yield Case(shape, tokens, mode, dtype, active, zero, head == "frozen"), args.impl
 
 
+def title(case: Case) -> str:
+    shares = f"{case.active:g} active, {case.zero:g} at advantage 0, head {'frozen' if case.frozen else 'trained'}"
+    memory = "" if case.kept else ", fresh memory"
+    return f"{case.shape}, {case.tokens} tokens, {MODES[case.mode]}, {case.dtype}, {shares}{memory}"
+
+
 def line(record: Record) -> str:
     if "why" in record:
         return f"{record['impl']:16s} {record['why']}"
@@ -313,10 +330,9 @@ def main(argv: list[str] | None = None) -> int:
     partial = None if out is None else out.with_suffix(".partial")
     try:
         for case, impls in cases(args):
-            share = (
-                f"{case.active:g} active, {case.zero:g} at advantage 0, head {'frozen' if case.frozen else 'trained'}"
-            )
-            print(f"\n{case.shape}, {case.tokens} tokens, {MODES[case.mode]}, {case.dtype}, {share}")
+            if case.kept:
+                keep_freed_memory()
+            print(f"\n{title(case)}")
             print(HEADER)
             chosen = [impl for impl in impls or names(case.mode) if impl in names(case.mode)]
             for record in measure(case, chosen, not args.no_memory):

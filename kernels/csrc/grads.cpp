@@ -15,18 +15,12 @@
 #include <vector>
 
 #include "exps.h"
+#include "plan.h"
 #include "tasks.h"
 #include "tile_kernels.h"
 
 namespace luffy {
 namespace {
-
-constexpr int64_t kSpanBytes = 8 << 20;       // of the transposed weight
-constexpr int64_t kSpan = 4096;               // vocabulary entries of a span, at most
-constexpr int64_t kDepth = 512;               // entries of the inner dimension of a product
-constexpr int64_t kScratchBytes = 256 << 10;  // of a dW task's exponentials, a fraction of L2
-constexpr int64_t kPad = 32;                  // keeps leading dimensions off powers of two, which share cache sets
-constexpr int64_t kGroup = 4;                 // token blocks of a dH task
 
 template <typename Word>
 void transpose(const at::Tensor& rows, Word* out, int64_t ld) {
@@ -72,8 +66,8 @@ struct Products {
     }
   }
 
-  // Rows [v, v + count) of dW, and of db.
-  void add_dw(int64_t v, int64_t count, Word* scratch) const {
+  // Rows [v, v + count) of dW from column `first` to `last`; with the first column of db too.
+  void add_dw(int64_t v, int64_t count, int64_t first, int64_t last, Word* scratch) const {
     const int64_t ld = padded() + kPad;
     for (int64_t block = 0; block < token_blocks(tokens); ++block) {
       const Word* const tile = exps.tile(block, v);
@@ -85,21 +79,21 @@ struct Products {
       }
     }
     if (dw != nullptr) {
-      for (int64_t j = 0; j < width; j += kTokens) {
+      for (int64_t j = first; j < last; j += kTokens) {
         for (int64_t k = 0; k < padded(); k += kDepth) {
-          at::native::cpublas::brgemm(count, std::min(kTokens, width - j), std::min(kDepth, padded() - k), ld, width,
+          at::native::cpublas::brgemm(count, std::min(kTokens, last - j), std::min(kDepth, padded() - k), ld, width,
                                       width, /*add_C=*/!(fresh && k == 0), scratch + k,
                                       scaled + k * width + j * kPair<Word>, dw + v * width + j);
         }
       }
     }
-    if (db != nullptr) add_db(v, count, scratch, ld);
+    if (db != nullptr && first == 0) add_db(v, count, scratch, ld);
     for (int64_t t = 0; t < tokens; ++t) {
       if (targets[t] < v || targets[t] >= v + count) continue;
-      if (db != nullptr) db[targets[t]] += on_target[t];
+      if (db != nullptr && first == 0) db[targets[t]] += on_target[t];
       if (dw == nullptr) continue;
       float* const row = dw + targets[t] * width;
-      for (int64_t k = 0; k < width; ++k) row[k] += on_target[t] * static_cast<float>(hidden[t * width + k]);
+      for (int64_t k = first; k < last; ++k) row[k] += on_target[t] * static_cast<float>(hidden[t * width + k]);
     }
   }
 
@@ -118,38 +112,35 @@ template <typename Word>
 void run(const Products<Word>& products, const at::Tensor& weight) {
   constexpr auto kWord = c10::CppTypeToScalarType<Word>::value;
   const int64_t vocabulary = weight.size(0), width = weight.size(1), blocks = token_blocks(products.tokens);
-  const int64_t fitting = kSpanBytes / (width * static_cast<int64_t>(sizeof(Word))) / kTokens * kTokens;
-  const int64_t span = std::min(vocabulary, std::clamp<int64_t>(fitting, kTokens, kSpan)), ld = span + kPad;
-  const int64_t row_bytes = (products.padded() + kPad) * sizeof(Word);
-  const int64_t height = std::clamp<int64_t>(kScratchBytes / row_bytes / kLanes * kLanes, kLanes, 2 * kTokens);
-  // A dH task is a group of token blocks, and a part of H where groups alone would not keep all threads busy.
-  const int64_t groups = products.dh == nullptr ? 0 : (blocks + kGroup - 1) / kGroup;
-  const int64_t most_parts = (width + kTokens - 1) / kTokens;
-  const int64_t parts = groups == 0 ? 1 : std::clamp<int64_t>(2 * at::get_num_threads() / groups, 1, most_parts);
-  const int64_t part_width = round_up((width + parts - 1) / parts, kLanes);
-  at::Tensor transposed = at::empty({groups == 0 ? 0 : width * ld}, weight.options().dtype(kWord));
-  Word* const rows = transposed.mutable_data_ptr<Word>();
+  const Plan plan(products.tokens, width, vocabulary, sizeof(Word), at::get_num_threads());
+  const int64_t ld = plan.span + kPad, scratch_size = plan.dw_height * (products.padded() + kPad);
   const bool any_dw = products.dw != nullptr || products.db != nullptr;
-  for (int64_t v = 0; v < vocabulary; v += span) {
-    const int64_t count = std::min(span, vocabulary - v);
-    if (groups > 0) {
+  const int64_t dh_parts = pieces_of(width, plan.dh_width);
+  const int64_t dw_parts = products.dw == nullptr ? 1 : pieces_of(width, plan.dw_width);
+  const int64_t dh_tasks = products.dh == nullptr ? 0 : plan.groups * dh_parts;
+  at::Tensor transposed = at::empty({dh_tasks == 0 ? 0 : width * ld}, weight.options().dtype(kWord));
+  Word* const rows = transposed.mutable_data_ptr<Word>();
+  for (int64_t v = 0; v < vocabulary; v += plan.span) {
+    const int64_t count = std::min(plan.span, vocabulary - v);
+    if (dh_tasks > 0) {
       transpose(weight.narrow(0, v, count).to(kWord), rows, ld);
       if (count % kPair<Word> != 0) {
         for (int64_t k = 0; k < width; ++k) rows[k * ld + count] = Word(0.0f);
       }
     }
-    const int64_t pieces = any_dw ? (count + height - 1) / height : 0;
+    const int64_t dw_tasks = any_dw ? pieces_of(count, plan.dw_height) * dw_parts : 0;
     for_each_task(
-        groups * parts + pieces, [&] { return std::vector<Word>(any_dw ? height * row_bytes / sizeof(Word) : 0); },
+        dh_tasks + dw_tasks, [&] { return std::vector<Word>(any_dw ? scratch_size : 0); },
         [&](std::vector<Word>& scratch, int64_t task) {
-          if (task < groups * parts) {
-            const int64_t group = task / parts, first = task % parts * part_width;
-            if (first >= width) return;
-            products.add_dh(rows, ld, v, count, group * kGroup, std::min(blocks, (group + 1) * kGroup), first,
-                            std::min(width, first + part_width));
+          if (task < dh_tasks) {
+            const int64_t begin = task / dh_parts * kGroup, first = task % dh_parts * plan.dh_width;
+            products.add_dh(rows, ld, v, count, begin, std::min(blocks, begin + kGroup), first,
+                            std::min(width, first + plan.dh_width));
           } else {
-            const int64_t at = (task - groups * parts) * height;
-            products.add_dw(v + at, std::min(height, count - at), scratch.data());
+            const int64_t piece = (task - dh_tasks) / dw_parts, first = (task - dh_tasks) % dw_parts * plan.dw_width;
+            const int64_t at = piece * plan.dw_height;
+            products.add_dw(v + at, std::min(plan.dw_height, count - at), first, std::min(width, first + plan.dw_width),
+                            scratch.data());
           }
         });
   }
@@ -266,6 +257,13 @@ at::Tensor& shape_exps(at::Tensor& exps, const at::Tensor& targets, int64_t voca
 }  // namespace
 }  // namespace luffy
 
+TORCH_LIBRARY_IMPL(luffy_kernels, CatchAll, library) {
+  library.impl("head_plan", [](int64_t tokens, int64_t width, int64_t vocabulary, int64_t word, int64_t threads) {
+    const luffy::Plan plan(tokens, width, vocabulary, word, threads);
+    return std::vector<int64_t>{plan.height, plan.pieces,   plan.parts,     plan.span,
+                                plan.groups, plan.dh_width, plan.dw_height, plan.dw_width};
+  });
+}
 TORCH_LIBRARY_IMPL(luffy_kernels, CPU, library) {
   library.impl("head_grads", luffy::head_grads);
   library.impl("exps_sums", luffy::exps_sums);

@@ -21,6 +21,7 @@
 
 #include "bf16_units.h"
 #include "exps.h"
+#include "plan.h"
 #include "tasks.h"
 #include "tile_kernels.h"
 
@@ -32,9 +33,7 @@ bool bf16_words(const at::Tensor& weight) {
 
 namespace {
 
-constexpr int64_t kHeight = 256;             // vocabulary entries of a tile, fewer where H is large
-constexpr int64_t kWeightBytes = 512 << 10;  // of the weight's rows for a tile: half of a 1 MiB L2
-constexpr double kTooFar = 60;               // a maximum farther above the reference asks for another sweep
+constexpr double kTooFar = 60;  // a maximum farther above the reference asks for another sweep
 
 // [n, H] -> [blocks, H / pair, kTokens, pair]: the right operand of the logits' product.
 template <typename Word>
@@ -81,18 +80,16 @@ class Sweep {
         width_(weight.size(1)),
         vocabulary_(weight.size(0)),
         tokens_(hidden.size(0)),
-        height_(std::clamp<int64_t>(kWeightBytes / (width_ * sizeof(Word)) / kLanes * kLanes, kLanes, kHeight)),
+        plan_(tokens_, width_, vocabulary_, sizeof(Word), at::get_num_threads()),
         exps_{exps, vocabulary_},
-        partial_(at::empty({vocabulary_blocks(), token_blocks(tokens_), kFields, kTokens}, at::kFloat)) {}
+        partial_(at::empty({plan_.pieces, token_blocks(tokens_), kFields, kTokens}, at::kFloat)) {}
 
   // Sweeps these blocks of tokens over the whole vocabulary.
   void run(const std::vector<int64_t>& blocks) {
     const auto count = static_cast<int64_t>(blocks.size());
-    const int64_t pieces = vocabulary_blocks();
-    // Parts of the tokens too where the vocabulary alone would not keep all threads busy.
-    const int64_t parts = std::clamp<int64_t>(4 * at::get_num_threads() / pieces, 1, count);
+    const int64_t parts = plan_.parts;
     for_each_task(
-        pieces * parts, [&] { return std::vector<float>(height_ * kTokens); },
+        plan_.pieces * parts, [&] { return std::vector<float>(plan_.height * kTokens); },
         [&](std::vector<float>& tile, int64_t task) {
           const int64_t piece = task / parts, part = task % parts;
           sweep(piece, blocks.data() + part * count / parts, blocks.data() + (part + 1) * count / parts, tile.data());
@@ -106,8 +103,7 @@ class Sweep {
         blocks.size(), [] { return std::vector<double>(kMerged * kTokens); },
         [&](std::vector<double>& merged, int64_t i) {
           const int64_t first = blocks[i] * kTokens, count = std::min(kTokens, tokens_ - first);
-          tile_kernels().merge(partial(0, blocks[i]).data, vocabulary_blocks(), stride, reference_ + first,
-                               merged.data());
+          tile_kernels().merge(partial(0, blocks[i]).data, plan_.pieces, stride, reference_ + first, merged.data());
           for (int64_t field = 0; field < kMerged; ++field) {
             std::copy_n(merged.data() + field * kTokens, count, out + field * tokens_ + first);
           }
@@ -115,7 +111,6 @@ class Sweep {
   }
 
  private:
-  int64_t vocabulary_blocks() const { return (vocabulary_ + height_ - 1) / height_; }
   Stats partial(int64_t piece, int64_t block) const {
     return {partial_.mutable_data_ptr<float>() + (piece * token_blocks(tokens_) + block) * kFields * kTokens};
   }
@@ -123,7 +118,7 @@ class Sweep {
   void sweep(int64_t piece, const int64_t* block, const int64_t* end, float* tile) const {
     const at::AutoDispatchBelowAutograd below;  // of this thread: a weight that requires a gradient is only read here
     const TileKernels& kernels = tile_kernels();
-    const int64_t first = piece * height_, count = std::min(height_, vocabulary_ - first);
+    const int64_t first = piece * plan_.height, count = std::min(plan_.height, vocabulary_ - first);
     constexpr auto kWord = c10::CppTypeToScalarType<Word>::value;
     const at::Tensor rows = weight_.narrow(0, first, count).to(kWord);  // a copy where it has to be widened
     for (; block != end; ++block) {
@@ -153,7 +148,8 @@ class Sweep {
   const Transform* how_;
   const float* reference_;
   bool flat_;
-  int64_t width_, vocabulary_, tokens_, height_;
+  int64_t width_, vocabulary_, tokens_;
+  Plan plan_;
   Exps<Word> exps_;
   at::Tensor partial_;
 };

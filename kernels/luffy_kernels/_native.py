@@ -18,6 +18,7 @@ _SCHEMAS = (
     "shape_exps_(Tensor(a!) exps, Tensor targets, int vocabulary, Tensor coefficients, float? softcap) -> Tensor(a!)",
     "head_grads(Tensor exps, Tensor hidden, Tensor weight, Tensor targets, Tensor scale, Tensor on_target,"
     " bool need_dh, Tensor(a!)? dw, Tensor(b!)? db, bool fresh) -> Tensor",
+    "head_plan(int tokens, int width, int vocabulary, int word, int threads) -> int[]",
     "bf16_words(Tensor weight) -> bool",
     "use_large_pages_(Tensor(a!) buffer) -> ()",
     "scaled(Tensor x, Tensor factor, ScalarType dtype) -> Tensor",

@@ -1,0 +1,242 @@
+"""README's table, the ratios of docs/cpu-kernels.md and the plot, from bench/results/ops-*.jsonl and step-*.jsonl.
+
+    python -m bench.report            write them
+    python -m bench.report --print    print the tables, write nothing
+
+Nothing here measures: `python -m bench.ops --standard` and `python -m bench.step` do. Rows in which a peer wins are
+shown like all others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from bench import roofline
+from bench.peers import LOGP, POLICY
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS, README, DOC = ROOT / "bench" / "results", ROOT / "README.md", ROOT / "docs" / "cpu-kernels.md"
+PLOT = ROOT / "docs" / "cpu-kernels.png"
+MAIN = (("smollm2-135m", 2048), ("qwen2.5-0.5b", 1024))
+LABELS = {
+    "ours": "**ours**",
+    "gemm_x3": "three bare `torch.mm`",
+    "tiles_x3": "three products by tiles, no softmax",
+    "naive": "eager, fp32 softmax",
+    "naive_bf16": "eager, bf16 softmax",
+    "naive_compiled": "eager under `torch.compile`",
+    "liger_grpo": "Liger `LigerFusedLinearGRPOLoss`",
+    "trl_logp": "TRL chunked log-prob + its loss",
+    "torch_lce": "`F.linear_cross_entropy` + the loss",
+    "cce": "cut-cross-entropy",
+    "gemm_x1": "one bare `torch.mm`",
+    "tiles_x1": "one product by tiles",
+    "liger_flce": "Liger FLCE",
+    "gemm_x4": "four bare `torch.mm`",
+}
+Record = dict[str, Any]
+PLAIN = {"dtype": "bf16", "active": 1.0, "zero": 0.0, "frozen": False, "kept": True}
+
+
+class Results:
+    """One file of `bench.ops`: the machine, and records by case."""
+
+    def __init__(self, path: Path) -> None:
+        first, *rest = [json.loads(line) for line in path.read_text().splitlines()]
+        self.machine: Record = first["machine"]
+        self.records: list[Record] = rest
+
+    def of(self, shape: str, tokens: int, mode: str = POLICY, **case: Any) -> dict[str, Record]:
+        wanted = PLAIN | {"shape": shape, "tokens": tokens, "mode": mode} | case
+        return {r["impl"]: r for r in self.records if all(r[key] == value for key, value in wanted.items())}
+
+
+def ops_table(results: Results) -> Iterator[str]:
+    cases = [results.of(*shape) for shape in MAIN]
+    logp = [results.of(*shape, mode=LOGP) for shape in MAIN]
+    names = sorted(
+        {impl for case in cases for impl, r in case.items() if "ms" in r},
+        key=lambda impl: cases[0][impl].get("ms", 1e9),
+    )
+    titles = []
+    for shape, tokens in MAIN:
+        hidden, vocabulary = roofline.shape_of("shape", shape)
+        titles += [f"{shape}: {tokens:,} x {hidden} x {vocabulary:,}, ms", "/ ours", "extra MiB"]
+    yield "| policy loss, forward + backward | " + " | ".join(titles) + " | log-prob error |"
+    yield "|---|" + "---:|" * (len(titles) + 1)
+    for impl in names:
+        cells = []
+        for case in cases:
+            r = case.get(impl, {})
+            cells += [_number(r.get("ms"), "{:,.0f}"), _ratio(case, impl), _number(r.get("extra_mib"), "{:,.0f}")]
+        errors = [case[impl]["logp_error"] for case in logp if "logp_error" in case.get(impl, {})]
+        yield f"| {LABELS[impl]} | {' | '.join(cells)} | {f'{max(errors):.0e}' if errors else ''} |"
+    absent = {impl: r["why"] for case in cases for impl, r in case.items() if "why" in r}
+    m = results.machine
+    yield ""
+    yield (
+        f"{m['cpu']} ({', '.join(m['isa'])}), {m['threads']} threads, torch {m['torch']}, bfloat16; medians of"
+        " interleaved calls, freed memory kept. Extra MiB: beyond inputs and gradients, a fresh process each. Error:"
+        " largest of 64 log-probs against float64, in nats."
+        + "".join(f" {LABELS[impl]}: {why}" for impl, why in absent.items())
+    )
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else form.format(value)
+
+
+def _ratio(case: dict[str, Record], impl: str) -> str:
+    return "" if "ms" not in case.get(impl, {}) else f"{case[impl]['ms'] / case['ours']['ms']:.2f}"
+
+
+def ratios(results: Results) -> Iterator[str]:
+    """The issue's lines, for both shapes; a missing measurement leaves a dash."""
+
+    def ms(name: str, impl: str, **case: Any) -> Callable[[tuple[str, int]], float]:
+        return lambda shape: float(results.of(*shape, **case)[impl][name])
+
+    def over(top: Callable, bottom: Callable) -> Callable[[tuple[str, int]], float]:
+        return lambda shape: top(shape) / bottom(shape)
+
+    ours, fp32 = ms("ms", "ours"), ms("ms", "ours", dtype="fp32")
+    small = MAIN[0][0]
+    lines = {
+        "policy loss, ours / three bare `torch.mm`": over(ours, ms("ms", "gemm_x3")),
+        "ours / three products by tiles, no softmax": over(ours, ms("ms", "tiles_x3")),
+        "eager (fp32 softmax) / ours": over(ms("ms", "naive"), ours),
+        "Liger GRPO / ours": over(ms("ms", "liger_grpo"), ours),
+        "TRL chunked log-prob and loss / ours": over(ms("ms", "trl_logp"), ours),
+        "float32: eager / ours": over(ms("ms", "naive", dtype="fp32"), fp32),
+        "75 % of the rows ignored / none": over(ms("ms", "ours", active=0.25), ours),
+        "75 % of the rows at advantage 0 / none": over(ms("ms", "ours", zero=0.75), ours),
+        "log-probs without gradients, ours / one bare `torch.mm`": over(
+            ms("ms", "ours", mode=LOGP), ms("ms", "gemm_x1", mode=LOGP)
+        ),
+        "extra memory, ours / eager": over(ms("extra_mib", "ours"), ms("extra_mib", "naive")),
+        "log-prob error, ours / eager with fp32 softmax": over(
+            ms("logp_error", "ours", mode=LOGP), ms("logp_error", "naive", mode=LOGP)
+        ),
+    }
+    fresh = {
+        "policy loss, ours / three bare `torch.mm`, fresh memory": ("ours", "gemm_x3", POLICY),
+        "eager (fp32 softmax) / ours, fresh memory": ("naive", "ours", POLICY),
+        "Liger GRPO / ours, fresh memory": ("liger_grpo", "ours", POLICY),
+        "TRL chunked log-prob and loss / ours, fresh memory": ("trl_logp", "ours", POLICY),
+        "log-probs, ours / one bare `torch.mm`, fresh memory": ("ours", "gemm_x1", LOGP),
+    }
+    for label, (top, bottom, mode) in fresh.items():
+        lines[label] = over(ms("ms", top, mode=mode, kept=False), ms("ms", bottom, mode=mode, kept=False))
+    yield "| | " + " | ".join(f"{shape}, {tokens:,} tokens" for shape, tokens in MAIN) + " |"
+    yield "|---|---:|---:|"
+    for label, value in lines.items():
+        yield f"| {label} | {' | '.join(_try(value, shape) for shape in MAIN)} |"
+    grown = [results.of(small, tokens).get("ours", {}).get("extra_mib") for tokens in (2048, 8192)]
+    if all(grown):
+        yield f"| extra memory, 8,192 tokens / 2,048 | {grown[1] / grown[0]:.2f} | |"
+
+
+def _try(value: Callable[[tuple[str, int]], float], shape: tuple[str, int]) -> str:
+    try:
+        found = value(shape)
+    except KeyError:
+        return "-"
+    return f"{found:.1e}" if found < 0.01 else f"{found:.2f}"
+
+
+def plot(results: Results, path: Path) -> None:
+    """Time against vocabulary, memory against tokens, time against error."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
+    shown = ("ours", "gemm_x3", "naive", "liger_grpo", "trl_logp")
+    style = {"ours": {"color": "#c1272d", "linewidth": 2.5, "zorder": 5}, "gemm_x3": {"color": "#888888", "ls": "--"}}
+    label = {impl: LABELS[impl].replace("**", "").replace("`", "") for impl in LABELS}
+    for impl in shown:
+        kept = [r for r in results.records if r["impl"] == impl and r["mode"] == POLICY and "ms" in r]
+        line = sorted(
+            (roofline.shape_of("shape", r["shape"])[1], r["ms"])
+            for r in kept
+            if r["shape"].startswith("576x") and r["tokens"] == 1024
+        )
+        if line:
+            axes[0].plot(*zip(*line, strict=True), marker="o", ms=4, label=label[impl], **style.get(impl, {}))
+        line = sorted(
+            (r["tokens"], r["extra_mib"])
+            for r in kept
+            if r["shape"] == MAIN[0][0] and r.get("extra_mib") and all(r[k] == v for k, v in PLAIN.items())
+        )
+        if line:
+            axes[1].plot(*zip(*line, strict=True), marker="o", ms=4, label=label[impl], **style.get(impl, {}))
+    for impl, r in results.of(*MAIN[0], mode=LOGP).items():
+        if "logp_error" not in r:
+            continue
+        axes[2].scatter(r["ms"], r["logp_error"], s=60, color=style.get(impl, {}).get("color"), zorder=3)
+        axes[2].annotate(label[impl], (r["ms"], r["logp_error"]), xytext=(6, 4), textcoords="offset points", fontsize=8)
+    axes[0].set(xlabel="vocabulary", ylabel="ms", title="policy loss, forward + backward (1,024 tokens, H 576)")
+    axes[1].set(xlabel="tokens", ylabel="MiB", title=f"memory beyond inputs and gradients ({MAIN[0][0]})")
+    axes[2].set(xlabel="ms", ylabel="largest error, nats", title=f"log-probs without gradients ({MAIN[0][0]})")
+    for axis in axes:
+        axis.set(xscale="log", yscale="log")
+        axis.grid(alpha=0.3, which="both")
+    axes[0].legend(fontsize=8)
+    axes[1].legend(fontsize=8)
+    figure.suptitle(f"{results.machine['cpu']}, {results.machine['threads']} threads, bfloat16", fontsize=10)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def step_table(path: Path) -> Iterator[str]:
+    result = json.loads(path.read_text())
+    yield "| one update of the quickstart | s | response tokens/s | / ours |"
+    yield "|---|---:|---:|---:|"
+    ours = result["variants"]["ours"]["s"]
+    for row in result["variants"].values():
+        pace = result["response_tokens"] / row["s"]
+        yield f"| {row['label']} | {row['s']:.2f} | {pace:.0f} | {row['s'] / ours:.2f} |"
+    yield ""
+    yield result["note"]
+
+
+def put(path: Path, marker: str, text: str) -> None:
+    """Replaces what stands between the markers of a file."""
+    begin, end = f"<!-- {marker} -->", f"<!-- /{marker} -->"
+    before, rest = path.read_text().split(begin, 1)
+    path.write_text(f"{before}{begin}\n{text}\n{end}{rest.split(end, 1)[1]}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--print", action="store_true", help="print the tables, write nothing")
+    args = parser.parse_args(argv)
+    files = sorted(RESULTS.glob("ops-*.jsonl"), key=lambda path: path.stat().st_mtime)
+    if not files:
+        parser.error(f"no ops-*.jsonl in {RESULTS}: run `python -m bench.ops --standard` first")
+    every = [Results(path) for path in files]
+    texts = {
+        (README, "ops"): "\n".join(ops_table(every[-1])),
+        (DOC, "ratios"): "\n\n".join("\n".join([f"{r.machine['cpu']}:", "", *ratios(r)]) for r in every),
+    }
+    steps = sorted(RESULTS.glob("step-*.json"))
+    if steps:
+        texts[DOC, "step"] = "\n\n".join("\n".join(step_table(path)) for path in steps)
+    for (path, marker), text in texts.items():
+        print(f"\n{path.name}: {marker}\n{text}")
+        if not args.print:
+            put(path, marker, text)
+    if not args.print:
+        plot(every[-1], PLOT)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
