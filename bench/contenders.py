@@ -2,8 +2,9 @@
 
 `names(mode)` lists them, `load(impl, mode)` imports one and gives a function of a `Problem`: log-probs [N] in mode
 `logp`, (log-probs, entropy) in `logp_entropy`, and a scalar to differentiate in `ce` and `policy`. Names are those of
-`bench.peers`; `naive_compiled` and `gemm_x1` to `gemm_x4` have no row there. A peer without a policy loss gets one from
-its log-probs. What is absent or fails raises, and `why` puts it in a line of the report: never a silent gap.
+`bench.peers`; `naive_bf16`, `naive_compiled` and `gemm_x1` to `gemm_x4` have no row there. A peer without a policy loss
+gets one from its log-probs. What is absent or fails raises, and `why` puts it in a line of the report: never a silent
+gap.
 """
 
 from __future__ import annotations
@@ -189,9 +190,14 @@ def cce(mode: str) -> Call:
     fn = attribute("cut_cross_entropy", "linear_cross_entropy")
     presets = "bias" in inspect.signature(fn).parameters  # releases before the presets filter unless told not to
     exact = {"impl": "cce_exact"} if presets else {"impl": "cce", "filter_eps": None}
+
+    def losses(p: Problem, reduction: str) -> Tensor:
+        options = {"impl": "torch_compile"} if p.hidden.device.type == "cpu" else exact  # its kernels need a device
+        return fn(p.hidden, p.weight, p.targets, reduction=reduction, **options)
+
     if mode == CE:
-        return lambda p: fn(p.hidden, p.weight, p.targets, **exact)
-    return from_logprobs(lambda p: (-fn(p.hidden, p.weight, p.targets, reduction="none", **exact), None), mode)
+        return lambda p: losses(p, "mean")
+    return from_logprobs(lambda p: (-losses(p, "none").float(), None), mode)
 
 
 def verl_triton(mode: str) -> Call:

@@ -17,7 +17,9 @@ inputs and gradients, measured in a process of its own.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import functools
+import gc
 import json
 import os
 import platform
@@ -44,7 +46,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 SEQUENCE = 128
-WARMUPS, SECONDS, ROUNDS = 1, 20.0, (3, 9)  # of the timed rounds of a case's slowest contender, at most
+WARMUPS, SECONDS, ROUNDS = 1, 15.0, (3, 7)  # of the timed rounds of a case's slowest contender, at most
 # Gates, of what is plainly wrong rather than rounded: bf16 logits are off by some 0.01 nats, 3 % of a gradient.
 LOGP_GATE, LOSS_GATE, GRAD_GATE = 0.1, 0.05, 0.1
 OURS_GATE = {"logp_error": 1e-4, "loss_error": 1e-3, "grad_error": 0.02}
@@ -76,28 +78,31 @@ class Case:
         return p
 
 
-def standard() -> Iterator[tuple[Case, list[str] | None]]:
-    """(case, its contenders, None for all): what README shows, in 15 minutes on two cores."""
+def standard() -> Iterator[tuple[Case, list[str] | None, bool]]:
+    """(case, its contenders, whether memory is measured): what README shows, in 15 minutes on two cores."""
     small, large = ("smollm2-135m", 2048), ("qwen2.5-0.5b", 1024)
+    policy = ["ours", "gemm_x3", "tiles_x3", "naive", "liger_grpo", "trl_logp"]
+    logp = ["ours", "gemm_x1", "tiles_x1", "naive", "naive_bf16", "trl_logp"]
     for shape in (small, large):  # first: what is kept is never given back
-        yield Case(*shape, kept=False), ["ours", "gemm_x3", "tiles_x3", "naive", "liger_grpo", "trl_logp"]
-        yield Case(*shape, mode=LOGP, kept=False), ["ours", "gemm_x1", "tiles_x1", "naive"]
-    fast = ["ours", "gemm_x3", "tiles_x3", "naive", "naive_bf16", "liger_grpo", "trl_logp"]
-    yield Case(*small), None
-    yield Case(*small, mode=LOGP), None
-    yield Case(*large), fast  # the others take minutes
-    yield Case(*large, mode=LOGP), ["ours", "gemm_x1", "tiles_x1", "naive", "naive_bf16", "trl_logp"]
-    yield Case(*small, dtype="fp32"), ["ours", "gemm_x3", "tiles_x3", "naive", "liger_grpo", "trl_logp"]
-    yield Case(*large, dtype="fp32"), ["ours", "gemm_x3", "tiles_x3", "naive"]
-    for share in ({"active": 0.25}, {"zero": 0.75}, {"active": 0.5}, {"frozen": True}):
-        yield Case(*small, **share), ["ours", "naive"]
-        yield Case(*large, **share), ["ours"]
-    yield Case(*small, mode=CE), ["ours", "naive", "liger_flce", "torch_lce"]
-    yield Case(*small, mode=ENTROPY), ["ours", "naive", "trl_logp"]
-    for vocabulary in (8192, 16384, 32768, 65536, 131072):
-        yield Case(f"576x{vocabulary}", 1024), ["ours", "gemm_x3", "naive", "liger_grpo", "trl_logp"]
-    for tokens in (512, 4096, 8192):
-        yield Case("smollm2-135m", tokens), ["ours", "gemm_x3", "naive"] if tokens < 8192 else ["ours"]
+        yield Case(*shape, kept=False), policy if shape == small else policy[:4], False
+        yield Case(*shape, mode=LOGP, kept=False), logp[:4], False
+    yield Case(*small), [*policy, "naive_bf16", "naive_compiled"], True
+    yield Case(*large), policy, True
+    yield Case(*small, mode=LOGP), [*logp, "naive_compiled", "torch_lce"], False
+    yield Case(*large, mode=LOGP), logp, False
+    for shape in (small, large):
+        yield Case(*shape, dtype="fp32"), policy[:4], False
+        for share in ({"active": 0.25}, {"zero": 0.75}):
+            yield Case(*shape, **share), ["ours"], False
+    for share in ({"active": 0.5}, {"frozen": True}):
+        yield Case(*small, **share), ["ours", "naive"], False
+    half = ("smollm2-135m", 1024)
+    yield Case(*half, mode=CE), ["ours", "naive", "liger_flce", "cce", "torch_lce"], False
+    yield Case(*half, mode=ENTROPY), ["ours", "naive", "trl_logp"], False
+    for vocabulary in (8192, 32768, 131072):
+        yield Case(f"576x{vocabulary}", 512), ["ours", "gemm_x3", "naive", "liger_grpo", "trl_logp"], False
+    for tokens in (512, 8192):
+        yield Case("smollm2-135m", tokens), ["ours", "naive"] if tokens < 2048 else ["ours"], True
 
 
 @functools.cache
@@ -219,6 +224,8 @@ def measure_memory(case: Case, impl: str) -> float:
     call, small = load(impl, case.mode), Case("576x4096", SEQUENCE, case.mode, case.dtype)
     timed(call, small.problem(), case.mode)  # libraries and thread pools are not what is measured
     p = case.problem()
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # nor is what the first step left behind
     status_file, before = Path("/proc/self/status"), {}
 
     def read(name: str) -> int:
@@ -286,7 +293,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def cases(args: argparse.Namespace) -> Iterator[tuple[Case, list[str] | None]]:
+def cases(args: argparse.Namespace) -> Iterator[tuple[Case, list[str] | None, bool]]:
     if args.standard:
         yield from standard()
         return
@@ -297,7 +304,7 @@ def cases(args: argparse.Namespace) -> Iterator[tuple[Case, list[str] | None]]:
                     for active in args.active:
                         for zero in args.zero:
                             for head in args.head:
-                                yield Case(shape, tokens, mode, dtype, active, zero, head == "frozen"), args.impl
+                                case = Case(shape, tokens, mode, dtype, active, zero, head == "frozen"), args.impl
 
 
 def title(case: Case) -> str:
@@ -329,13 +336,13 @@ def main(argv: list[str] | None = None) -> int:
     lines = [json.dumps({"machine": machine()})]
     partial = None if out is None else out.with_suffix(".partial")
     try:
-        for case, impls in cases(args):
+        for case, impls, memory in cases(args):
             if case.kept:
                 keep_freed_memory()
             print(f"\n{title(case)}")
             print(HEADER)
             chosen = [impl for impl in impls or names(case.mode) if impl in names(case.mode)]
-            for record in measure(case, chosen, not args.no_memory):
+            for record in measure(case, chosen, memory and not args.no_memory):
                 print(line(record), flush=True)
                 lines.append(json.dumps(asdict(case) | record))
                 if partial is not None:

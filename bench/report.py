@@ -1,4 +1,4 @@
-"""README's table, the ratios of docs/cpu-kernels.md and the plot, from bench/results/ops-*.jsonl and step-*.jsonl.
+"""README's table, the tables and the plot of docs/cpu-kernels.md, from bench/results/ops-*.jsonl and step-*.jsonl.
 
     python -m bench.report            write them
     python -m bench.report --print    print the tables, write nothing
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from bench import roofline
+from bench import roofline, schedule
 from bench.peers import LOGP, POLICY
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -226,6 +226,8 @@ def main(argv: list[str] | None = None) -> int:
         (README, "ops"): "\n".join(ops_table(every[-1])),
         (DOC, "ratios"): "\n\n".join("\n".join([f"{r.machine['cpu']}:", "", *ratios(r)]) for r in every),
     }
+    threads = [1, 2, 8, 16, 32, 64, 128]
+    texts[DOC, "schedule"] = "\n".join(["```", *schedule.table(1024, schedule.SHAPES, threads), "```"])
     steps = sorted(RESULTS.glob("step-*.json"))
     if steps:
         texts[DOC, "step"] = "\n\n".join("\n".join(step_table(path)) for path in steps)

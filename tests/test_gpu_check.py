@@ -239,7 +239,13 @@ def test_what_a_gpu_would_write_is_what_the_roofline_reads(tmp_path, no_peers, q
     roofline.main(["--measured", str(tmp_path / "out.json")])
     lines = capsys.readouterr().out.splitlines()
     assert sum(line.split()[1] in ("ours", "naive", "quack", "torch_lce") for line in lines) == len(report["results"])
-    assert {r["impl"] for r in report["unmodelled"]} == {"gemm_x1", "gemm_x3", "gemm_x4", "naive_compiled"}
+    assert {r["impl"] for r in report["unmodelled"]} == {
+        "gemm_x1",
+        "gemm_x3",
+        "gemm_x4",
+        "naive_bf16",
+        "naive_compiled",
+    }
 
 
 def test_a_contender_that_the_model_does_not_have_on_a_gpu_is_kept_apart():

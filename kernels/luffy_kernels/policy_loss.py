@@ -8,8 +8,8 @@ Advantages and old log-probs are known before the forward pass, so d loss / d lo
 are: the sweep that computes the loss computes both gradients, and backward only scales them. N tokens, H hidden, V
 vocabulary. Ignored rows enter no GEMM; rows whose coefficients are exactly zero (advantage 0, clipped) only the first.
 
-Memory: `chunk_bytes` for the [C, V] buffers (`_chunks.chunk_rows`), dW in fp32, dh in the operands' dtype; on CPU a
-16-bit weight is packed or widened once (2 or 4 V H bytes). Deterministic. Do not place the head inside a checkpointed
+Memory: `chunk_bytes` for the [C, V] buffers (`chunk_rows` of the backend), dW in fp32, dh in the operands' dtype; with
+`torch` on CPU a 16-bit weight is widened once (4 V H bytes). Deterministic. Do not place the head inside a checkpointed
 region: it would run twice.
 """
 
