@@ -193,7 +193,7 @@ def cce(mode: str) -> Call:
 
     def losses(p: Problem, reduction: str) -> Tensor:
         options = {"impl": "torch_compile"} if p.hidden.device.type == "cpu" else exact  # its kernels need a device
-        return fn(p.hidden, p.weight, p.targets, reduction=reduction, **options)
+        return fn(p.hidden, p.weight, p.labels, reduction=reduction, **options)
 
     if mode == CE:
         return lambda p: losses(p, "mean")
@@ -228,7 +228,7 @@ def trl_logp(mode: str) -> Call:
 def torch_lce(mode: str) -> Call:
     fn, options = functional.linear_cross_entropy, torch.nn.LinearCrossEntropyOptions()
     if mode == CE:
-        return lambda p: fn(p.hidden, p.weight, p.targets, options=options)
+        return lambda p: fn(p.hidden, p.weight, p.labels, options=options)
     none = {"reduction": "none", "options": options}
     return from_logprobs(lambda p: (-fn(p.hidden, p.weight, p.targets, **none).float(), None), mode)
 

@@ -162,7 +162,8 @@ def error(out: Any, p: Problem, mode: str) -> Record:
     if mode in (CE, POLICY):
         return {"loss_error": abs(float(out.detach()) - contenders.exact_loss(p, mode))}
     logp = out if mode == LOGP else out[0]
-    rows = torch.linspace(0, len(p.targets) - 1, SAMPLE, device=logp.device).long()
+    counting = torch.arange(len(p.targets), device=logp.device) if p.active is None else p.active.nonzero()[:, 0]
+    rows = counting[torch.linspace(0, len(counting) - 1, SAMPLE, device=logp.device).long()]
     exact = contenders.exact_logp(p.hidden[rows], p.weight, p.targets[rows], torch.float64)
     return {"logp_error": float((logp.detach()[rows].double() - exact).abs().max())}
 

@@ -20,6 +20,7 @@ import argparse
 import ctypes
 import functools
 import gc
+import itertools
 import json
 import os
 import platform
@@ -46,11 +47,12 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 SEQUENCE = 128
-WARMUPS, SECONDS, ROUNDS = 1, 15.0, (3, 7)  # of the timed rounds of a case's slowest contender, at most
+WARMUPS, SECONDS, ROUNDS = 1, 9.0, (3, 7)  # of the timed rounds of a case's slowest contender, at most
 # Gates, of what is plainly wrong rather than rounded: bf16 logits are off by some 0.01 nats, 3 % of a gradient.
 LOGP_GATE, LOSS_GATE, GRAD_GATE = 0.1, 0.05, 0.1
 OURS_GATE = {"logp_error": 1e-4, "loss_error": 1e-3, "grad_error": 0.02}
 PRODUCTS = ("gemm_x1", "gemm_x3", "gemm_x4", "tiles_x1", "tiles_x3")
+VOCABULARIES = (8192, 32768, 131072)
 CPU_SKIPS = ("verl_triton", "quack")  # device kernels
 HEADER = (
     f"{'implementation':16s} {'median ms':>10s}{'p20':>10s}{'p80':>10s} {'extra MiB':>9s} {'error':>9s} {'dx, dW':>9s}"
@@ -99,7 +101,7 @@ def standard() -> Iterator[tuple[Case, list[str] | None, bool]]:
     half = ("smollm2-135m", 1024)
     yield Case(*half, mode=CE), ["ours", "naive", "liger_flce", "cce", "torch_lce"], False
     yield Case(*half, mode=ENTROPY), ["ours", "naive", "trl_logp"], False
-    for vocabulary in (8192, 32768, 131072):
+    for vocabulary in VOCABULARIES:
         yield Case(f"576x{vocabulary}", 512), ["ours", "gemm_x3", "naive", "liger_grpo", "trl_logp"], False
     for tokens in (512, 8192):
         yield Case("smollm2-135m", tokens), ["ours", "naive"] if tokens < 2048 else ["ours"], True
@@ -297,14 +299,11 @@ def cases(args: argparse.Namespace) -> Iterator[tuple[Case, list[str] | None, bo
     if args.standard:
         yield from standard()
         return
-    for shape in args.shapes:
-        for tokens in args.tokens:
-            for mode in args.modes:
-                for dtype in args.dtype:
-                    for active in args.active:
-                        for zero in args.zero:
-                            for head in args.head:
-                                case = Case(shape, tokens, mode, dtype, active, zero, head == "frozen"), args.impl
+    for shape, tokens, mode, dtype, active, zero, head in itertools.product(
+        args.shapes, args.tokens, args.modes, args.dtype, args.active, args.zero, args.head
+    ):
+        case = Case(shape, tokens, mode, dtype, active, zero, head == "frozen", not args.fresh)
+        yield case, args.impl, not args.no_memory
 
 
 def title(case: Case) -> str:

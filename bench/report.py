@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import roofline, schedule
+from bench.ops import VOCABULARIES
 from bench.peers import LOGP, POLICY
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -153,7 +154,7 @@ def plot(results: Results, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     figure, axes = pyplot.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
     shown = ("ours", "gemm_x3", "naive", "liger_grpo", "trl_logp")
@@ -162,9 +163,7 @@ def plot(results: Results, path: Path) -> None:
     for impl in shown:
         kept = [r for r in results.records if r["impl"] == impl and r["mode"] == POLICY and "ms" in r]
         line = sorted(
-            (roofline.shape_of("shape", r["shape"])[1], r["ms"])
-            for r in kept
-            if r["shape"].startswith("576x") and r["tokens"] == 1024
+            (roofline.shape_of("shape", r["shape"])[1], r["ms"]) for r in kept if r["shape"].startswith("576x")
         )
         if line:
             axes[0].plot(*zip(*line, strict=True), marker="o", ms=4, label=label[impl], **style.get(impl, {}))
@@ -176,18 +175,23 @@ def plot(results: Results, path: Path) -> None:
         if line:
             axes[1].plot(*zip(*line, strict=True), marker="o", ms=4, label=label[impl], **style.get(impl, {}))
     for impl, r in results.of(*MAIN[0], mode=LOGP).items():
-        if "logp_error" not in r:
-            continue
-        axes[2].scatter(r["ms"], r["logp_error"], s=60, color=style.get(impl, {}).get("color"), zorder=3)
-        axes[2].annotate(label[impl], (r["ms"], r["logp_error"]), xytext=(6, 4), textcoords="offset points", fontsize=8)
-    axes[0].set(xlabel="vocabulary", ylabel="ms", title="policy loss, forward + backward (1,024 tokens, H 576)")
+        if "logp_error" in r:
+            name = label[impl].removesuffix(" + its loss").removesuffix(" + the loss")
+            axes[2].scatter(
+                r["ms"], r["logp_error"], s=60, color=style.get(impl, {}).get("color"), zorder=3, label=name
+            )
+    axes[0].set(xlabel="vocabulary", ylabel="ms", title="policy loss, forward + backward (512 tokens, H 576)")
     axes[1].set(xlabel="tokens", ylabel="MiB", title=f"memory beyond inputs and gradients ({MAIN[0][0]})")
     axes[2].set(xlabel="ms", ylabel="largest error, nats", title=f"log-probs without gradients ({MAIN[0][0]})")
     for axis in axes:
         axis.set(xscale="log", yscale="log")
+        axis.xaxis.set_major_formatter(ticker.FuncFormatter(lambda x, _: f"{x:,.0f}"))
+        axis.xaxis.set_minor_formatter(ticker.NullFormatter())
         axis.grid(alpha=0.3, which="both")
-    axes[0].legend(fontsize=8)
-    axes[1].legend(fontsize=8)
+        axis.legend(fontsize=8)
+    axes[0].set_xticks(VOCABULARIES)
+    axes[1].set_xticks([512, 2048, 8192])
+    axes[2].set_xticks([300, 500, 1000, 1500])
     figure.suptitle(f"{results.machine['cpu']}, {results.machine['threads']} threads, bfloat16", fontsize=10)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
