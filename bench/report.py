@@ -159,6 +159,7 @@ def plot(results: Results, path: Path) -> None:
     figure, axes = pyplot.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
     shown = ("ours", "gemm_x3", "naive", "liger_grpo", "trl_logp")
     style = {"ours": {"color": "#c1272d", "linewidth": 2.5, "zorder": 5}, "gemm_x3": {"color": "#888888", "ls": "--"}}
+    style["naive_compiled"] = {"color": "#8c564b"}
     label = {impl: LABELS[impl].replace("**", "").replace("`", "") for impl in LABELS}
     for impl in shown:
         kept = [r for r in results.records if r["impl"] == impl and r["mode"] == POLICY and "ms" in r]
