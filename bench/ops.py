@@ -123,7 +123,9 @@ def tiles(count: int) -> Call:
 
     def call(p: Problem) -> None:
         shape = p.weight.shape
-        dw = rows.setdefault(shape, torch.empty(shape if count > 1 else (0,)))
+        if shape not in rows:
+            rows[shape] = torch.empty(shape if count > 1 else (0,))
+        dw = rows[shape]
         narrow = p.weight.dtype == torch.bfloat16 and torch.ops.luffy_kernels.bf16_words(p.weight)
         product(len(p.targets), shape[1], shape[0], dw, count, narrow)
 
@@ -167,8 +169,8 @@ def check(impl: str, call: Call, p: Problem, mode: str, exact: list[torch.Tensor
     else:
         out, grads = gradients(call, p, mode)
         found = error(out, p, mode)
-        worst = (float((g.float() - w).abs().max() / w.abs().max()) for g, w in zip(grads, exact, strict=True))
-        found["grad_error"] = max(worst)
+        off = [(g.float() - w).abs().max() / w.abs().max() for g, w in zip(grads, exact, strict=True)]
+        found["grad_error"] = float(torch.stack(off).max())  # NaN if any of them is
     gates = {"logp_error": LOGP_GATE, "loss_error": LOSS_GATE, "grad_error": GRAD_GATE}
     for name, value in found.items():
         gate = (OURS_GATE if impl == "ours" else gates)[name]
@@ -218,7 +220,10 @@ def peak_memory(case: Case, impl: str) -> float | None:
     """MiB beyond inputs and gradients, in a fresh process."""
     command = [sys.executable, "-m", "bench.ops", "--memory", json.dumps(asdict(case)), "--impl", impl]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    return float(done.stdout) if done.returncode == 0 else None
+    if done.returncode != 0:
+        print(f"{impl}: no memory figure: {(done.stderr.strip().splitlines() or ['no reason'])[-1]}", file=sys.stderr)
+        return None
+    return float(done.stdout.split()[-1])
 
 
 def measure_memory(case: Case, impl: str) -> float:
@@ -228,7 +233,7 @@ def measure_memory(case: Case, impl: str) -> float:
     p = case.problem()
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # nor is what the first step left behind
-    status_file, before = Path("/proc/self/status"), {}
+    status_file = Path("/proc/self/status")
 
     def read(name: str) -> int:
         return 1024 * int(re.search(rf"{name}:\s+(\d+)", status_file.read_text()).group(1))  # type: ignore[union-attr]
@@ -287,6 +292,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             roofline.expect(0 < share <= 1, "--active", "in (0, 1]", share)
         for share in args.zero:
             roofline.expect(0 <= share <= 1, "--zero", "in [0, 1]", share)
+        roofline.expect(args.threads is None or args.threads > 0, "--threads", "positive", args.threads)
+        folder = args.out.parent if args.out else RESULTS
+        roofline.expect(folder.is_dir(), "--out", "in a folder that exists", args.out)
         known = sorted({impl for mode in MODES for impl in names(mode)})
         for impl in args.impl or []:
             roofline.expect(impl in known, "--impl", f"of {', '.join(known)}", impl)

@@ -61,7 +61,7 @@ def ops_table(results: Results) -> Iterator[str]:
     logp = [results.of(*shape, mode=LOGP) for shape in MAIN]
     names = sorted(
         {impl for case in cases for impl, r in case.items() if "ms" in r},
-        key=lambda impl: cases[0][impl].get("ms", 1e9),
+        key=lambda impl: cases[0].get(impl, {}).get("ms", float("inf")),
     )
     titles = []
     for shape, tokens in MAIN:
@@ -92,7 +92,8 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _ratio(case: dict[str, Record], impl: str) -> str:
-    return "" if "ms" not in case.get(impl, {}) else f"{case[impl]['ms'] / case['ours']['ms']:.2f}"
+    mine, other = case.get("ours", {}).get("ms"), case.get(impl, {}).get("ms")
+    return "" if mine is None or other is None else f"{other / mine:.2f}"
 
 
 def ratios(results: Results) -> Iterator[str]:
@@ -144,7 +145,7 @@ def ratios(results: Results) -> Iterator[str]:
 def _try(value: Callable[[tuple[str, int]], float], shape: tuple[str, int]) -> str:
     try:
         found = value(shape)
-    except KeyError:
+    except (KeyError, TypeError):  # not measured
         return "-"
     return f"{found:.1e}" if found < 0.01 else f"{found:.2f}"
 

@@ -25,7 +25,7 @@ LOGIT = 0.9e-9  # seconds of a core per logit beside its product: exponential, s
 MOVE = 0.15e-9  # seconds per 16-bit word that is transposed or taken apart
 BARRIER = 10e-6
 COPY = 5e9  # bytes per second of the one thread that packs hidden between regions
-WORD, BLOCK = 2, 64
+WORD, BLOCK, GROUP = 2, 64, 4  # GROUP: kGroup of plan.h
 SHAPES = ("smollm2-135m", "qwen2.5-0.5b", "qwen2.5-7b", "llama3-8b", "gemma2-2b")
 
 
@@ -67,7 +67,7 @@ def regions(tokens: int, width: int, vocabulary: int, threads: int) -> Iterator[
     yield [height * share * BLOCK * logit for height in cut(vocabulary, p.height) for share in shares]
     for span in cut(vocabulary, p.span):
         yield [piece * width * MOVE for piece in cut(span, BLOCK)]
-        groups = [BLOCK * size for size in cut(blocks, -(-blocks // p.groups))]
+        groups = [BLOCK * size for size in cut(blocks, GROUP)]
         dh = [2 * span * group * part / RATE for group in groups for part in cut(width, p.dh_width)]
         dw = [
             tokens * height * (2 * part / RATE + MOVE)
@@ -101,6 +101,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2, 8, 16, 32, 64, 128])
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES))
     args = parser.parse_args(argv)
+    try:
+        roofline.expect(min([args.tokens, *args.threads]) > 0, "--tokens, --threads", "positive", args.threads)
+        [roofline.shape_of("--shapes", name) for name in args.shapes]
+    except roofline.InputError as failure:
+        parser.error(str(failure))
     print("\n".join(table(args.tokens, args.shapes, args.threads)))
 
 

@@ -185,9 +185,9 @@ def trl_trainer(path: str, temperature: float) -> Any:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import GRPOConfig, GRPOTrainer
 
-    folder = tempfile.mkdtemp(prefix="luffy-trl-")
     config = GRPOConfig(
-        output_dir=folder, report_to=[], bf16=True, use_cpu=True, per_device_train_batch_size=8, num_generations=8,
+        output_dir=tempfile.gettempdir(),
+        report_to=[], bf16=True, use_cpu=True, per_device_train_batch_size=8, num_generations=8,
         beta=0.0, epsilon=1e6, loss_type="dr_grpo", max_completion_length=128, temperature=temperature,
         gradient_checkpointing=False,
     )  # fmt: skip

@@ -16,7 +16,7 @@ template <typename Word>
 void products(int64_t tokens, int64_t width, int64_t vocabulary, at::Tensor& dw, int64_t count) {
   namespace blas = at::native::cpublas;
   constexpr auto kWord = c10::CppTypeToScalarType<Word>::value;
-  const at::Tensor weight = at::zeros({kHeight + kDepth, width}, kWord);
+  const at::Tensor weight = at::zeros({(kHeight + kDepth) * std::max(width, kHeight)}, kWord);
   const at::Tensor hidden = at::zeros({tokens + kTokens, width}, kWord);
   const Word *const w = weight.const_data_ptr<Word>(), *const h = hidden.const_data_ptr<Word>();
   float* const to = dw.mutable_data_ptr<float>();
@@ -27,10 +27,11 @@ void products(int64_t tokens, int64_t width, int64_t vocabulary, at::Tensor& dw,
     const Word* const dz = scratch.const_data_ptr<Word>();
     float *const out = tile.mutable_data_ptr<float>(), *const dh = rows.mutable_data_ptr<float>();
     for (int64_t v = kHeight * next++; v < vocabulary; v = kHeight * next++) {
-      const int64_t height = std::min(kHeight, vocabulary - v) / 2 * 2;
+      const int64_t height = std::min(kHeight, vocabulary - v);
+      const int64_t even = height + height % 2;  // pairs of the inner dimension
       for (int64_t t = 0; t < tokens; t += kTokens) {
         blas::brgemm(height, kTokens, width, width, kTokens, kTokens, false, w, h + t * width, out);
-        if (count > 1) blas::brgemm(width, kTokens, height, height, kTokens, kTokens, true, w, dz, dh);
+        if (count > 1) blas::brgemm(width, kTokens, even, even, kTokens, kTokens, true, w, dz, dh);
       }
       for (int64_t k = 0; count > 1 && k < tokens; k += kDepth) {
         const int64_t depth = std::min(kDepth, tokens - k);

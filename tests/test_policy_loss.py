@@ -419,7 +419,7 @@ def test_workspace_of_the_compiled_chunks_follows_the_documented_formula(dtype):
     for budget, rows in ((1, 64), (1001 * size * 200, 192), (1 << 40, 1024)):
         assert _cpp_rows.chunk_rows(head, budget) == rows
     assert _cpp_rows.Workspace(192, head).buffer().nbytes <= 192 * 1002 * size
-    assert _cpp_rows.chunk_rows(head, 1001 // 16 * 200, keep=False) == 192
+    assert _cpp_rows.chunk_rows(head, 4 * 16 * 200, keep=False) == 192  # 1,001 entries are 4 tiles
 
 
 @pytest.mark.parametrize("term", ["entropy", "uniform", "neither"])
@@ -449,6 +449,7 @@ BAD = {
     "bias": (lambda c: {"bias": torch.zeros(3)}, r"bias must be \[203\]"),
     "temperature": (lambda c: {"temperature": 0.0}, "temperature must be positive"),
     "softcap": (lambda c: {"softcap": 0.0}, "softcap must be positive"),
+    "logit_scale": (lambda c: {"logit_scale": -1.0}, "logit_scale must be positive"),
     "normalizer": (lambda c: {"normalizer": 0.0}, "normalizer must be positive"),
     "normalizer_infinite": (lambda c: {"normalizer": math.inf}, "normalizer must be positive and finite"),
     "normalizer_word": (lambda c: {"normalizer": "8"}, "normalizer must be a number"),

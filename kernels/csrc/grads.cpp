@@ -259,6 +259,9 @@ at::Tensor& shape_exps(at::Tensor& exps, const at::Tensor& targets, int64_t voca
 
 TORCH_LIBRARY_IMPL(luffy_kernels, CatchAll, library) {
   library.impl("head_plan", [](int64_t tokens, int64_t width, int64_t vocabulary, int64_t word, int64_t threads) {
+    TORCH_CHECK_VALUE(tokens > 0 && width > 0 && vocabulary > 0 && word > 0 && threads > 0,
+                      "head_plan: all sizes must be positive, got ", tokens, ", ", width, ", ", vocabulary, ", ", word,
+                      ", ", threads);
     const luffy::Plan plan(tokens, width, vocabulary, word, threads);
     return std::vector<int64_t>{plan.height, plan.pieces,   plan.parts,     plan.span,
                                 plan.groups, plan.dh_width, plan.dw_height, plan.dw_width};

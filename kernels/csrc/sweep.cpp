@@ -3,9 +3,10 @@
 //   z = softcap(logit_scale * (h W^T + b)) / temperature       n tokens, H hidden, V vocabulary
 //   E = exp(z - reference), reference = z_y, the target's logit: one dot product per token, known before the sweep
 //
-// So exponentials are written once and never rescaled: bfloat16 has the range of fp32. Only where a target is so
-// unlikely that they leave it, the blocks of tokens concerned are swept once more with the maximum as the reference.
-// The target's own entry is left out of everything: log-probs near 0 and 1 - p keep their digits.
+// So exponentials are written once and never rescaled: e^20 and more fit into bfloat16. Where a target is farther below
+// the maximum, the blocks of tokens concerned are swept once more with the maximum as the reference: the coefficients
+// that large exponentials are multiplied by would be too small for a bfloat16 product. The target's own entry is left
+// out of everything: log-probs near 0 and 1 - p keep their digits.
 //
 // A tile is [vocabulary, kTokens] fp32 with a token per column: a vector lane is a token, no horizontal reduction is
 // needed, and the weight is read in its own layout (only hidden, the smaller operand, is packed). It stays in cache
@@ -33,7 +34,7 @@ bool bf16_words(const at::Tensor& weight) {
 
 namespace {
 
-constexpr double kTooFar = 60;  // a maximum farther above the reference asks for another sweep
+constexpr double kTooFar = 20;  // a maximum farther above the reference asks for another sweep
 
 // [n, H] -> [blocks, H / pair, kTokens, pair]: the right operand of the logits' product.
 template <typename Word>

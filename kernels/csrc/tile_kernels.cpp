@@ -31,8 +31,8 @@ inline void store(T* to, const V& x) {
 inline Vec vec_max(const Vec& a, const Vec& b) { return a > b ? a : b; }
 inline Vec vec_min(const Vec& a, const Vec& b) { return a < b ? a : b; }
 
-// x = n ln 2 + r, |r| <= ln 2 / 2, and e^r = 1 + r + r^2 q(r) with q fitted to a relative error of 3e-9. Within 2 ulp;
-// 0 below -87, e^88 above 88, and NaN stays NaN.
+// x = n ln 2 + r, |r| <= ln 2 / 2, and e^r = 1 + r + r^2 q(r) with q fitted to a relative error of 3e-9. Within 1 ulp
+// with fused multiply-add, 1.25 without; 0 below -87, e^88 above 88, and NaN stays NaN.
 inline Vec fast_exp(const Vec& argument) {
   const Vec x = vec_min(Vec{} + 88.0f, argument);
   const Vec round = Vec{} + 12582912.0f;  // 1.5 * 2^23: adding it leaves n in the low bits
@@ -66,11 +66,18 @@ inline Vec fast_log(const Vec& x) {
   return whole * 0.693359375f + (p - whole * 2.12194440e-4f);
 }
 
-// tanh(x) = 1 - 2 / (exp(2x) + 1), saturated where fp32 cannot tell it from 1.
+// tanh(x) = 1 - 2 / (exp(2x) + 1), saturated where fp32 cannot tell it from 1, and near 0, where that cancels, x + x^3
+// q with q fitted to a relative error of 4e-9.
 inline Vec fast_tanh(Vec x) {
   x = x > 10.0f ? Vec{} + 10.0f : x;
   x = x < -10.0f ? Vec{} - 10.0f : x;
-  return 1.0f - 2.0f / (fast_exp(2.0f * x) + 1.0f);
+  const Vec square = x * x;
+  Vec q = Vec{} - 5.704986862838268e-3f;
+  q = q * square + 2.063908614218235e-2f;
+  q = q * square - 5.373971536755562e-2f;
+  q = q * square + 1.3331441581249237e-1f;
+  q = q * square - 3.333328068256378e-1f;
+  return square < 0.390625f ? x + x * square * q : 1.0f - 2.0f / (fast_exp(2.0f * x) + 1.0f);
 }
 
 // The bits of a bfloat16, rounded to nearest even, in the upper half of each lane (the lower is junk).

@@ -48,7 +48,7 @@ struct TileKernels {
   void (*exps_bf16)(const float* tile, int64_t count, const float* reference, const Stats& out, uint32_t* exps);
   void (*flat)(const float* tile, int64_t count, const Stats& out);
   // Statistics of `pieces` tiles, `stride` apart, as one, and the sum of the exponentials that exps_* wrote with this
-  // reference, rounding included: out [kMerged, kTokens] fp64.
+  // reference, in fp32 as they were before a conversion to bfloat16: out [kMerged, kTokens] fp64.
   void (*merge)(const float* partial, int64_t pieces, int64_t stride, const float* reference, double* out);
   // sum E and sum E log(E factor) of a tile of exponentials, [kTokens] each.
   void (*logs_fp32)(const float* exps, int64_t count, const float* factor, float* sum, float* weighted);

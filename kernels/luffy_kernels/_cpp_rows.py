@@ -20,6 +20,7 @@ from ._native import on_large_pages
 
 # Rows beyond which larger chunks gain nothing: W and dW cross memory once per chunk.
 MOST_ROWS, MOST_STATISTICS_ROWS = 1024, 4096
+MOST_CAP = 40.0  # softcap / temperature up to which no capped logit is beyond the reach of exp
 
 
 class Kept(NamedTuple):
@@ -37,11 +38,17 @@ def chunk_rows(head: Head, chunk_bytes: int, keep: bool = True) -> int:
     """Rows of a chunk: chunk_bytes // (bytes of E per row), in whole blocks of 64, at least one and at most 1,024.
 
     A row of E has V entries of 2 bytes for bfloat16 operands of even width where the CPU multiplies those, else of 4.
-    Without a gradient to follow no E is kept, only V / 16 bytes of partial sums per row, and the most is 4,096.
+    Without a gradient to follow no E is kept, only 16 bytes of statistics per row and tile of the vocabulary, and the
+    most is 4,096.
     """
-    vocabulary = max(1, head.weight.shape[0])
-    per_row = vocabulary * (2 if torch.ops.luffy_kernels.bf16_words(head.weight) else 4) if keep else vocabulary // 16
+    vocabulary, width = head.weight.shape
+    word = 2 if torch.ops.luffy_kernels.bf16_words(head.weight) else 4
     most = MOST_ROWS if keep else MOST_STATISTICS_ROWS
+    if keep:
+        per_row = vocabulary * word
+    else:
+        _, tiles, *_ = torch.ops.luffy_kernels.head_plan(BLOCK, max(1, width), max(1, vocabulary), word, 1)
+        per_row = 16 * tiles
     return max(BLOCK, min(most, chunk_bytes // max(1, per_row)) // BLOCK * BLOCK)
 
 
@@ -108,7 +115,7 @@ def add_grads(
 ) -> None:
     """Adds this chunk's gradients; arguments as those of `RowKernels.logits_grad`."""
     kept, exps, temperature = stats.logits, work.buffer(), head.temperature[rows]
-    if u is not None and exps.dtype == torch.bfloat16:
+    if u is not None:
         kept = _as_rounded(kept, exps, head.weight.shape[0])
     chain = head.logit_scale / temperature
     on_target = g * kept.rest

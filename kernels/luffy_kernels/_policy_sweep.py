@@ -133,7 +133,8 @@ def sweep(
                 _fused_chunk(hidden, targets, group[part], tokens, head, one_pass, work, outputs, share)
     loss, logp, entropy, ratio, kl, clipped = outputs
     dh, dw, db = (hidden.new_empty(0) if g is None else g for g in grads.all(head))
-    return loss.sum(), logp, entropy, ratio, kl, clipped, dh, dw, db
+    total = loss.sum(dtype=torch.float64).to(loss.dtype)  # torch splits a sum by its threads
+    return total, logp, entropy, ratio, kl, clipped, dh, dw, db
 
 
 def _chunk(

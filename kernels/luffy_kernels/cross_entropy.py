@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from . import _chunks, _library, _vocab
+from . import _chunks, _cpp_rows, _library, _torch_rows, _vocab
 from ._checks import check_head, check_head_values, checked_normalizer, per_token, require
 
 OP = "linear_cross_entropy"
@@ -62,6 +62,7 @@ def linear_cross_entropy(
     require(0 <= label_smoothing < 1, OP, "label_smoothing", "in [0, 1)", label_smoothing)
     require(0 <= z_loss < float("inf"), OP, "z_loss", "finite and at least 0", z_loss)
     require(softcap is None or softcap > 0, OP, "softcap", "positive", softcap)
+    require(logit_scale > 0, OP, "logit_scale", "positive", logit_scale)
     operand = torch.promote_types(hidden.dtype, weight.dtype)
     dtype = _chunks.compute_dtype(operand)
     grad = torch.is_grad_enabled()
@@ -116,6 +117,9 @@ def sweep(
     """(loss sum, loss [N], dh, dW, db). With `per_token` the gradients are left to backward, which recomputes: then row
     t's gradient is scaled by upstream[t], and rows where that is 0 enter no GEMM."""
     n, operand = targets.shape[0], torch.promote_types(hidden.dtype, weight.dtype)
+    if kernels is _cpp_rows and label_smoothing > 0 and softcap is not None:
+        # Every entry has a share then, times its cap's slope; where exp(z - z_y) is 0 nothing is left to tell it by.
+        kernels = kernels if bool((softcap / temperature <= _cpp_rows.MOST_CAP).all()) else _torch_rows
     head = _chunks.make_head(OP, weight, bias, temperature, softcap, logit_scale, operand, n, tp_group, vocab_start)
     check_head_values(OP, targets, head.vocabulary, ignore_index, temperature)
     loss = targets.new_zeros(targets.shape, dtype=temperature.dtype)
@@ -141,7 +145,7 @@ def sweep(
             g = (label_smoothing - 1) * scale
             kernels.add_grads(stats, rows, y, h, g, None, in_lse, head, work, grads, uniform)
     dh, dw, db = (hidden.new_empty(0) if x is None else x for x in grads.all(head))
-    return loss.sum(), loss, dh, dw, db
+    return loss.sum(dtype=torch.float64).to(loss.dtype), loss, dh, dw, db
 
 
 def backward_sweep(

@@ -69,6 +69,7 @@ def linear_logprobs(
     """
     check_head(OP, hidden, weight, targets, bias)
     require(softcap is None or softcap > 0, OP, "softcap", "positive", softcap)
+    require(logit_scale > 0, OP, "logit_scale", "positive", logit_scale)
     operand = torch.promote_types(hidden.dtype, weight.dtype)
     group = _vocab.group_name(OP, tp_group)
     chosen = _library.resolve(OP, backend, hidden.device, operand, group is not None)

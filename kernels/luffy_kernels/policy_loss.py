@@ -1,4 +1,4 @@
-"""Policy loss of a linear head in 3 GEMMs: no [N, V] logits, no second forward, exact skipping of zero rows.
+"""Policy loss of a linear head in 3 GEMMs: no [N, V] logits, no second forward, exact skipping of rows.
 
     z    = softcap(logit_scale * (hidden W^T + bias)) / temperature        [N, V], a chunk at a time, fp32
     logp = z[target] - logsumexp z     ent = -sum_v p_v log p_v             p = softmax z
@@ -6,7 +6,8 @@
 
 Advantages and old log-probs are known before the forward pass, so d loss / d logp is known as soon as a chunk's logits
 are: the sweep that computes the loss computes both gradients, and backward only scales them. N tokens, H hidden, V
-vocabulary. Ignored rows enter no GEMM; rows whose coefficients are exactly zero (advantage 0, clipped) only the first.
+vocabulary. Ignored rows enter no GEMM; rows whose coefficients are known to be zero (advantage 0) only the first, and
+with `torch` on CPU also those that turn out zero (clipped).
 
 Memory: `chunk_bytes` for the [C, V] buffers (`chunk_rows` of the backend), dW in fp32, dh in the operands' dtype; with
 `torch` on CPU a 16-bit weight is widened once (4 V H bytes). Deterministic. Do not place the head inside a checkpointed
@@ -96,6 +97,7 @@ def linear_policy_loss(
     specs = check_losses(OP, losses, loss_id, old_logp, targets)
     check_kl(OP, kl_type, kl_coef, ref_logp)
     require(softcap is None or softcap > 0, OP, "softcap", "positive", softcap)
+    require(logit_scale > 0, OP, "logit_scale", "positive", logit_scale)
     chunk_bytes = _library.chunk_budget(OP, chunk_bytes, hidden.device)
 
     def token(name: str, value: float | Tensor | None) -> Tensor | None:
