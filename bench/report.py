@@ -142,6 +142,27 @@ def ratios(results: Results) -> Iterator[str]:
         yield f"| extra memory, 8,192 tokens / 2,048 | {grown[1] / grown[0]:.2f} | |"
 
 
+def everything(results: Results) -> Iterator[str]:
+    """Every measurement, and every contender that was not timed with its reason."""
+    yield "| case | | ms | 20-80 % | / ours | error | dh, dW |"
+    yield "|---|---|---:|---:|---:|---:|---:|"
+    for r in results.records:
+        case = results.of(*(r[key] for key in ("shape", "tokens", "mode")), **{key: r[key] for key in PLAIN})
+        parts = [r["shape"], f"{r['tokens']:,}", r["mode"], r["dtype"]]
+        parts += [f"{r['active']:.0%} active"] * (r["active"] < 1) + [f"{r['zero']:.0%} at advantage 0"] * (
+            r["zero"] > 0
+        )
+        parts += ["frozen head"] * r["frozen"] + ["fresh memory"] * (not r["kept"])
+        label = f"| {', '.join(parts)} | {LABELS[r['impl']]} |"
+        if "why" in r:
+            yield f"{label} {r['why']} | | | | |"
+            continue
+        error = _number(r.get("logp_error", r.get("loss_error")), "{:.0e}")
+        spread = f"{r['p20_ms']:,.0f}-{r['p80_ms']:,.0f}"
+        grads = _number(r.get("grad_error"), "{:.0e}")
+        yield f"{label} {r['ms']:,.0f} | {spread} | {_ratio(case, r['impl'])} | {error} | {grads} |"
+
+
 def _try(value: Callable[[tuple[str, int]], float], shape: tuple[str, int]) -> str:
     try:
         found = value(shape)
@@ -224,14 +245,15 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--print", action="store_true", help="print the tables, write nothing")
     args = parser.parse_args(argv)
-    files = sorted(RESULTS.glob("ops-*.jsonl"), key=lambda path: path.stat().st_mtime)
+    files = list(RESULTS.glob("ops-*.jsonl"))
     if not files:
         parser.error(f"no ops-*.jsonl in {RESULTS}: run `python -m bench.ops --standard` first")
-    every = [Results(path) for path in files]
+    every = sorted(map(Results, files), key=lambda results: results.machine["date"])  # README shows the newest
     texts = {
         (README, "ops"): "\n".join(ops_table(every[-1])),
         (DOC, "ratios"): "\n\n".join("\n".join([f"{r.machine['cpu']}:", "", *ratios(r)]) for r in every),
     }
+    texts[DOC, "all"] = "\n\n".join("\n".join(everything(r)) for r in every)
     threads = [1, 2, 8, 16, 32, 64, 128]
     texts[DOC, "schedule"] = "\n".join(["```", *schedule.table(1024, schedule.SHAPES, threads), "```"])
     steps = sorted(RESULTS.glob("step-*.json"))

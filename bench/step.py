@@ -18,9 +18,11 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib.util
 import random
 import re
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -238,7 +240,10 @@ def variants(bench: Bench, with_trl: bool) -> dict[str, tuple[str, Callable[[], 
         trainer = trl_trainer(str(bench.path), bench.config.rollout.temperature)
         trainer.model.train()
         optimizer = optim.make_optimizer(trainer.model, bench.config.optim)
-        made["trl"] = ("TRL GRPOTrainer, the same padded batches", lambda: trl_update(bench, optimizer))
+        made["trl"] = (
+            "TRL GRPOTrainer (its own loss on every row), the same padded batches",
+            lambda: trl_update(bench, optimizer),
+        )
     return made
 
 
@@ -277,10 +282,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="default: bench/results/step-<cpu>.json")
     parser.add_argument("--no-trl", action="store_true", help="leave TRL out, as where it is not installed")
     args = parser.parse_args(argv)
+    if args.rounds < 1:
+        parser.error(f"--rounds must be at least 1, got {args.rounds}")
+    with_trl = not args.no_trl and importlib.util.find_spec("trl") is not None
+    if not with_trl and not args.no_trl:
+        print("luffy: trl is not installed and is left out; scripts/bench.sh installs it", file=sys.stderr)
     out = args.out or RESULTS / f"step-{re.sub(r'[^A-Za-z0-9]+', '-', cpu_name()).strip('-')}.json"
     try:
         bench = Bench()
-        result = measure(bench, args.rounds, not args.no_trl)
+        result = measure(bench, args.rounds, with_trl)
+    except KeyboardInterrupt:
+        print("\nluffy: stopped; nothing was written.", file=sys.stderr)
+        return 130
     finally:
         distributed.close()
     write_json(out, result)

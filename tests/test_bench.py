@@ -121,7 +121,9 @@ def records(**changes):
         for mode in (POLICY, LOGP):
             for impl, ms in {"ours": 100.0, "naive": 90.0, "gemm_x3": 80.0, "gemm_x1": 30.0}.items():
                 row = {"shape": shape, "tokens": tokens, "mode": mode, "impl": impl, "ms": ms, "logp_error": 1e-6}
-                made.append(report.PLAIN | row | {"extra_mib": 10.0} | changes)
+                made.append(report.PLAIN | row | {"extra_mib": 10.0, "p20_ms": 80.0, "p80_ms": 95.0} | changes)
+    absent = {"shape": "16x96", "tokens": 128, "mode": POLICY, "impl": "trl_logp", "why": "not installed"}
+    made.append(report.PLAIN | absent)
     return made
 
 
@@ -135,6 +137,9 @@ def test_the_table_shows_rows_where_a_peer_wins_and_what_is_missing(tmp_path):
     ratios = "\n".join(report.ratios(results))
     assert "| eager (fp32 softmax) / ours | 0.90 | 0.90 |" in ratios
     assert "| Liger GRPO / ours | - | - |" in ratios
+    every = "\n".join(report.everything(results))
+    assert f"| {report.MAIN[0][0]}, 2,048, policy, bf16 | eager, fp32 softmax | 90 | 80-95 | 0.90 |" in every
+    assert "| TRL chunked log-prob + its loss | not installed |" in every
 
 
 def test_markers_are_replaced_and_the_rest_kept(tmp_path):
