@@ -295,7 +295,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         roofline.expect(args.threads is None or args.threads > 0, "--threads", "positive", args.threads)
         folder = args.out.parent if args.out else RESULTS
         roofline.expect(folder.is_dir(), "--out", "in a folder that exists", args.out)
-        known = sorted({impl for mode in MODES for impl in names(mode)})
+        known = sorted({impl for mode in args.modes for impl in names(mode)})
         for impl in args.impl or []:
             roofline.expect(impl in known, "--impl", f"of {', '.join(known)}", impl)
     except roofline.InputError as failure:
