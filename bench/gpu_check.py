@@ -115,15 +115,20 @@ def tests(junit: Path | None) -> Record | None:
     return {"ran": len(cases), "failed": failed, "skipped": with_a("skipped")}
 
 
+def gradients(out: Any, p: Problem, mode: str) -> tuple[torch.Tensor, ...]:
+    """Of hidden and, unless the head is frozen, weight."""
+    scalar = (out[0] * p.upstream[0]).sum() + (out[1] * p.upstream[1]).sum() if mode == ENTROPY else out
+    return torch.autograd.grad(scalar, [x for x in (p.hidden, p.weight) if x.requires_grad])
+
+
 def step(call: Call, p: Problem, mode: str) -> Any:
-    """One call as training makes it: forward, and in all modes but `logp` both gradients."""
+    """One call as training makes it: forward, and in all modes but `logp` the gradients."""
     if mode == LOGP:
         with torch.no_grad():
             return call(p)
     out = call(p)
     if out is not None:  # a bare GEMM has nothing to differentiate
-        scalar = (out[0] * p.upstream[0]).sum() + (out[1] * p.upstream[1]).sum() if mode == ENTROPY else out
-        torch.autograd.grad(scalar, (p.hidden, p.weight))
+        gradients(out, p, mode)
     return out
 
 
@@ -201,9 +206,12 @@ def _rounds(ready: dict[str, tuple[Call, Record]], p: Problem, mode: str) -> Ite
             except Exception as failure:
                 yield {"impl": impl, "why": f"after {len(times.pop(impl))} rounds: {contenders.why(failure)}"}
     for impl, ms in times.items():
-        cuts = statistics.quantiles(ms, n=5, method="inclusive")
-        spread = {"ms": statistics.median(ms), "p20_ms": cuts[0], "p80_ms": cuts[3], "rounds": len(ms)}
-        yield {"impl": impl, **ready[impl][1], **spread}
+        yield {"impl": impl, **ready[impl][1], **spread(ms)}
+
+
+def spread(ms: list[float]) -> Record:
+    cuts = statistics.quantiles(ms, n=5, method="inclusive")
+    return {"ms": statistics.median(ms), "p20_ms": cuts[0], "p80_ms": cuts[3], "rounds": len(ms)}
 
 
 def release(p: Problem) -> None:

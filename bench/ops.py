@@ -23,12 +23,9 @@ import gc
 import itertools
 import json
 import os
-import platform
 import re
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -39,15 +36,16 @@ from luffy_kernels import status
 
 from bench import contenders, roofline
 from bench.contenders import Call, Problem
-from bench.gpu_check import environment, error, step
+from bench.gpu_check import environment, error, gradients, spread, step, timed
 from bench.peers import CE, ENTROPY, LOGP, MODES, POLICY
 from luffy.process import keep_freed_memory
+from luffy.run_folder import cpu_name
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 SEQUENCE = 128
-WARMUPS, SECONDS, ROUNDS = 1, 9.0, (3, 7)  # of the timed rounds of a case's slowest contender, at most
+SECONDS, ROUNDS = 9.0, (3, 7)  # of the timed rounds of a case's slowest contender, at most
 # Gates, of what is plainly wrong rather than rounded: bf16 logits are off by some 0.01 nats, 3 % of a gradient.
 LOGP_GATE, LOSS_GATE, GRAD_GATE = 0.1, 0.05, 0.1
 OURS_GATE = {"logp_error": 1e-4, "loss_error": 1e-3, "grad_error": 0.02}
@@ -141,23 +139,13 @@ def names(mode: str) -> list[str]:
     return [*listed, "tiles_x1"] if mode == LOGP else [*listed, "tiles_x3"] if mode in (CE, POLICY) else listed
 
 
-def leaves(p: Problem) -> list[torch.Tensor]:
-    return [x for x in (p.hidden, p.weight) if x.requires_grad]
-
-
-def gradients(call: Call, p: Problem, mode: str) -> tuple[Any, list[torch.Tensor]]:
-    out = call(p)
-    scalar = (out[0] * p.upstream[0]).sum() + (out[1] * p.upstream[1]).sum() if mode == ENTROPY else out
-    return out, list(torch.autograd.grad(scalar, leaves(p)))
-
-
 def exact_gradients(p: Problem, mode: str) -> list[torch.Tensor]:
     """By plain float32 products and autograd, from the same operands."""
     wide = p._replace(
         hidden=p.hidden.detach().float().requires_grad_(),
         weight=p.weight.detach().float().requires_grad_(p.weight.requires_grad),
     )
-    return gradients(contenders.load("naive", mode), wide, mode)[1]
+    return list(gradients(contenders.load("naive", mode)(wide), wide, mode))
 
 
 def check(impl: str, call: Call, p: Problem, mode: str, exact: list[torch.Tensor]) -> Record:
@@ -167,8 +155,8 @@ def check(impl: str, call: Call, p: Problem, mode: str, exact: list[torch.Tensor
     if mode == LOGP:
         found = error(step(call, p, mode), p, mode)
     else:
-        out, grads = gradients(call, p, mode)
-        found = error(out, p, mode)
+        out = call(p)
+        grads, found = gradients(out, p, mode), error(out, p, mode)
         off = [(g.float() - w).abs().max() / w.abs().max() for g, w in zip(grads, exact, strict=True)]
         found["grad_error"] = float(torch.stack(off).max())  # NaN if any of them is
     gates = {"logp_error": LOGP_GATE, "loss_error": LOSS_GATE, "grad_error": GRAD_GATE}
@@ -177,16 +165,6 @@ def check(impl: str, call: Call, p: Problem, mode: str, exact: list[torch.Tensor
         if not value <= gate:
             raise ValueError(f"not timed: its {name.replace('_', ' ')} is {value:.1e}, more than {gate:g}")
     return found
-
-
-def timed(call: Call, p: Problem, mode: str) -> float:
-    began = time.perf_counter()
-    if mode == LOGP:
-        step(call, p, mode)
-    elif (out := call(p)) is not None:
-        scalar = (out[0] * p.upstream[0]).sum() + (out[1] * p.upstream[1]).sum() if mode == ENTROPY else out
-        torch.autograd.grad(scalar, leaves(p))
-    return 1e3 * (time.perf_counter() - began)
 
 
 def measure(case: Case, impls: list[str], memory: bool) -> Iterator[Record]:
@@ -198,7 +176,7 @@ def measure(case: Case, impls: list[str], memory: bool) -> Iterator[Record]:
         try:
             call = load(impl, mode)
             found = check(impl, call, p, mode, exact)
-            seconds[impl] = min(timed(call, p, mode) for _ in range(WARMUPS)) / 1e3
+            seconds[impl] = timed(call, p, mode) / 1e3
             ready[impl] = call, found
         except Exception as failure:  # a peer may raise anything; the others go on
             yield {"impl": impl, "why": contenders.why(failure)}
@@ -210,10 +188,8 @@ def measure(case: Case, impls: list[str], memory: bool) -> Iterator[Record]:
             times[impl].append(timed(call, problems[i % 2], mode))
     del problems, p
     for impl, ms in times.items():
-        cuts = statistics.quantiles(ms, n=5, method="inclusive")
-        spread = {"ms": statistics.median(ms), "p20_ms": cuts[0], "p80_ms": cuts[3], "rounds": len(ms)}
         peak = {"extra_mib": peak_memory(case, impl)} if memory and impl not in PRODUCTS else {}
-        yield {"impl": impl, **ready[impl][1], **spread, **peak}
+        yield {"impl": impl, **ready[impl][1], **spread(ms), **peak}
 
 
 def peak_memory(case: Case, impl: str) -> float | None:
@@ -244,14 +220,8 @@ def measure_memory(case: Case, impl: str) -> float:
         step(call, p, case.mode)
         kept = 0
     else:
-        kept = sum(g.nbytes for g in gradients(call, p, case.mode)[1])
+        kept = sum(g.nbytes for g in gradients(call(p), p, case.mode))
     return (read("VmHWM") - before - kept) / 2**20
-
-
-def cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    return found[1].strip() if found else platform.processor() or platform.machine()
 
 
 def instruction_sets() -> list[str]:

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from bench.ops import RESULTS, cpu_name, machine
+from bench.ops import RESULTS, machine
 from luffy import distributed, model, optim
 from luffy.config import Config, load_config
 from luffy.data import Example
@@ -42,6 +42,7 @@ from luffy.groups import Group, Row
 from luffy.model import Policy, load_lm, shard
 from luffy.objectives import make_objective
 from luffy.process import keep_freed_memory
+from luffy.run_folder import cpu_name
 from luffy.setup import Trainer
 from luffy.sources import load_examples, load_template, resolve, training_source
 from luffy.train import update

@@ -149,7 +149,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": versions,
         "git": _git_state(),
-        "machine": {"system": platform.system(), "cpu": _cpu_name(), "cores": len(os.sched_getaffinity(0))},
+        "machine": {"system": platform.system(), "cpu": cpu_name(), "cores": len(os.sched_getaffinity(0))},
     }
 
 
@@ -162,7 +162,7 @@ def _git_state() -> str | None:
         return None
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))

@@ -133,6 +133,33 @@ def test_nothing_depends_on_the_number_of_threads_or_on_the_run(dtype, options):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("v", "differ"), [(9001, {"span", "dh_width"}), (300, {"parts", "dh_width", "dw_width"})])
+def test_many_threads_cut_the_work_otherwise_and_change_nothing(dtype, v, differ):
+    """Spans of another length, tokens and H in parts: what the small heads of other tests never reach."""
+    n, h, names = 200, 520, ("height", "pieces", "parts", "span", "groups", "dh_width", "dw_height", "dw_width")
+    word = 2 if OPS.bf16_words(torch.empty(v, h, dtype=dtype)) else 4
+    few, many = (dict(zip(names, OPS.head_plan(n, h, v, word, threads), strict=True)) for threads in (1, 12))
+    assert {name for name in names if few[name] != many[name]} == differ
+    assert v < 1000 or many["span"] < v
+    head, results = problem(dtype, n, h, v), []
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 12):
+            torch.set_num_threads(count)
+            results.append(outcome(linear_policy_loss, dtype, *head, backend="cpp"))
+    finally:
+        torch.set_num_threads(threads)
+    (first, grads), (other, others) = results
+    for a, b in zip((*first, *grads), (*other, *others), strict=True):
+        assert torch.equal(a, b)
+    truth, exact = outcome(reference.linear_policy_loss, torch.float64, *head)
+    torch.testing.assert_close(first.logp.double(), truth.logp, rtol=1e-5, atol=1e-5)
+    for mine, want in zip(grads, exact, strict=True):
+        bound = 1e-5 if dtype == torch.float32 else 1e-2
+        torch.testing.assert_close(mine.double(), want, rtol=0, atol=bound * float(want.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("options", OPTIONS)
 def test_targets_too_unlikely_to_refer_to(dtype, options):
     """Exponentials relative to such a target leave fp32: their blocks are swept again with the maximum instead."""

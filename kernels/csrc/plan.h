@@ -46,7 +46,7 @@ struct Plan {
   }
 
  private:
-  // Of H, so that `others` tasks of a kind become enough for all threads; a multiple of `least`.
+  // Of H, so that `others` tasks of a kind become enough for all threads: whole tiles, of about `least` or more.
   static int64_t share(int64_t width, int64_t least, int64_t many, int64_t others) {
     const int64_t wanted = std::clamp<int64_t>(pieces_of(many, others), 1, pieces_of(width, least));
     return round_up(pieces_of(width, wanted), kTokens);

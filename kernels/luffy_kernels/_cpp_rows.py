@@ -113,7 +113,7 @@ def add_grads(
     grads: Gradients,
     uniform: Tensor | None = None,
 ) -> None:
-    """Adds this chunk's gradients; arguments as those of `RowKernels.logits_grad`."""
+    """Adds this chunk's gradients; arguments as those of `RowKernels.add_grads`."""
     kept, exps, temperature = stats.logits, work.buffer(), head.temperature[rows]
     if u is not None:
         kept = _as_rounded(kept, exps, head.weight.shape[0])
