@@ -11,7 +11,8 @@ trainer does, `luffy.process`) or asks the system for fresh pages in every call 
 Contenders (`bench.contenders`) first pass a gate: their log-probs, or their loss and its gradients, against float64 or
 float32 by plain products; who fails it is not timed. Then they take turns, on buffers that alternate, with torch's
 threads fixed. A row of the JSON lines holds median, 20th and 80th percentile in ms, the errors, and the memory beyond
-inputs and gradients, measured in a process of its own.
+inputs and gradients, measured in a process of its own. `ours_ignored` and `ours_zero` are ours on the same case with
+3/4 of the rows ignored, or of the sequences at advantage 0: turns with `ours` give their ratio.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ from luffy.run_folder import cpu_name
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
+CHOICES = ("shapes", "tokens", "modes", "dtype", "active", "zero", "head", "fresh", "impl")  # of the command line
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 SEQUENCE = 128
 SECONDS, ROUNDS = 9.0, (3, 7)  # of the timed rounds of a case's slowest contender, at most
@@ -50,7 +52,9 @@ SECONDS, ROUNDS = 9.0, (3, 7)  # of the timed rounds of a case's slowest contend
 LOGP_GATE, LOSS_GATE, GRAD_GATE = 0.1, 0.05, 0.1
 OURS_GATE = {"logp_error": 1e-4, "loss_error": 1e-3, "grad_error": 0.02}
 PRODUCTS = ("gemm_x1", "gemm_x3", "gemm_x4", "tiles_x1", "tiles_x3")
-VOCABULARIES = (8192, 32768, 131072)
+VOCABULARIES, TOKENS = (8192, 32768, 131072), (512, 8192, 16384)  # of the plot, beside the main shapes
+TIME, MEMORY, BOTH = "time", "memory", "time and memory"
+SHARES = {"ours_ignored": {"active": 0.25}, "ours_zero": {"zero": 0.75}}
 CPU_SKIPS = ("verl_triton", "quack")  # device kernels
 HEADER = (
     f"{'implementation':16s} {'median ms':>10s}{'p20':>10s}{'p80':>10s} {'extra MiB':>9s} {'error':>9s} {'dx, dW':>9s}"
@@ -78,31 +82,30 @@ class Case:
         return p
 
 
-def standard() -> Iterator[tuple[Case, list[str] | None, bool]]:
-    """(case, its contenders, whether memory is measured): what README shows, in 15 minutes on two cores."""
+def standard() -> Iterator[tuple[Case, list[str], str]]:
+    """(case, its contenders, what is measured): what README shows, in 15 minutes on two cores."""
     small, large = ("smollm2-135m", 2048), ("qwen2.5-0.5b", 1024)
     policy = ["ours", "gemm_x3", "tiles_x3", "naive", "liger_grpo", "trl_logp"]
     logp = ["ours", "gemm_x1", "tiles_x1", "naive", "naive_bf16", "trl_logp"]
     for shape in (small, large):  # first: what is kept is never given back
-        yield Case(*shape, kept=False), policy if shape == small else policy[:4], False
-        yield Case(*shape, mode=LOGP, kept=False), logp[:4], False
-    yield Case(*small), [*policy, "naive_bf16", "naive_compiled"], True
-    yield Case(*large), policy, True
-    yield Case(*small, mode=LOGP), [*logp, "naive_compiled", "torch_lce"], False
-    yield Case(*large, mode=LOGP), logp, False
+        yield Case(*shape, kept=False), policy, TIME
+        yield Case(*shape, mode=LOGP, kept=False), logp[:4], TIME
+        yield Case(*shape, dtype="fp32", kept=False), policy[:4], TIME
+    yield Case(*small), [*policy, *SHARES, "naive_bf16", "naive_compiled"], BOTH
+    yield Case(*large), [*policy, *SHARES], BOTH
+    yield Case(*small, mode=LOGP), [*logp, "naive_compiled", "torch_lce"], TIME
+    yield Case(*large, mode=LOGP), logp, TIME
     for shape in (small, large):
-        yield Case(*shape, dtype="fp32"), policy[:4], False
-        for share in ({"active": 0.25}, {"zero": 0.75}):
-            yield Case(*shape, **share), ["ours"], False
+        yield Case(*shape, dtype="fp32"), policy[:4], TIME
     for share in ({"active": 0.5}, {"frozen": True}):
-        yield Case(*small, **share), ["ours", "naive"], False
+        yield Case(*small, **share), ["ours", "naive"], TIME
     half = ("smollm2-135m", 1024)
-    yield Case(*half, mode=CE), ["ours", "naive", "liger_flce", "cce", "torch_lce"], False
-    yield Case(*half, mode=ENTROPY), ["ours", "naive", "trl_logp"], False
+    yield Case(*half, mode=CE), ["ours", "naive", "liger_flce", "cce", "torch_lce"], TIME
+    yield Case(*half, mode=ENTROPY), ["ours", "naive", "trl_logp"], TIME
     for vocabulary in VOCABULARIES:
-        yield Case(f"576x{vocabulary}", 512), ["ours", "gemm_x3", "naive", "liger_grpo", "trl_logp"], False
-    for tokens in (512, 8192):
-        yield Case("smollm2-135m", tokens), ["ours", "naive"] if tokens < 2048 else ["ours"], True
+        yield Case(f"576x{vocabulary}", 512), ["ours", "gemm_x3", "naive", "liger_grpo", "trl_logp"], TIME
+    for tokens in TOKENS:
+        yield Case("smollm2-135m", tokens), ["ours", "naive"] if tokens < 2048 else ["ours"], MEMORY
 
 
 @functools.cache
@@ -131,12 +134,18 @@ def tiles(count: int) -> Call:
 
 
 def load(impl: str, mode: str) -> Call:
-    return tiles(int(impl[-1])) if impl.startswith("tiles") else contenders.load(impl, mode)
+    return tiles(int(impl[-1])) if impl.startswith("tiles") else contenders.load(project(impl), mode)
+
+
+def project(impl: str) -> str:
+    """Whose call it is: ours on other shares of the rows is ours."""
+    return "ours" if impl in SHARES else impl
 
 
 def names(mode: str) -> list[str]:
     listed = [impl for impl in contenders.names(mode) if impl not in CPU_SKIPS]
-    return [*listed, "tiles_x1"] if mode == LOGP else [*listed, "tiles_x3"] if mode in (CE, POLICY) else listed
+    listed += {LOGP: ["tiles_x1"], CE: ["tiles_x3"], POLICY: ["tiles_x3", *SHARES]}.get(mode, [])
+    return listed
 
 
 def exact_gradients(p: Problem, mode: str) -> list[torch.Tensor]:
@@ -157,44 +166,57 @@ def check(impl: str, call: Call, p: Problem, mode: str, exact: list[torch.Tensor
     else:
         out = call(p)
         grads, found = gradients(out, p, mode), error(out, p, mode)
-        off = [(g.float() - w).abs().max() / w.abs().max() for g, w in zip(grads, exact, strict=True)]
+        tiny = torch.finfo(torch.float32).tiny  # every advantage may be 0
+        off = [(g.float() - w).abs().max() / w.abs().max().clamp(min=tiny) for g, w in zip(grads, exact, strict=True)]
         found["grad_error"] = float(torch.stack(off).max())  # NaN if any of them is
     gates = {"logp_error": LOGP_GATE, "loss_error": LOSS_GATE, "grad_error": GRAD_GATE}
     for name, value in found.items():
-        gate = (OURS_GATE if impl == "ours" else gates)[name]
+        gate = (OURS_GATE if project(impl) == "ours" else gates)[name]
         if not value <= gate:
             raise ValueError(f"not timed: its {name.replace('_', ' ')} is {value:.1e}, more than {gate:g}")
     return found
 
 
-def measure(case: Case, impls: list[str], memory: bool) -> Iterator[Record]:
+def measure(case: Case, impls: list[str], what: str, threads: int | None = None) -> Iterator[Record]:
     """A record per contender: its figures, or "why" there are none."""
-    problems = [case.problem(seed) for seed in (0, 1)]
-    p, mode, ready, seconds = problems[0], case.mode, {}, {}
-    exact = [] if mode == LOGP else exact_gradients(p, mode)
+    if what == MEMORY:
+        yield from ({"impl": impl, "extra_mib": peak_memory(case, impl, threads)} for impl in impls)
+        return
+    mode, ready, seconds = case.mode, {}, {}
+    problems: dict[str, list[Problem]] = {}
+    exact: dict[str, list[torch.Tensor]] = {}
     for impl in impls:
+        kind = impl if impl in SHARES else ""
+        if kind not in problems:
+            problems[kind] = [replace(case, **SHARES.get(kind, {})).problem(seed) for seed in (0, 1)]
+            exact[kind] = [] if mode == LOGP else exact_gradients(problems[kind][0], mode)
+        p = problems[kind][0]
         try:
             call = load(impl, mode)
-            found = check(impl, call, p, mode, exact)
+            found = check(impl, call, p, mode, exact[kind])
             seconds[impl] = timed(call, p, mode) / 1e3
-            ready[impl] = call, found
+            ready[impl] = call, problems[kind], found
         except Exception as failure:  # a peer may raise anything; the others go on
             yield {"impl": impl, "why": contenders.why(failure)}
     del exact
     rounds = max(ROUNDS[0], min(ROUNDS[1], int(SECONDS / max(seconds.values(), default=1.0))))
     times: dict[str, list[float]] = {impl: [] for impl in ready}
     for i in range(rounds):
-        for impl, (call, _) in ready.items():
-            times[impl].append(timed(call, problems[i % 2], mode))
-    del problems, p
+        for impl, (call, both, _) in ready.items():
+            times[impl].append(timed(call, both[i % 2], mode))
+    found_by = {impl: found for impl, (_, _, found) in ready.items()}
+    del problems, p, ready  # before other processes need the memory
     for impl, ms in times.items():
-        peak = {"extra_mib": peak_memory(case, impl)} if memory and impl not in PRODUCTS else {}
-        yield {"impl": impl, **ready[impl][1], **spread(ms), **peak}
+        wanted = what == BOTH and impl not in PRODUCTS
+        peak = {"extra_mib": peak_memory(case, impl, threads)} if wanted else {}
+        yield {"impl": impl, **found_by[impl], **spread(ms), **peak}
 
 
-def peak_memory(case: Case, impl: str) -> float | None:
+def peak_memory(case: Case, impl: str, threads: int | None = None) -> float | None:
     """MiB beyond inputs and gradients, in a fresh process."""
+    case = replace(case, **SHARES.get(impl, {}))
     command = [sys.executable, "-m", "bench.ops", "--memory", json.dumps(asdict(case)), "--impl", impl]
+    command += [] if threads is None else ["--threads", str(threads)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode != 0:
         print(f"{impl}: no memory figure: {(done.stderr.strip().splitlines() or ['no reason'])[-1]}", file=sys.stderr)
@@ -262,7 +284,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             roofline.expect(0 < share <= 1, "--active", "in (0, 1]", share)
         for share in args.zero:
             roofline.expect(0 <= share <= 1, "--zero", "in [0, 1]", share)
+            for tokens in args.tokens:
+                sequences = share * tokens / SEQUENCE
+                roofline.expect(sequences.is_integer(), "--zero", f"of whole sequences of {SEQUENCE} tokens", share)
         roofline.expect(args.threads is None or args.threads > 0, "--threads", "positive", args.threads)
+        chosen = [name for name in CHOICES if getattr(args, name) != parser.get_default(name)]
+        roofline.expect(not args.standard or not chosen, "--standard", "without " + ", ".join(CHOICES), chosen)
         folder = args.out.parent if args.out else RESULTS
         roofline.expect(folder.is_dir(), "--out", "in a folder that exists", args.out)
         known = sorted({impl for mode in args.modes for impl in names(mode)})
@@ -273,7 +300,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def cases(args: argparse.Namespace) -> Iterator[tuple[Case, list[str] | None, bool]]:
+def cases(args: argparse.Namespace) -> Iterator[tuple[Case, list[str], str]]:
     if args.standard:
         yield from standard()
         return
@@ -281,7 +308,8 @@ def cases(args: argparse.Namespace) -> Iterator[tuple[Case, list[str] | None, bo
         args.shapes, args.tokens, args.modes, args.dtype, args.active, args.zero, args.head
     ):
         case = Case(shape, tokens, mode, dtype, active, zero, head == "frozen", not args.fresh)
-        yield case, args.impl, not args.no_memory
+        listed = names(mode)
+        yield case, [impl for impl in args.impl or listed if impl in listed], TIME if args.no_memory else BOTH
 
 
 def title(case: Case) -> str:
@@ -293,7 +321,8 @@ def title(case: Case) -> str:
 def line(record: Record) -> str:
     if "why" in record:
         return f"{record['impl']:16s} {record['why']}"
-    cells = "".join(f"{record[name]:10.1f}" for name in ("ms", "p20_ms", "p80_ms"))
+    times = (record.get(name) for name in ("ms", "p20_ms", "p80_ms"))
+    cells = "".join(f"{'-' if x is None else f'{x:.1f}':>10s}" for x in times)
     extra, off = record.get("extra_mib"), record.get("logp_error", record.get("loss_error"))
     grad = record.get("grad_error")
     marks = [f"{'-' if x is None else form.format(x):>9s}" for x, form in ((extra, "{:.0f}"), (off, "{:.1e}"))]
@@ -302,24 +331,23 @@ def line(record: Record) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
     if args.memory:
         print(measure_memory(Case(**json.loads(args.memory)), args.impl[0]))
         return 0
-    if args.threads:
-        torch.set_num_threads(args.threads)
     out = args.out
     if out is None and args.standard:
         out = RESULTS / f"ops-{re.sub(r'[^A-Za-z0-9]+', '-', cpu_name()).strip('-')}.jsonl"
     lines = [json.dumps({"machine": machine()})]
     partial = None if out is None else out.with_suffix(".partial")
     try:
-        for case, impls, memory in cases(args):
+        for case, impls, what in cases(args):
             if case.kept:
                 keep_freed_memory()
             print(f"\n{title(case)}")
             print(HEADER)
-            chosen = [impl for impl in impls or names(case.mode) if impl in names(case.mode)]
-            for record in measure(case, chosen, memory and not args.no_memory):
+            for record in measure(case, impls, what, args.threads):
                 print(line(record), flush=True)
                 lines.append(json.dumps(asdict(case) | record))
                 if partial is not None:

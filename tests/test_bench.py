@@ -50,6 +50,21 @@ def test_lines_name_the_machine_and_hold_what_the_report_reads(tmp_path):
         assert ("grad_error" in r) == (r["impl"] != "gemm_x3")
 
 
+def test_ours_on_other_shares_takes_turns_with_ours(tmp_path):
+    _, records = run(tmp_path, "--impl", "ours", *ops.SHARES, "--tokens", str(4 * ops.SEQUENCE))
+    assert [r["impl"] for r in records] == ["ours", *ops.SHARES]
+    assert all(r["grad_error"] <= ops.OURS_GATE["grad_error"] and r["active"] == 1 for r in records)
+    for impl, share in ops.SHARES.items():
+        assert ops.project(impl) == "ours"
+        p = ops.replace(ops.Case(SHAPE, 4 * ops.SEQUENCE), **share).problem()
+        assert (p.advantages == 0).sum() == 4 * share.get("zero", 0)
+
+
+def test_where_every_advantage_is_0_nothing_is_refused(tmp_path):
+    _, records = run(tmp_path, "--impl", "ours", "naive", "--zero", "1")
+    assert all("ms" in r for r in records)
+
+
 def test_who_fails_the_gate_is_not_timed(tmp_path, monkeypatch):
     def wrong(mode):
         return lambda p: 1.3 * contenders.naive(mode)(p)
@@ -96,7 +111,9 @@ def test_memory_is_that_of_one_step():
     case = ops.Case("16x40000", 4 * ops.SEQUENCE, POLICY)
     logits = 4 * case.tokens * 40000 / 2**20
     assert ops.peak_memory(case, "naive") > 1.5 * logits
-    assert ops.peak_memory(case, "ours") < 1.0 * logits
+    alone = list(ops.measure(case, ["ours"], ops.MEMORY, threads=1))
+    assert alone[0].keys() == {"impl", "extra_mib"}
+    assert alone[0]["extra_mib"] < 1.0 * logits
 
 
 @pytest.mark.parametrize(
@@ -106,6 +123,8 @@ def test_memory_is_that_of_one_step():
         (["--active", "0"], "--active must be in (0, 1]"),
         (["--impl", "oures"], "--impl must be of"),
         (["--shapes", "llama9"], "--shapes must be HxV or one of"),
+        (["--tokens", "256", "--zero", "0.75"], "--zero must be of whole sequences of 128 tokens"),
+        (["--standard", "--impl", "ours"], "--standard must be without"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, text, capsys):
