@@ -55,7 +55,11 @@ class Results:
 
     def of(self, shape: str, tokens: int, mode: str = POLICY, **case: Any) -> dict[str, Record]:
         wanted = PLAIN | {"shape": shape, "tokens": tokens, "mode": mode} | case
-        return {r["impl"]: r for r in self.records if all(r[key] == value for key, value in wanted.items())}
+        found: dict[str, Record] = {}
+        for r in self.records:
+            if all(r[key] == value for key, value in wanted.items()):
+                found[r["impl"]] = found.get(r["impl"], {}) | r  # time and memory may come from two measurements
+        return found
 
 
 def ops_table(results: Results) -> Iterator[str]:
