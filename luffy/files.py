@@ -1,5 +1,6 @@
 """Files that are either whole or absent."""
 
+import contextlib
 import errno
 import json
 import os
@@ -25,6 +26,8 @@ DISK_ERRORS = {
         "ENOTDIR",
         "EISDIR",
         "EEXIST",
+        "ENOTCONN",  # a mount whose server went away
+        "ESTALE",
     )
 }
 
@@ -44,7 +47,7 @@ def disk_errors(what: str) -> Iterator[None]:
 
 def write_text(path: Path, text: str) -> None:
     """Write beside, flush, rename."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = temporary_name(path)
     with disk_errors(f"cannot write {path.name}"):
         try:
             with temporary.open("w") as file:
@@ -72,29 +75,48 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+def temporary_name(path: Path) -> Path:
+    """What `path` is called until it is whole; in the same folder, so that a rename moves no data."""
+    return path.with_name(f".{path.name}.tmp")
+
+
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A temporary folder that becomes `path` if the block succeeds, and vanishes if it does not."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = temporary_name(path)
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
         yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                with file.open("rb") as handle:
-                    os.fsync(handle.fileno())
-        if path.exists():  # aside first: at every moment one of the two is whole
-            aside = path.with_name(f".{path.name}.old")
-            shutil.rmtree(aside, ignore_errors=True)
-            path.replace(aside)
-            temporary.replace(path)
-            shutil.rmtree(aside)
-        else:
-            temporary.replace(path)
+        put_in_place(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def put_in_place(temporary: Path, path: Path) -> None:
+    """Flush the folder `temporary` to the disk and rename it to `path`, which it replaces if there is one."""
+    for folder, _, names in os.walk(temporary, topdown=False):
+        for name in names:
+            _flush(Path(folder, name))
+        _flush(Path(folder))
+    if path.exists():  # aside first: at every moment one of the two is whole
+        aside = path.with_name(f".{path.name}.old")
+        shutil.rmtree(aside, ignore_errors=True)
+        path.replace(aside)
+        temporary.replace(path)
+        shutil.rmtree(aside)
+    else:
+        temporary.replace(path)
+    _flush(path.parent)
+
+
+def remove_folder(path: Path) -> None:
+    """Under another name first: a kill half-way leaves nothing that could be taken for the folder."""
+    temporary = temporary_name(path)
+    shutil.rmtree(temporary, ignore_errors=True)
+    path.replace(temporary)
+    shutil.rmtree(temporary)
 
 
 def sweep(parent: Path, names: str) -> None:
@@ -110,3 +132,14 @@ def sweep(parent: Path, names: str) -> None:
             aside.replace(path)
     for temporary in parent.glob(f".{names}.tmp"):
         shutil.rmtree(temporary)
+
+
+def _flush(path: Path) -> None:
+    """fsync a file or a folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        # some mounts know no fsync of folders
+        with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():
+            os.fsync(handle)
+    finally:
+        os.close(handle)

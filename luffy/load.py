@@ -1,0 +1,270 @@
+"""Loading a model so that no rank ever holds it whole: empty first, sharded, then filled from slices of the files.
+
+    policy = shard(Policy(empty_lm(path, config), temperature), mesh, dtype)
+    load_weights(policy, path, device)
+    optimizer = make_optimizer(policy, ...)     # after: loading replaces the Parameter objects
+
+Between the two calls parameters exist on the meta device alone. Every rank then reads its own rows of each tensor from
+the safetensors files (memory-mapped) and converts them to the float32 masters.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.hub import cached_file
+
+from luffy import activations, attention
+from luffy.config import ModelConfig
+from luffy.console import say
+from luffy.consolidate import read_header
+from luffy.errors import UserError, user_errors
+from luffy.files import DISK_ERRORS
+
+if TYPE_CHECKING:
+    from luffy.model import Policy
+
+Shape = tuple[int, ...]
+
+
+def empty_lm(path: str, config: ModelConfig) -> PreTrainedModel:
+    """The causal LM of a folder or hub id with packed attention: float32 parameters on the meta device, real buffers.
+
+    Raises:
+        UserError: nothing is found at `path`, it is no causal LM, or its weights are quantised.
+    """
+    options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+    with user_errors(f"model {path}"):
+        described = AutoConfig.from_pretrained(path, **options)
+        if getattr(described, "quantization_config", None):
+            raise UserError(f"model {path}: its weights are quantised and cannot be trained; choose the model it is of")
+        with _parameters_on_meta():
+            lm = AutoModelForCausalLM.from_config(
+                described, dtype=torch.float32, attn_implementation=attention.register(), **options
+            )
+    with suppress(OSError):  # a model without one keeps what follows from its config
+        lm.generation_config = GenerationConfig.from_pretrained(path)
+    activations.apply(lm, config)
+    return lm.eval()
+
+
+def load_weights(policy: "Policy", path: str, device: torch.device, *, weights_on: torch.device | None = None) -> None:
+    """Give the empty, usually sharded, `policy` the weights of a folder or hub id. Collective over all ranks.
+
+    Parameters come to `weights_on`, which is `device` unless the shards live elsewhere (FSDP2's CPU offload), buffers
+    to `device`. Parameter objects are new ones, so the optimizer is made afterwards.
+
+    Raises:
+        UserError: a file is damaged, or tensors are missing, unknown or of another shape; the first ones are named.
+    """
+    _materialise(policy, device, weights_on or device)
+    wanted = weights_of(policy)
+    with user_errors(f"model {path}"):
+        files = safetensors_files(path)
+        stored = stored_shapes(files, f"model {path}")
+    if not stored or (_differences(wanted, stored, policy.lm) and _converted_by_transformers(policy.lm, stored)):
+        say(
+            f"model {path}: no safetensors files with this model's own names; every rank loads it whole, then splits it"
+        )
+        _load_whole(policy, path, wanted)
+        return
+    if problem := _differences(wanted, stored, policy.lm):
+        raise UserError(f"model {path}: {problem}; its files must be those of a {type(policy.lm).__name__}")
+    read_tensors(wanted, files, f"model {path}")
+
+
+def weights_of(policy: "Policy") -> dict[str, Tensor]:
+    """Hugging Face name -> parameter or buffer, sharded where FSDP2 shards; what is tied to another is left out.
+
+    Asked of the root, whose hooks put gathered parameters back into their shards first.
+    """
+    tied = set(policy.lm.all_tied_weights_keys)
+    everything = policy.state_dict(keep_vars=True).items()
+    names = {name.removeprefix("lm."): tensor for name, tensor in everything if name.startswith("lm.")}
+    return {name: tensor for name, tensor in names.items() if name not in tied}
+
+
+def safetensors_files(path: str) -> list[Path]:
+    """Local paths of a model's safetensors files, downloaded if `path` is a hub id; none if it has none.
+
+    Only what the index names counts: folders of the hub hold other layouts of the same weights beside it.
+    """
+    quiet: dict[str, Any] = {"_raise_exceptions_for_missing_entries": False}
+    if whole := cached_file(path, SAFE_WEIGHTS_NAME, **quiet):
+        return [Path(whole)]
+    index = cached_file(path, SAFE_WEIGHTS_INDEX_NAME, **quiet)
+    if index is None:
+        return []
+    names = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
+    return [Path(file) for name in names if (file := cached_file(path, name))]
+
+
+def stored_shapes(files: list[Path], what: str) -> dict[str, Shape]:
+    """Name -> shape of the tensors in the files, from their headers alone.
+
+    Raises:
+        UserError: a file is not a whole safetensors file.
+    """
+    shapes: dict[str, Shape] = {}
+    for file in files:
+        try:
+            header, data = read_header(file)
+            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        except (ValueError, KeyError, OSError) as error:
+            raise UserError(f"{what}: {file.name} cannot be read: {error}") from error
+        if file.stat().st_size != data + max(ends, default=0):
+            raise UserError(
+                f"{what}: {file.name} has {file.stat().st_size} bytes and its header says "
+                f"{data + max(ends, default=0)}; copy or download it again"
+            )
+        shapes |= {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+    return shapes
+
+
+def read_tensors(tensors: Mapping[str, Tensor], files: list[Path], what: str) -> None:
+    """Fill tensors, or this rank's shards of DTensors, from safetensors files. Collective; dtypes are converted.
+
+    Raises:
+        UserError: a file is damaged or cannot be read, on whichever rank.
+    """
+    with torch.no_grad(), dcp_errors(what):
+        dcp.load(
+            {name: tensor.detach() for name, tensor in tensors.items()},
+            storage_reader=_Reader(files),
+            no_dist=not dist.is_initialized(),
+        )
+
+
+@contextmanager
+def dcp_errors(what: str) -> Iterator[None]:
+    """DCP's exception of all ranks as one sentence where the user can mend it, and as an Exception elsewhere."""
+    try:
+        yield
+    except CheckpointException as error:
+        rank, (cause, _) = min(error.failures.items(), key=lambda item: item[0])
+        if isinstance(cause, SafetensorError) or (isinstance(cause, OSError) and cause.errno in DISK_ERRORS):
+            raise UserError(f"{what}: on rank {rank}: {cause}") from error
+        raise RuntimeError(f"{what}: on rank {rank}: {error}") from error
+
+
+class _Reader(dcp.HuggingFaceStorageReader):
+    """DCP's reader of a folder, kept to the files that it is given."""
+
+    def __init__(self, files: list[Path]) -> None:
+        super().__init__(str(files[0].parent))
+        self.fs = _Listed(files)
+
+
+class _Listed(FileSystem):
+    def __init__(self, files: list[Path]) -> None:
+        super().__init__()
+        self.files = files
+
+    def ls(self, path: Any) -> list[str]:
+        return [str(file) for file in self.files]
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Parameters of modules made inside go to the meta device as they are registered, buffers are computed as ever.
+
+    A `with torch.device("meta")` would take the buffers too, and nothing can say what rotary frequencies or embedding
+    scales of a model from anywhere were.
+    """
+
+    def to_meta(_module: nn.Module, _name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        if parameter is None or parameter.is_meta:
+            return None
+        return nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+
+    hook = register_module_parameter_registration_hook(to_meta)  # type: ignore[arg-type]  # it may return one
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _materialise(policy: "Policy", device: torch.device, weights_on: torch.device) -> None:
+    buffers = [(module, *named) for module in policy.modules() for named in module.named_buffers(recurse=False)]
+    policy.to_empty(device=weights_on)
+    for module, name, value in buffers:  # to_empty emptied these too
+        setattr(module, name, value.to(device))
+    policy.lm.tie_weights()  # to_empty made one parameter for each of the names
+
+
+def _differences(wanted: Mapping[str, Tensor], stored: Mapping[str, Shape], lm: PreTrainedModel) -> str | None:
+    """What does not fit, the first of its kind by name; None if everything fits."""
+    ignored = [r"rotary_emb\.inv_freq", *(lm._keys_to_ignore_on_load_unexpected or ())]
+    missing = [name for name in wanted if name not in stored]
+    extra = [
+        name
+        for name in stored
+        if name not in wanted
+        and name not in lm.all_tied_weights_keys
+        and not any(re.search(pattern, name) for pattern in ignored)
+    ]
+    if missing:
+        return f"{_named(missing)} missing from the files" + (f", which hold {_named(extra)} instead" if extra else "")
+    if extra:
+        return f"the files hold {_named(extra)} that the model does not have"
+    for name, tensor in wanted.items():
+        if stored[name] != tuple(tensor.shape):
+            return f"{name} must have shape {tuple(tensor.shape)}, got {stored[name]}"
+    return None
+
+
+def _named(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _converted_by_transformers(lm: PreTrainedModel, stored: Mapping[str, Shape]) -> bool:
+    """Whether from_pretrained could make sense of other names: fused experts, or a body saved without its head."""
+    if get_model_conversion_mapping(lm, add_legacy=False):
+        return True
+    return not any(name.startswith(f"{lm.base_model_prefix}.") for name in stored)
+
+
+def _load_whole(policy: "Policy", path: str, wanted: Mapping[str, Tensor]) -> None:
+    """What transformers makes of the files, split among the ranks; each of them holds the model for a moment."""
+    try:
+        with user_errors(f"model {path}"):
+            loaded: Any = type(policy.lm).from_pretrained(
+                path, config=policy.lm.config, dtype=torch.float32, output_loading_info=True
+            )
+    except RuntimeError as error:  # how transformers says that tensors do not go together, its report on many lines
+        reason = next((line for line in str(error).splitlines() if line.strip()), "unknown")
+        raise UserError(
+            f"model {path}: its tensors cannot be converted ({reason}); copy or download it again"
+        ) from error
+    lm, info = loaded
+    missing = sorted({*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])})
+    if missing:
+        raise UserError(
+            f"model {path}: {_named(missing)} missing from the files; they must be of a {type(lm).__name__}"
+        )
+    values = lm.state_dict()
+    with torch.no_grad():
+        for name, tensor in wanted.items():
+            if isinstance(tensor, DTensor):
+                # every rank has the value: nothing is sent
+                part = distribute_tensor(
+                    values[name].to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None
+                )
+                tensor.to_local().copy_(part.to_local())
+            else:
+                tensor.copy_(values[name])
