@@ -1,7 +1,8 @@
 """The `luffy` command: train, eval, generate.
 
 Heavy imports happen inside the commands, so `--help` and a mistyped key answer at once. Exit codes: 0 done, 2 something
-the user can mend (one sentence on stderr), 130 interrupted.
+the user can mend (one sentence on stderr), 130 interrupted. Training with many ranks (docs/multi-node.md) ends with the
+code of the rank that failed first, and with 0 after SIGTERM, once it has saved.
 """
 
 import argparse
@@ -9,20 +10,27 @@ import sys
 from typing import Any
 
 from luffy.errors import UserError
+from luffy.launch import add_options
 
 
 def main(argv: list[str] | None = None) -> int:
+    argv = _spell_out_resume(sys.argv[1:] if argv is None else argv)
     args, rest = build_parser().parse_known_args(argv)
     if rest and args.command != "train":
         build_parser().parse_args(argv)  # ends with argparse's own message
     try:
         return {"train": run_train, "eval": run_eval, "generate": run_generate}[args.command](args, rest)
     except UserError as error:
-        print(f"luffy: {error}", file=sys.stderr)
+        from luffy.failure import say_failure
+
+        say_failure(error)
         return 2
-    except KeyboardInterrupt:
-        print("luffy: interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stopped:
+        from luffy.rank import exit_code, speaks
+
+        if speaks():
+            print(f"luffy: {str(stopped) or 'interrupted'}", file=sys.stderr)
+        return exit_code(stopped)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -32,7 +40,10 @@ def build_parser() -> argparse.ArgumentParser:
     train = commands.add_parser(
         "train",
         help="train as a recipe or TOML file says",
-        usage="luffy train RECIPE|FILE.toml [--run-dir DIR] [--resume] [--section.key VALUE ...]",
+        usage=(
+            "luffy train RECIPE|FILE.toml [--run-dir DIR] [--resume [auto]] [--nproc-per-node N ...] "
+            "[--section.key VALUE ...]"
+        ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Train as a recipe or TOML file says. Any key can be overridden: --optim.lr 2e-5",
         epilog=keys_help() if _wants_help(("train",)) else None,
@@ -40,8 +51,12 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("source", metavar="RECIPE|FILE.toml")
     train.add_argument("--run-dir", metavar="DIR", help="run folder (default: runs/NAME of the recipe)")
     train.add_argument(
-        "--resume", action="store_true", help="continue the run in the folder; print it again if complete"
+        "--resume",
+        choices=("auto",),
+        metavar="[auto]",
+        help="continue the run in the folder, or start it if there is none; print it again if complete",
     )
+    add_options(train)
 
     evaluate = commands.add_parser("eval", help="accuracy of a model on problems with known answers")
     evaluate.add_argument("--data", required=True, metavar="PATH", help="parquet or JSONL file, folder, or dataset id")
@@ -89,24 +104,32 @@ def keys_help() -> str:
 
 
 def run_train(args: argparse.Namespace, overrides: list[str]) -> int:
+    from luffy import launch, rank
     from luffy.config import load_config
 
+    rank.become_rank()
+    job = launch.parse(args)
     config = load_config(args.source, overrides)
     from luffy.run_folder import RunFolder
 
     run = RunFolder(args.run_dir or f"runs/{config.name}")
-    run.check(config, args.resume)  # before anything slow
+    resume = args.resume is not None or rank.restarted()
+    run.check(config, resume)  # before anything slow
+    complete = resume and run.is_complete(config)
+    if job.wanted and not complete:
+        # the folder was checked here: from now on the ranks, and those that a restart starts, go on with what is in it
+        return launch.start(job, ["-m", "luffy", "train", args.source, f"--run-dir={run.path}", "--resume", *overrides])
     from luffy.report import draw_curves, print_result
 
-    if not (args.resume and run.is_complete(config)):
+    if not complete:
         _quiet()
         from luffy.train import train
 
-        train(config, run, args.resume)
-        draw_curves(run)
-    elif not run.curves.is_file():  # a kill came between the last step and the picture
-        draw_curves(run)
-    print_result(run)
+        train(config, run, resume)
+    if rank.speaks():
+        if not (complete and run.curves.is_file()):  # a kill may come between the last step and the picture
+            draw_curves(run)
+        print_result(run)
     return 0
 
 
@@ -201,6 +224,16 @@ def _quiet() -> None:
 
     before_torch()
     quiet_libraries()
+
+
+def _spell_out_resume(argv: list[str]) -> list[str]:
+    """A bare `--resume` means `--resume auto`; argparse would take the recipe that follows it for its value."""
+    spelled: list[str] = []
+    for word in argv:
+        if word == "auto" and spelled[-1:] == ["--resume=auto"]:
+            continue
+        spelled.append("--resume=auto" if word == "--resume" else word)
+    return spelled
 
 
 def _wants_help(commands: tuple[str, ...]) -> bool:
