@@ -16,10 +16,12 @@ from luffy.launch import add_options
 def main(argv: list[str] | None = None) -> int:
     argv = _spell_out_resume(sys.argv[1:] if argv is None else argv)
     args, rest = build_parser().parse_known_args(argv)
-    if rest and args.command != "train":
+    if rest and args.command not in ("train", "plan"):
         build_parser().parse_args(argv)  # ends with argparse's own message
     try:
-        return {"train": run_train, "eval": run_eval, "generate": run_generate}[args.command](args, rest)
+        return {"train": run_train, "eval": run_eval, "generate": run_generate, "plan": run_plan}[args.command](
+            args, rest
+        )
     except UserError as error:
         from luffy.failure import say_failure
 
@@ -57,6 +59,23 @@ def build_parser() -> argparse.ArgumentParser:
         help="continue the run in the folder, or start it if there is none; print it again if complete",
     )
     add_options(train)
+
+    plan = commands.add_parser(
+        "plan",
+        help="memory and time of a run, before anything is downloaded",
+        usage=(
+            "luffy plan RECIPE|FILE.toml [--model NAME] [--gpus N] [--gpu KIND] [--context TOKENS] [--json] "
+            "[--section.key VALUE ...]"
+        ),
+        description="Predict what a run needs on each GPU and what a step takes; suggest a mesh and a budget that fit.",
+    )
+    plan.add_argument("source", metavar="RECIPE|FILE.toml")
+    plan.add_argument("--model", metavar="NAME", help="folder, well-known model or Hugging Face id, not the recipe's")
+    plan.add_argument("--gpus", type=int, metavar="N", help="GPUs, a rank each (default: 8; of a cpu 1)")
+    plan.add_argument("--gpu", default="h100", metavar="KIND", help="h100, a100, ... or cpu (default: h100)")
+    plan.add_argument("--context", type=int, metavar="TOKENS", help="longest prompt and answer (default: the recipe's)")
+    plan.add_argument("--answer-tokens", type=int, metavar="N", help="mean answer (default: half of the longest)")
+    plan.add_argument("--json", action="store_true", help="print everything as JSON: bytes, seconds, FLOP")
 
     evaluate = commands.add_parser("eval", help="accuracy of a model on problems with known answers")
     evaluate.add_argument("--data", required=True, metavar="PATH", help="parquet or JSONL file, folder, or dataset id")
@@ -130,6 +149,27 @@ def run_train(args: argparse.Namespace, overrides: list[str]) -> int:
         if not (complete and run.curves.is_file()):  # a kill may come between the last step and the picture
             draw_curves(run)
         print_result(run)
+    return 0
+
+
+def run_plan(args: argparse.Namespace, overrides: list[str]) -> int:
+    from luffy import plan, plan_text
+    from luffy.config import load_config
+    from luffy.machines import find_machine
+    from luffy.shapes import find_shape
+
+    config = load_config(args.source, overrides)
+    machine = find_machine(args.gpu)
+    shape = find_shape(args.model or config.model.name)
+    gpus = (1 if machine.name == "cpu" else 8) if args.gpus is None else args.gpus
+    asked = plan.ask(config, shape, machine, gpus, args.context, args.answer_tokens)
+    plans = (asked, *plan.answer(asked))
+    if args.json:
+        import json
+
+        print(json.dumps(plan_text.record(*plans), indent=2))
+    else:
+        print(plan_text.text(*plans))
     return 0
 
 

@@ -1,0 +1,222 @@
+"""What `luffy plan` predicts of memory, beside what training updates take on this CPU.
+
+    python -m bench.plan [--case NAME ...] [--out FILE.json]
+
+Each case is a model with random weights and three updates by `luffy.train.update`: from the second on Adam's moments
+are in place. A fresh process each, which keeps freed memory as the trainer does. Measured is VmHWM, the most memory
+that the process ever had, less what it had before the model was made and after a tiny model had been through the same
+code: libraries, threads and kernels do not count. No engine is started. Exit code 1 where a prediction is off by more
+than 15 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from luffy.footprint import GIB, PARTS, Load, Segment, moments, peak
+from luffy.shapes import shape_of
+
+TOLERANCE = 0.15
+SMOLLM = {
+    "model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+    "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True,
+}  # fmt: skip
+WIDE_HEAD = {
+    "model_type": "qwen2", "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 6,
+    "num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": False,
+}  # fmt: skip
+NARROW = {
+    "model_type": "qwen2", "hidden_size": 448, "intermediate_size": 2432, "num_hidden_layers": 12,
+    "num_attention_heads": 7, "num_key_value_heads": 1, "vocab_size": 32768, "tie_word_embeddings": True,
+}  # fmt: skip
+
+HELD_OUT = {
+    "model_type": "llama", "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 10,
+    "num_attention_heads": 12, "num_key_value_heads": 12, "vocab_size": 32000, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """An update of `groups` segments, each a prompt and rows of so many tokens, packed to `budget` tokens."""
+
+    name: str
+    model: dict[str, Any]
+    groups: int
+    prompt: int
+    rows: tuple[int, ...]
+    budget: int
+    recompute: Any = False
+    entropy: float = 0.0
+
+    @property
+    def load(self) -> Load:
+        """The fullest micro-batch, as `luffy.packing` makes it: the last token of a row stays out of the body."""
+        segment = Segment(self.prompt, tuple(row - 1 for row in self.rows))
+        fitting = min(self.groups, self.budget // segment.tokens)
+        return Load(
+            shape=shape_of(self.model, self.name),
+            tokens=fitting * segment.tokens,
+            targets=fitting * sum(self.rows),
+            device="cpu",
+            recompute=self.recompute,
+            accumulates=fitting < self.groups,
+            segments=(segment,) * fitting,
+        )
+
+
+CASES = (
+    Case("smollm2-135m, 1,536 tokens", SMOLLM, 6, 64, (193,), 1600),
+    Case("smollm2-135m, 4,096 tokens recomputed", SMOLLM, 4, 64, (961,), 4200, recompute=True),
+    Case("6 blocks, 152k entries, 2 x 2,048 tokens", WIDE_HEAD, 16, 32, (225,), 2100, entropy=0.001),
+    Case("12 blocks, 2 x 4,096 tokens, shared prompts", NARROW, 4, 256, (449, 449, 449, 449), 4104),
+    # left out when `luffy.footprint.HOLES` was chosen
+    Case("held out: 10 blocks, 2 x 1,536 tokens recomputed", HELD_OUT, 4, 96, (673,), 1600, recompute=True),
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--case", action="append", choices=[case.name for case in CASES], help="default: all")
+    parser.add_argument("--out", type=Path, help="write the figures as JSON")
+    parser.add_argument("--measure", help=argparse.SUPPRESS)  # a case: measure it in this very process
+    args = parser.parse_args(argv)
+    if args.measure:
+        print(json.dumps(measure(next(case for case in CASES if case.name == args.measure))))
+        return 0
+    chosen = [case for case in CASES if args.case is None or case.name in args.case]
+    try:
+        results = [compare(case) for case in chosen]
+    except KeyboardInterrupt:
+        print("\nluffy: stopped", file=sys.stderr)
+        return 130
+    if args.out:
+        from luffy.files import write_json
+
+        write_json(args.out, {"machine": machine(), "results": results})
+    off = [result["case"] for result in results if abs(result["error"]) > TOLERANCE]
+    print(f"off by more than {TOLERANCE:.0%}: {'; '.join(off)}" if off else f"all within {TOLERANCE:.0%}")
+    return 1 if off else 0
+
+
+def compare(case: Case) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.plan", "--measure", case.name], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise SystemExit(f"luffy: {case.name} failed: {(done.stderr.strip().splitlines() or ['no reason'])[-1]}")
+    found = json.loads(done.stdout.strip().splitlines()[-1])
+    measured = found["peak"]
+    if found["tokens"] != case.load.tokens:
+        raise SystemExit(f"luffy: {case.name}: packed to {found['tokens']} tokens, planned for {case.load.tokens}")
+    moment, parts = peak(case.load)
+    planned = sum(parts.values())
+    error = planned / measured - 1
+    print(f"{case.name}: planned {planned / GIB:.2f} GiB ({moment}), measured {measured / GIB:.2f} GiB, {error:+.1%}")
+    print("    " + ", ".join(f"{part} {parts[part] / GIB:.2f}" for part in PARTS if parts.get(part)), flush=True)
+    every = {name: sum(found.values()) for name, found in moments(case.load).items()}
+    return {"case": case.name, "measured": measured, "planned": planned, "error": error, "moment": moment} | {
+        "parts": parts,
+        "moments": every,
+    }
+
+
+def machine() -> dict[str, Any]:
+    import torch
+
+    from luffy.run_folder import cpu_name
+
+    return {"cpu": cpu_name(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+
+
+def measure(case: Case) -> dict[str, float]:
+    """Of this process: {"peak": bytes, "tokens": of the fullest micro-batch}. Linux."""
+    from luffy.process import before_torch, keep_freed_memory
+
+    before_torch()
+    keep_freed_memory()
+    tiny = case.model | {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 64, "vocab_size": 512}
+    tiny |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+    run(dataclasses.replace(case, model=tiny, groups=2, prompt=8, rows=(9, 9), budget=64))
+    before = memory("VmRSS")
+    tokens = run(case)
+    return {"peak": memory("VmHWM") - before, "tokens": tokens}
+
+
+def memory(field: str) -> float:
+    with open("/proc/self/status") as status:
+        return next(1024.0 * int(line.split()[1]) for line in status if line.startswith(f"{field}:"))
+
+
+def run(case: Case) -> int:
+    """Three updates by the trainer's own code; returns the tokens of the fullest micro-batch."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from luffy import activations, attention, distributed, optim
+    from luffy.config import Config, MeshConfig
+    from luffy.model import Policy, shard
+    from luffy.objectives import make_objective
+    from luffy.setup import Trainer
+    from luffy.train import micro_batches, update
+
+    torch.manual_seed(0)
+    config = Config()
+    config.model.gradient_checkpointing = case.recompute
+    config.train.tokens_per_micro = case.budget
+    config.objective.entropy_coef = case.entropy
+    sizes = {key: value for key, value in case.model.items() if key != "model_type"}
+    lm = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(case.model["model_type"], **sizes), attn_implementation=attention.register()
+    ).float()
+    activations.apply(lm, config.model)
+    world = distributed.start(MeshConfig())
+    policy = shard(Policy(lm, 1.0), world.params, torch.bfloat16).train()
+    given = {"config": config, "device": world.device, "world": world, "examples": [], "heldout": {}} | {
+        "objective": make_objective(config.objective),
+        "policy": policy,
+        "optimizer": optim.make_optimizer(policy, config.optim),
+    }
+    others: dict[str, Any] = dict.fromkeys(
+        field.name for field in dataclasses.fields(Trainer) if field.name not in given
+    )
+    trainer = Trainer(**(others | given))
+    loop = {"step": 1, "updates": 0, "bad_in_a_row": 0}
+    for _ in range(3):
+        groups = make_groups(case)
+        rows = {id(group): group.rows for group in groups}
+        update(trainer, groups, rows, loop)
+    return max(micro.num_tokens for micro in micro_batches(trainer, groups, rows))
+
+
+def make_groups(case: Case) -> list[Any]:
+    """Advantages are given: none is 0, so all rows enter the model."""
+    from luffy.data import Example
+    from luffy.data.problem import Problem
+    from luffy.groups import Group, Row
+
+    vocabulary = case.model["vocab_size"]
+    problem = Problem(id="p", data_source="s", messages=(), answer="1", traces=(), extra={})
+    made = []
+    for number in range(case.groups):
+        prompt = tuple((7 * i + number) % vocabulary for i in range(case.prompt))
+        rows = [
+            Row(token_ids=tuple((11 * i + 5 * k + number) % vocabulary for i in range(length)), text="", advantage=1.0)
+            for k, length in enumerate(case.rows)
+        ]
+        for row in rows:
+            row.sampler_logp = (-1.0,) * len(row.token_ids)
+        made.append(Group(example=Example(problem, prompt, ()), rows=rows))
+    return made
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
