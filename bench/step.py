@@ -77,7 +77,7 @@ class Bench:
         template = load_template(self.path, config.model)
         examples = load_examples(training_source(config), template, config, split=config.data.split, limit=256).examples
         self.groups = make_groups(config, examples)
-        self.mesh, self.device = distributed.init()
+        self.world = distributed.start(config.mesh)
         self.objective = make_objective(config.objective)
         self.rows = {id(group): self.objective.assign(group) for group in self.groups}
         self.trainer = self.make(Policy)
@@ -87,13 +87,9 @@ class Bench:
         if attention is not None:  # padded rows have no layout
             lm.set_attn_implementation(attention)
         policy = kind(lm, self.config.rollout.temperature)
-        policy = shard(policy, self.mesh, optim.dtype_of(self.config.model.dtype)).train()
+        policy = shard(policy, self.world.params, optim.dtype_of(self.config.model.dtype)).train()
         optimizer = optim.make_optimizer(policy, self.config.optim)
-        parts: dict[str, Any] = dict.fromkeys(("run", "template", "engine", "verifier", "log", "evals", "resources"))
-        return Trainer(
-            config=self.config, device=self.device, examples=[], heldout={}, policy=policy, optimizer=optimizer,
-            objective=self.objective, **parts,
-        )  # fmt: skip
+        return Trainer.bare(self.config, self.world, policy, optimizer)
 
     def pairs(self) -> list[tuple[tuple[int, ...], Row]]:
         """(prompt, row) of every row that trains, by length."""

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from luffy import exchange
 from luffy.errors import UserError
 
 NAME = "luffy_packed"
@@ -57,6 +58,8 @@ class Layout:
 
     segments: list[Segment]
     num_tokens: int
+    group: Any = None
+    """Ranks that hold a slice of the stream each (`luffy.sequence`); None: this rank holds all of it."""
     _masks: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     _block_mask: Any = None
 
@@ -142,12 +145,16 @@ def packed_attention(
         UserError: the model's attention has a window shorter than a sequence here, a soft cap or sinks.
     """
     refuse_unknown(layout, **options)
+    if layout.group is not None:
+        query, key, value = (exchange.to_heads(x, layout.group) for x in (query, key, value))
     if query.device.type == "cpu":
         out = per_row_attention(query, key, value, layout, scaling)
     else:
         enable_gqa = query.shape[1] != key.shape[1]
         mask = layout.block_mask(query.device)
         out = _flex()(query, key, value, block_mask=mask, scale=scaling, enable_gqa=enable_gqa)
+    if layout.group is not None:
+        out = exchange.to_tokens(out, layout.group)
     return out.transpose(1, 2).contiguous(), None
 
 

@@ -40,8 +40,13 @@ class ModelConfig(Section):
     eos_token: str | None = None
     """The token that ends an answer; null: the tokenizer's EOS. Base models whose chat template closes a turn with
     another token need it (Qwen2.5: <|im_end|>)."""
-    gradient_checkpointing: bool = False
-    """Recompute each block in the backward pass: less memory, about a third more time."""
+    gradient_checkpointing: bool | Literal["selective"] = False
+    """Recompute each block in the backward pass: less memory, about a third more time. `selective` keeps the products
+    and recomputes what lies between them: about half the memory, little time."""
+    offload_activations: bool = False
+    """Keep what gradient checkpointing saves, the input of every block, in host memory."""
+    mlp_tokens: PositiveInt | None = None
+    """Run each MLP on so many tokens at a time and again in the backward pass; null: all of a micro-batch at once."""
     trust_remote_code: bool = False
     """Run code that comes with a model. Off unless you ask for it."""
 
@@ -142,6 +147,8 @@ class OptimConfig(Section):
     """Updates over which the learning rate rises linearly from 0."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """What follows the warm-up, down to 0 at the last update of `train.steps`; a time limit may come first."""
+    on_cpu: bool = False
+    """Keep master weights and Adam's moments in host memory and update them there: frees 12 bytes a parameter."""
     max_grad_norm: Positive = 1.0
     max_bad_steps: PositiveInt = 3
     """Updates with a non-finite loss or gradient are skipped; after so many in a row the run stops with a dump."""
@@ -158,6 +165,17 @@ class TrainConfig(Section):
     tokens_per_micro: PositiveInt = 32768
     """Token budget of a micro-batch; sequences are packed, nothing is padded."""
     seed: int = 0
+    hang_minutes: Positive | None = 60.0
+    """A phase of a step that takes longer ends the run, with the ranks that are behind named; null: never."""
+
+
+class MeshConfig(Section):
+    """How ranks share the work; what neither number takes up shards the model (FSDP2)."""
+
+    replicate: PositiveInt = 1
+    """Copies of the sharded model (HSDP): shard inside a machine, replicate across."""
+    sequence: PositiveInt = 1
+    """Ranks that share the tokens of a micro-batch (Ulysses), for sequences too long for one; divides the heads."""
 
 
 class EvalConfig(Section):
@@ -167,6 +185,9 @@ class EvalConfig(Section):
     """As `data.split`."""
     limit: PositiveInt | None = None
     """Evaluate before and after training on the first so many problems; null: all."""
+    validation: str | None = None
+    """Problems for the evaluations during training, by which the best checkpoint is chosen and kept; none of them may
+    be among those of `eval.path`. Null: the first evaluated set, and no best checkpoint."""
     every: Annotated[int, Field(ge=0)] = 10
     """Steps between evaluations during training; 0: only before and after."""
     every_limit: PositiveInt | None = None
@@ -181,7 +202,7 @@ class CheckpointConfig(Section):
     every: Annotated[int, Field(ge=0)] = 50
     """Steps between checkpoints; 0: only at the end."""
     keep: PositiveInt = 1
-    """Newest checkpoints to keep."""
+    """Newest checkpoints to keep; with `eval.validation` the best one stays too."""
 
 
 class Config(BaseSettings):
@@ -196,6 +217,7 @@ class Config(BaseSettings):
     objective: ObjectiveConfig = ObjectiveConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
+    mesh: MeshConfig = MeshConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
 
@@ -206,6 +228,8 @@ class Config(BaseSettings):
                 f"train.prompts_per_step must be a multiple of train.updates_per_step, got "
                 f"{self.train.prompts_per_step} and {self.train.updates_per_step}"
             )
+        if self.model.offload_activations and self.model.gradient_checkpointing is not True:
+            raise ValueError("model.offload_activations needs model.gradient_checkpointing = true")
         if self.objective.name != "sft" and self.objective.rows < 2:
             raise ValueError(
                 f"objective.rows must be >= 2 (a group is compared with itself), got {self.objective.rows}"

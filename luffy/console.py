@@ -25,6 +25,9 @@ def quiet_libraries() -> None:
 
 
 def say(text: str) -> None:
+    """Once for all ranks."""
+    if os.environ.get("RANK", "0") != "0":
+        return
     console.print(text, markup=False)
 
 
@@ -32,7 +35,7 @@ class StepProgress:
     """Progress over training steps: step, reward, held-out accuracy, tokens/s, time left."""
 
     def __init__(self, total: int, start: int) -> None:
-        self._live = console.is_terminal
+        self._live = console.is_terminal and os.environ.get("RANK", "0") == "0"
         self._total, self._first, self._began = total, start, time.monotonic()
         self._accuracy: float | None = None
         self._progress = Progress(

@@ -7,6 +7,7 @@ from statistics import NormalDist, fmean
 from typing import Any
 
 from luffy.data import Example
+from luffy.distributed import World
 from luffy.files import write_text
 from luffy.prompts import PromptTemplate
 from luffy.rewards import VerifierPool
@@ -53,18 +54,22 @@ def evaluate(
     temperature: float,
     max_tokens: int,
     seed: int = 0,
+    world: World | None = None,
 ) -> Evaluation:
-    """One answer to each problem; greedy at temperature 0."""
+    """One answer to each problem; greedy at temperature 0. With a `world` every rank answers its share of them."""
+    seeds = [derive(seed, "eval", index) for index in range(len(examples))]
+    mine = examples if world is None else world.share(examples)
     completions = engine.generate(
-        [example.prompt_ids for example in examples],
-        [1] * len(examples),
+        [example.prompt_ids for example in mine],
+        [1] * len(mine),
         temperature=temperature,
         max_tokens=max_tokens,
-        seeds=[derive(seed, "eval", index) for index in range(len(examples))],
+        seeds=seeds if world is None else world.share(seeds),
     )
-    answers = [answer[0] for answer in completions]
-    texts = [template.decode(answer.token_ids) for answer in answers]
-    verdicts = verifier.grade([(text, ex.problem.answer) for text, ex in zip(texts, examples, strict=True)])
+    texts = [template.decode(answer.token_ids) for [answer] in completions]
+    verdicts = verifier.grade([(text, ex.problem.answer) for text, ex in zip(texts, mine, strict=True)])
+    judged = [(answer, text, verdict) for [answer], text, verdict in zip(completions, texts, verdicts, strict=True)]
+    answers, texts, verdicts = map(list, zip(*(judged if world is None else world.gather(judged)), strict=True))
     correct = [verdict.reward >= 1 for verdict in verdicts]
     by_source: dict[str, list[bool]] = defaultdict(list)
     for example, right in zip(examples, correct, strict=True):

@@ -17,9 +17,15 @@ from luffy_kernels import PolicyLoss, TokenLoss
 from luffy_kernels.token_losses import encode, evaluate
 from torch import Tensor
 
+from luffy.distributed import World
 from luffy.files import disk_errors, read_jsonl, write_text
 from luffy.groups import Group, Row
 from luffy.packing import MicroBatch
+
+SUMS = (
+    *("pg_loss", "tokens", "entropy", "drift", "off_shaped", "sampled_tokens", "gap"),
+    *(f"{side}_{what}" for side in ("on", "off") for what in ("tokens", "loss", "clipped", "prob")),
+)
 
 
 class MetricsLog:
@@ -57,6 +63,13 @@ class MetricsLog:
             self._file.close()
             if self._writer is not None:
                 self._writer.close()
+
+
+class NoLog:
+    """That of a rank which does not write."""
+
+    def write(self, step: int, record: dict[str, Any]) -> None:
+        pass
 
 
 def group_metrics(groups: list[Group], updated: int) -> dict[str, float]:
@@ -140,7 +153,14 @@ class UpdateMetrics:
         self.grad_norms.append(grad_norm)
 
     def _sum(self, name: str, value: Tensor) -> None:
+        assert name in SUMS, name
         self.sums[name] += value.sum(dtype=torch.float64).item()
+
+    def reduce(self, world: World) -> None:
+        """Make the sums those of all ranks: each token was counted on one of them."""
+        names = sorted(SUMS)
+        self.sums |= zip(names, world.sum([self.sums[name] for name in names]), strict=True)
+        [self.gap_max] = world.largest([self.gap_max])
 
     def result(self) -> dict[str, float]:
         s = self.sums

@@ -11,36 +11,50 @@ import torch
 from luffy_kernels import linear_logprobs, linear_policy_loss
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from luffy import attention
+from luffy import activations, attention, flops
 from luffy.config import ModelConfig
+from luffy.errors import UserError
 from luffy.packing import MicroBatch
 
 
 class Policy(nn.Module):
     """`policy(micro, losses=..., normalizer=...)` -> PolicyLoss; `policy(micro)` -> log-probs [N] of the targets."""
 
-    def __init__(self, lm: PreTrainedModel, temperature: float) -> None:
+    def __init__(self, lm: PreTrainedModel, temperature: float, offload_activations: bool = False) -> None:
         super().__init__()
         self.lm = lm
+        self.offload_activations = offload_activations
+        self.attention_weight = attention_weight(lm.config)
         self.head_options: dict[str, Any] = head_options(lm.config) | {"temperature": temperature}
 
     def forward(self, micro: MicroBatch, **loss: Any):
         body = self.lm.get_decoder()
-        hidden = body(
-            input_ids=micro.token_ids[None], position_ids=micro.positions[None], use_cache=False, layout=micro.layout
-        ).last_hidden_state[0]
+        ids, positions = micro.token_ids[None], micro.positions[None]
+        with activations.in_host_memory(self.offload_activations, ids.device):
+            out = body(input_ids=ids, position_ids=positions, use_cache=False, layout=micro.layout)
+        return self.loss(out.last_hidden_state[0].index_select(0, micro.source), micro, **loss)
+
+    def loss(self, hidden: Tensor, micro: MicroBatch, **loss: Any):
+        """hidden [N, H] of what predicts the targets -> what `forward` returns."""
         head = self.lm.get_output_embeddings()
-        hidden = hidden.index_select(0, micro.source)
         options = self.head_options | {"bias": getattr(head, "bias", None)}
         if not loss:
             return linear_logprobs(hidden, head.weight, micro.targets, **options).logp
         options |= {"old_logp": "current" if micro.old_logp is None else micro.old_logp}
         options |= {"advantages": micro.advantages, "loss_id": micro.loss_id}
         return linear_policy_loss(hidden, head.weight, micro.targets, **options, **loss)
+
+
+def attention_weight(config: Any) -> float:
+    """What balances micro-batches, see `luffy.flops`; 0 where the model's shape is unknown: tokens alone count."""
+    try:
+        return flops.attention_weight(flops.shape_of(config))
+    except UserError:
+        return 0.0
 
 
 def head_options(config: Any) -> dict[str, Any]:
@@ -59,19 +73,22 @@ def load_lm(path: str, config: ModelConfig) -> PreTrainedModel:
         attn_implementation=attention.register(),
         trust_remote_code=config.trust_remote_code,
     )
-    if config.gradient_checkpointing:
-        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    activations.apply(lm, config)
     return lm
 
 
-def shard(policy: Policy, mesh: DeviceMesh, dtype: torch.dtype) -> Policy:
-    """Apply FSDP2: every block is a unit; embedding, final norm and head (tied or not) stay together in the root's."""
+def shard(policy: Policy, mesh: DeviceMesh, dtype: torch.dtype, on_cpu: bool = False) -> Policy:
+    """Apply FSDP2: every block is a unit; embedding, final norm and head (tied or not) stay together in the root's.
+    on_cpu: shards, their gradients and the optimizer's state live in host memory."""
     mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    # with one rank there is nothing to free by resharding, only copies to pay for
-    reshard = mesh.size() > 1
+    # where nothing is split there is nothing to free by resharding, only copies to pay for
+    reshard = mesh.size(-1) > 1
+    options: dict[str, Any] = {"mesh": mesh, "mp_policy": mixed, "reshard_after_forward": reshard}
+    if on_cpu and mesh.device_type != "cpu":
+        options["offload_policy"] = CPUOffloadPolicy()
     for block in policy.lm.get_decoder().layers:
-        fully_shard(block, mesh=mesh, mp_policy=mixed, reshard_after_forward=reshard)
-    fully_shard(policy, mesh=mesh, mp_policy=mixed, reshard_after_forward=reshard)
+        fully_shard(block, **options)
+    fully_shard(policy, **options)
     for module in policy.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

@@ -29,8 +29,10 @@ from luffy.files import disk_errors, sweep, write_json, write_text
 HARMLESS = (
     "name",
     "train.max_minutes",
+    "train.hang_minutes",
     "eval.every",
     "checkpoint.",
+    "mesh.",
     "reward.workers",
     "rollout.memory_fraction",
     "rollout.kv_cache_gib",
@@ -117,6 +119,7 @@ class RunFolder:
         """Create the folder, or write down the configuration that a run goes on with."""
         with disk_errors("train: cannot open the run folder"):
             self.samples.mkdir(parents=True, exist_ok=True)
+            (self.path / "result.json").unlink(missing_ok=True)  # of a run that now goes on
         if not self.holds_a_run:
             write_json(self.path / "environment.json", environment())
         write_text(self.path / "config.toml", tomli_w.dumps(config.model_dump(exclude_none=True, mode="json")))

@@ -1,7 +1,8 @@
 """What has to exist before the first step: everything checked that is cheap to check, then everything loaded."""
 
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -11,16 +12,21 @@ from luffy import checkpoint, distributed, optim
 from luffy.config import Config
 from luffy.console import say
 from luffy.data import Batches, Example
-from luffy.errors import user_errors
-from luffy.metrics import MetricsLog
-from luffy.model import Policy, load_lm, shard
+from luffy.distributed import World
+from luffy.errors import UserError, user_errors
+from luffy.interrupt import StopOnInterrupt
+from luffy.load import empty_lm, load_weights
+from luffy.metrics import MetricsLog, NoLog
+from luffy.model import Policy, shard
 from luffy.objectives import Objective, make_objective
 from luffy.process import keep_freed_memory
 from luffy.prompts import PromptTemplate
 from luffy.rewards import VerifierPool
 from luffy.rollout.vllm_engine import VllmEngine
 from luffy.run_folder import RunFolder
+from luffy.sequence import check_heads
 from luffy.sources import evaluation_sources, load_examples, load_template, resolve, training_source
+from luffy.watchdog import Watchdog
 
 
 @dataclass(slots=True, kw_only=True)
@@ -29,20 +35,33 @@ class Trainer:
 
     config: Config
     run: RunFolder
+    world: World
     device: torch.device
     template: PromptTemplate
     examples: list[Example]
     heldout: dict[str, list[Example]]
+    validation: list[Example]
+    """Empty: the first held-out set serves during training."""
     objective: Objective
     policy: Policy
     optimizer: Optimizer
     engine: VllmEngine
     verifier: VerifierPool
-    log: MetricsLog
-    evals: MetricsLog
+    checkpoints: checkpoint.Checkpointer
+    watch: Watchdog
+    stop: StopOnInterrupt
+    log: MetricsLog | NoLog
+    evals: MetricsLog | NoLog
     resources: ExitStack
     """Closes the folder's lock, the logs, the verifier, the engine and the process group, newest first."""
     engine_is_stale: bool = False
+
+    @classmethod
+    def bare(cls, config: Config, world: World, policy: Policy, optimizer: Optimizer) -> Self:
+        """One that can `update` and nothing else: without data, engine and files. For benchmarks and tests."""
+        parts: dict[str, Any] = dict.fromkeys(field.name for field in fields(cls))
+        parts |= {"config": config, "world": world, "device": world.device, "policy": policy, "optimizer": optimizer}
+        return cls(**parts | {"objective": make_objective(config.objective)})
 
     def __enter__(self) -> Self:
         return self
@@ -54,15 +73,28 @@ class Trainer:
 def set_up(config: Config, run: RunFolder, resume: bool) -> tuple[Trainer, dict[str, Any], Batches]:
     """Check everything cheap first, then load; returns the trainer, the loop's state and the stream of batches."""
     with ExitStack() as resources:
-        trainer, loop, batches = _set_up(config, run, resume, resources)
+        world = distributed.start(config.mesh)
+        resources.callback(distributed.close)
+        stop, minutes = StopOnInterrupt(), config.train.hang_minutes
+        hang_s = None if minutes is None else 60 * minutes
+        watch = resources.enter_context(Watchdog(world.store, world.rank, world.size, stop, hang_s=hang_s))
+        with watch.together():
+            trainer, loop, batches = _set_up(config, run, resume, world, watch, stop, resources)
         trainer.resources = resources.pop_all()  # what fails before this line is closed here, the rest by the trainer
         return trainer, loop, batches
 
 
 def _set_up(
-    config: Config, run: RunFolder, resume: bool, resources: ExitStack
+    config: Config,
+    run: RunFolder,
+    resume: bool,
+    world: World,
+    watch: Watchdog,
+    stop: StopOnInterrupt,
+    resources: ExitStack,
 ) -> tuple[Trainer, dict[str, Any], Batches]:
-    run.check(config, resume)
+    if world.is_main:
+        run.check(config, resume)
     path = resolve(config.model)
     template = load_template(path, config.model)
     training = load_examples(
@@ -75,26 +107,27 @@ def _set_up(
         heldout[name] = loaded.examples
         if loaded.report.prompts_too_long:
             say(f"{name}: {loaded.report}")
-    if not heldout:
+    validation = load_validation(config, template, heldout)
+    if not heldout and not validation:
         say("no held-out problems: set eval.path to measure accuracy before, during and after")
     with user_errors("train"):
         batches = Batches(len(training.examples), config.train.prompts_per_step, config.train.seed)
         verifier = resources.enter_context(
             VerifierPool(config.reward.grader, config.reward.workers, config.reward.timeout_s)
         )
-    resources.enter_context(run.lock())
-    run.check(config, resume)  # again: another process may have been here while the problems were read
-    if resume:
-        run.recover()
-    found = checkpoint.latest(run.checkpoints) if resume else None
+    if world.is_main:
+        resources.enter_context(run.lock())
+        run.check(config, resume)  # again: another process may have been here while the problems were read
+        if resume:
+            run.recover()
+    world.barrier()  # nobody looks for checkpoints before the folder is tidy
+    found = checkpoint.resumable(run.checkpoints) if resume else None
     if found:
         path = str(found)
         say(f"resuming from {found}")
 
     keep_freed_memory()
     torch.manual_seed(config.train.seed)
-    mesh, device = distributed.init()
-    resources.callback(distributed.close)
     engine = resources.enter_context(
         VllmEngine(
             path,
@@ -103,10 +136,15 @@ def _set_up(
             eos_token_id=template.eos_token_id,
             max_model_len=config.data.max_prompt_tokens + max(config.rollout.max_tokens, config.eval.max_tokens or 0),
             trust_remote_code=config.model.trust_remote_code,
+            ranks=world.size,
         )
     )
-    policy = Policy(load_lm(path, config.model), config.rollout.temperature).to(device)
-    policy = shard(policy, mesh, optim.dtype_of(config.model.dtype)).train()
+    policy = Policy(empty_lm(path, config.model), config.rollout.temperature, config.model.offload_activations)
+    check_heads(policy.lm.config, world.sequence_ranks)
+    check_lengths(config, training.examples, getattr(policy.lm.config, "max_position_embeddings", None))
+    policy = shard(policy, world.params, optim.dtype_of(config.model.dtype), config.optim.on_cpu)
+    masters = torch.device("cpu") if config.optim.on_cpu else world.device
+    load_weights(policy.train(), path, world.device, weights_on=masters)
     optimizer = optim.make_optimizer(policy, config.optim)
     loop: dict[str, Any] = {"step": 0, "saved": 0, "updates": 0, "bad_in_a_row": 0, "train_seconds": 0.0, "tokens": 0}
     if found:
@@ -114,28 +152,68 @@ def _set_up(
         checkpoint.load_optimizer(found, policy, optimizer)
         with user_errors("resume"):
             batches.load_state_dict(loop["batches"])
-    run.open(config)  # last, so that a start that fails leaves no run behind
-    logs = [
-        resources.enter_context(closing(MetricsLog(path, tensorboard, loop["step"])))
-        for path, tensorboard in (
-            (run.metrics, run.path / "tensorboard"),
-            (run.evals, run.path / "tensorboard" / "evals"),
-        )
-    ]
+    if world.is_main:
+        run.open(config)  # last, so that a start that fails leaves no run behind
+    best = "accuracy on eval.validation" if validation else None
+    checkpoints = checkpoint.Checkpointer(run.checkpoints, config.checkpoint.keep, best=best)
     trainer = Trainer(
         config=config,
         run=run,
-        device=device,
+        world=world,
+        device=world.device,
         template=template,
         examples=training.examples,
         heldout=heldout,
+        validation=validation,
         objective=make_objective(config.objective),
         policy=policy,
         optimizer=optimizer,
         engine=engine,
         verifier=verifier,
-        log=logs[0],
-        evals=logs[1],
+        checkpoints=resources.enter_context(closing(checkpoints)),
+        watch=watch,
+        stop=stop,
+        log=open_log(run.metrics, run.path / "tensorboard", loop["step"], world, resources),
+        evals=open_log(run.evals, run.path / "tensorboard" / "evals", loop["step"], world, resources),
         resources=resources,
     )
     return trainer, loop, batches
+
+
+def check_lengths(config: Config, examples: list[Example], positions: int | None) -> None:
+    """Raises UserError, naming the longest, where a sequence fits neither the model's positions nor a micro-batch."""
+    answers = config.rollout.max_tokens if config.objective.name != "sft" else 0
+
+    def longest(example: Example) -> int:
+        return len(example.prompt_ids) + max([answers, *map(len, example.traces)])
+
+    worst = max(examples, key=longest)
+    what = f"problem {worst.problem.id}: its prompt of {len(worst.prompt_ids)} tokens and its longest answer or trace"
+    lower = "lower rollout.max_tokens, data.max_trace_tokens or data.max_prompt_tokens"
+    if positions is not None and longest(worst) > positions:
+        raise UserError(f"{what} make {longest(worst)} tokens, and the model has {positions} positions; {lower}")
+    budget = config.train.tokens_per_micro
+    if longest(worst) > budget:
+        raise UserError(
+            f"{what} make {longest(worst)} tokens, more than train.tokens_per_micro {budget}; raise it to "
+            f"{longest(worst)} (mesh.sequence spreads a micro-batch over ranks), or {lower}"
+        )
+
+
+def load_validation(config: Config, template: PromptTemplate, heldout: dict[str, list[Example]]) -> list[Example]:
+    """Raises UserError where a problem is also one that the run is judged by in the end."""
+    if config.eval.validation is None:
+        return []
+    examples = load_examples(config.eval.validation, template, config, split=config.eval.split).examples
+    judged = {example.prompt_ids for name in heldout for example in heldout[name]}
+    shared = [example.problem.id for example in examples if example.prompt_ids in judged]
+    if shared:
+        raise UserError(
+            f"eval.validation: {len(shared)} of its problems are also among those evaluated in the end (the first is "
+            f"{shared[0]}), so the best checkpoint would be chosen by what it is judged by; take them out of one"
+        )
+    return examples
+
+
+def open_log(path: Path, tensorboard: Path, step: int, world: World, resources: ExitStack) -> MetricsLog | NoLog:
+    return resources.enter_context(closing(MetricsLog(path, tensorboard, step))) if world.is_main else NoLog()

@@ -2,7 +2,7 @@
 
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -11,11 +11,14 @@ import torch
 class Phases:
     """`with phases("rollout"): ...` adds up seconds by name."""
 
-    def __init__(self) -> None:
+    def __init__(self, entered: Callable[[str], None] = lambda name: None) -> None:
+        """entered: told the name of each phase when it begins."""
+        self._entered = entered
         self.by_name: dict[str, float] = {}
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
+        self._entered(name)
         began = time.perf_counter()
         yield
         if torch.cuda.is_available():

@@ -3,9 +3,12 @@
     prompts + traces -> rollouts (vLLM) -> rewards (verifier processes) -> groups and advantages -> packing
       -> body and loss (FSDP2, fused head) -> optimizer -> weights back to vLLM -> metrics, checkpoint, evaluation
 
-One rank. The normaliser of an update is known before its first backward; every micro-batch divides by the same number.
+Every rank samples and grades its share of the prompts; then all hold all groups, so that what follows needs no further
+talk: each works out the same packing and takes its part. The normaliser of an update is known before its first
+backward; every micro-batch of every rank divides by the same number, and sums are all that ranks exchange.
 """
 
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -18,11 +21,12 @@ from luffy.errors import UserError
 from luffy.evaluate import Evaluation, evaluate
 from luffy.files import write_json
 from luffy.groups import Group, Row
-from luffy.interrupt import StopOnInterrupt
+from luffy.interrupt import Stopped
 from luffy.metrics import UpdateMetrics, count_tokens, group_metrics
-from luffy.packing import pack
+from luffy.packing import MicroBatch, pack
 from luffy.run_folder import RunFolder
 from luffy.seeds import derive
+from luffy.sequence import slice_of
 from luffy.setup import Trainer, set_up
 from luffy.timing import Phases, peak_memory_gib
 from luffy.weight_sync import sync_weights
@@ -37,22 +41,25 @@ def train(config: Config, run: RunFolder, resume: bool = False) -> dict[str, Any
     if resume and run.is_complete(config):
         return cast(dict[str, Any], run.result)
     t, loop, batches = set_up(config, run, resume)
-    with t:
-        return train_steps(t, loop, batches)
+    with t, t.watch.together():
+        result = train_steps(t, loop, batches)
+        t.watch.close()  # what follows takes each rank its own time
+        return result
 
 
 def train_steps(t: Trainer, loop: dict[str, Any], batches: Batches) -> dict[str, Any]:
     """Evaluate, train until the steps, the minutes or the user's patience are used up, evaluate again."""
     config, run = t.config, t.run
     if loop["step"] == 0:
-        loop["before"] = [e.record() for e in evaluate_all(t, 0, config.eval.limit)]
+        loop["before"] = [e.record() for e in evaluate_all(t, 0)]
 
-    with StopOnInterrupt() as stop, StepProgress(config.train.steps, loop["step"]) as progress:
+    with t.stop as stop, StepProgress(config.train.steps, loop["step"]) as progress:
+        stopping = preempted = False
         if loop["before"]:
             progress.accuracy(loop["before"][0]["accuracy"])
-        while loop["step"] < config.train.steps and not out_of_time(config, loop) and not stop.asked:
+        while loop["step"] < config.train.steps and not out_of_time(config, loop) and not stopping:
             step = loop["step"] = loop["step"] + 1
-            phases = Phases()
+            phases = Phases(partial(t.watch.phase, step=step))
             examples = [t.examples[index] for index in batches.next()]
 
             with phases("sync"):
@@ -62,21 +69,27 @@ def train_steps(t: Trainer, loop: dict[str, Any], batches: Batches) -> dict[str,
                 groups = roll_out(t, examples, step)
             with phases("verify"):
                 grade(t, groups)
+            with phases("gather"):
+                groups = t.world.gather(groups)
             with phases("update"):
                 rows = {id(group): t.objective.assign(group) for group in groups}
                 metrics = update(t, groups, rows, loop)
 
-            record = record_step(loop, groups, rows, metrics, phases)
+            stopping, preempted = map(bool, t.world.largest([stop.asked, stop.preempted]))
+            record = record_step(t, loop, groups, rows, metrics, phases)
             t.log.write(step, record)
-            if t.heldout and config.eval.every and step % config.eval.every == 0 and step < config.train.steps:
-                progress.accuracy(evaluate_all(t, step, config.eval.every_limit, first_only=True)[0].accuracy)
-            if config.checkpoint.every and step % config.checkpoint.every == 0:
-                save(t, loop, batches)
+            score = None
+            if config.eval.every and step % config.eval.every == 0 and (t.validation or step < config.train.steps):
+                score = evaluate_during(t, step, progress)
+            best = is_best(loop, score)
+            if best or (config.checkpoint.every and step % config.checkpoint.every == 0):
+                save(t, loop, batches, score)
             progress.step(step, record, share_done(config, loop))
 
-    save(t, loop, batches)
-    if stop.asked:
-        raise KeyboardInterrupt
+        save(t, loop, batches)
+        t.checkpoints.wait()
+    if stopping:
+        raise Stopped(preempted)
     result = {
         "objective": config.objective.name,
         "steps": loop["step"],
@@ -84,10 +97,11 @@ def train_steps(t: Trainer, loop: dict[str, Any], batches: Batches) -> dict[str,
         "train_minutes": round(loop["train_seconds"] / 60, 2),
         "response_tokens": loop["tokens"],
         "before": loop["before"],
-        "after": [e.record() for e in evaluate_all(t, loop["step"], config.eval.limit)],
+        "after": [e.record() for e in evaluate_all(t, loop["step"])],
         "checkpoint": str(checkpoint.latest(run.checkpoints).relative_to(run.path)),  # type: ignore[union-attr]
     }
-    run.finish(result)
+    if t.world.is_main:
+        run.finish(result)
     return result
 
 
@@ -99,13 +113,15 @@ def sync(t: Trainer) -> None:
 
 
 def roll_out(t: Trainer, examples: list[Example], step: int) -> list[Group]:
-    """Groups of fresh rollouts plus the stored traces. Nothing is generated after a trace."""
+    """This rank's groups: fresh rollouts plus the stored traces. Nothing is generated after a trace."""
+    seeds = t.world.share([derive(t.config.train.seed, "rollout", step, index) for index in range(len(examples))])
+    examples = t.world.share(examples)
     completions = t.engine.generate(
         [example.prompt_ids for example in examples],
         [t.objective.num_rollouts(example) for example in examples],
         temperature=t.config.rollout.temperature,
         max_tokens=t.config.rollout.max_tokens,
-        seeds=[derive(t.config.train.seed, "rollout", step, index) for index in range(len(examples))],
+        seeds=seeds,
     )
     groups = []
     for example, answers in zip(examples, completions, strict=True):
@@ -128,29 +144,28 @@ def grade(t: Trainer, groups: list[Group]) -> None:
 
 
 def update(t: Trainer, groups: list[Group], rows: dict[int, list[Row]], loop: dict[str, Any]) -> UpdateMetrics:
-    """`updates_per_step` optimizer updates over the groups of a step."""
+    """`updates_per_step` optimizer updates over the groups of a step, which every rank holds."""
     config = t.config
     metrics = UpdateMetrics(t.objective.losses, config.objective.gamma)
     share = len(groups) // config.train.updates_per_step
-    packs = [
-        [m.to(t.device) for m in pack(groups[at : at + share], lambda g: rows[id(g)], config.train.tokens_per_micro)]
-        for at in range(0, len(groups), share)
-    ]
+    parts = [groups[at : at + share] for at in range(0, len(groups), share)]
+    packs = [micro_batches(t, part, rows) for part in parts]
     if len(packs) > 1:  # later updates need the log-probs of the policy that sampled
         with torch.no_grad():
             for micro in (m for micros in packs for m in micros):
                 micro.old_logp = t.policy(micro)
     total = config.train.steps * config.train.updates_per_step
-    for number, micros in enumerate(packs):
+    for number, (part, micros) in enumerate(zip(parts, packs, strict=True)):
         if not micros:
             continue  # every row of every group has a zero gradient
-        normalizer, entropy_coef = t.objective.scales(sum(m.num_targets for m in micros))
+        normalizer, entropy_coef = t.objective.scales(count_tokens([row for group in part for row in rows[id(group)]]))
         loss = 0.0
         for micro in micros:
             out = t.policy(micro, losses=t.objective.losses, normalizer=normalizer, entropy_coef=entropy_coef)
             out.loss.backward()
             loss += out.loss.item()
             metrics.add(micro, out, normalizer, first_update=number == 0)
+        [loss] = t.world.sum([loss])
         lr = optim.learning_rate(config.optim, loop["updates"], total)
         norm, good = optim.step(t.optimizer, t.policy, config.optim.max_grad_norm, loss, lr)
         metrics.finish_update(loss, norm, lr, good)
@@ -158,60 +173,104 @@ def update(t: Trainer, groups: list[Group], rows: dict[int, list[Row]], loop: di
         loop["updates"] += 1
         loop["bad_in_a_row"] = 0 if good else loop["bad_in_a_row"] + 1
         if loop["bad_in_a_row"] >= config.optim.max_bad_steps:
-            dump = dump_groups(t.run, groups, loop["step"])
+            dump = dump_groups(t.run, groups, loop["step"]) if t.world.is_main else "rank 0's dump"
             raise UserError(
                 f"train: loss or gradient was not finite {loop['bad_in_a_row']} updates in a row (loss {loss}, "
                 f"gradient norm {norm}); the rows are in {dump}; start a new run with a lower optim.lr"
             )
+    metrics.reduce(t.world)
     return metrics
 
 
-def evaluate_all(t: Trainer, step: int, limit: int | None, first_only: bool = False) -> list[Evaluation]:
-    """Evaluate on every problem set (or the first), write samples and one record each."""
+def micro_batches(t: Trainer, groups: list[Group], rows: dict[int, list[Row]]) -> list[MicroBatch]:
+    """This rank's share of the rows, on its device; as many micro-batches as every other rank has."""
+    packed = pack(
+        groups,
+        lambda group: rows[id(group)],
+        t.config.train.tokens_per_micro,
+        rank=t.world.data_rank,
+        ranks=t.world.data_ranks,
+        attention_weight=t.policy.attention_weight,
+    )
+    return [slice_of(micro, t.world.sequence_rank, t.world.sequence_group).to(t.device) for micro in packed]
+
+
+def evaluate_all(t: Trainer, step: int) -> list[Evaluation]:
+    """On every problem set that the run is judged by."""
+    return [evaluate_set(t, name, examples[: t.config.eval.limit], step) for name, examples in t.heldout.items()]
+
+
+def evaluate_during(t: Trainer, step: int, progress: StepProgress) -> float | None:
+    """On the validation set, whose accuracy is returned, or else on the first set that the run is judged by."""
+    sets = {"validation": t.validation} if t.validation else t.heldout
+    for name, examples in list(sets.items())[:1]:
+        result = evaluate_set(t, name, examples[: t.config.eval.every_limit], step)
+        progress.accuracy(result.accuracy)
+        return result.accuracy if t.validation else None
+    return None
+
+
+def evaluate_set(t: Trainer, name: str, examples: list[Example], step: int) -> Evaluation:
+    """Evaluate the policy as it is; writes samples and a record."""
+    t.watch.phase("evaluate", step)
     sync(t)
-    results = []
-    for name, examples in list(t.heldout.items())[: 1 if first_only else None]:
-        result = evaluate(
-            name,
-            examples[:limit],
-            t.engine,
-            t.verifier,
-            t.template,
-            temperature=t.config.eval.temperature,
-            max_tokens=t.config.eval.max_tokens or t.config.rollout.max_tokens,
-            seed=t.config.train.seed,
-        )
+    result = evaluate(
+        name,
+        examples,
+        t.engine,
+        t.verifier,
+        t.template,
+        temperature=t.config.eval.temperature,
+        max_tokens=t.config.eval.max_tokens or t.config.rollout.max_tokens,
+        seed=t.config.train.seed,
+        world=t.world,
+    )
+    if t.world.is_main:
         result.write_samples(t.run.samples / f"{name}-step-{step:06d}.jsonl")
-        t.evals.write(step, result.record() | result.scores())
-        results.append(result)
-    return results
+    t.evals.write(step, result.record() | result.scores())
+    return result
 
 
 def record_step(
-    loop: dict[str, Any], groups: list[Group], rows: dict[int, list[Row]], metrics: UpdateMetrics, phases: Phases
+    t: Trainer,
+    loop: dict[str, Any],
+    groups: list[Group],
+    rows: dict[int, list[Row]],
+    metrics: UpdateMetrics,
+    phases: Phases,
 ) -> dict[str, float]:
-    """The step's line of metrics.jsonl; adds its seconds and tokens to the loop's."""
+    """The step's line of metrics.jsonl; adds its seconds and tokens to the loop's. Seconds are those of rank 0, the
+    step's and the peak of memory the largest of all ranks."""
     tokens = count_tokens([row for group in groups for row in group.rows])
-    loop["train_seconds"] += phases.total
+    seconds, peak = t.world.largest([phases.total, peak_memory_gib()])
+    loop["train_seconds"] += seconds
     loop["tokens"] += tokens
     return {
         **group_metrics(groups, sum(len(kept) for kept in rows.values())),
         **metrics.result(),
         **phases.seconds(),
         **{f"timing_per_token_ms/{name}": 1e3 * s / max(tokens, 1) for name, s in phases.by_name.items()},
-        "perf/tokens_per_s": tokens / phases.total,
-        "perf/peak_memory_gib": peak_memory_gib(),
+        "perf/tokens_per_s": tokens / seconds,
+        "perf/peak_memory_gib": peak,
         "perf/train_minutes": loop["train_seconds"] / 60,
     }
 
 
-def save(t: Trainer, loop: dict[str, Any], batches: Batches) -> None:
+def is_best(loop: dict[str, Any], score: float | None) -> bool:
+    """Whether this score of a validation set is higher than all before; remembers it."""
+    if score is None or score <= loop.setdefault("best", -1.0):
+        return False
+    loop["best"] = score
+    return True
+
+
+def save(t: Trainer, loop: dict[str, Any], batches: Batches, score: float | None = None) -> None:
     if loop["step"] == loop["saved"]:
         return
+    t.watch.phase("save", loop["step"])
     loop["saved"] = loop["step"]
     loop["batches"] = batches.state_dict()
-    folder, keep = t.run.checkpoints, t.config.checkpoint.keep
-    checkpoint.save(folder, loop["step"], t.policy, t.optimizer, loop, t.template.tokenizer, keep)
+    t.checkpoints.save(loop["step"], t.policy, t.optimizer, loop, t.template.tokenizer, score)
 
 
 def out_of_time(config: Config, loop: dict[str, Any]) -> bool:

@@ -7,8 +7,8 @@ import torch
 from test_objectives import example
 from test_packing import tiny_lm
 
-from luffy import optim
-from luffy.config import Config, OptimConfig
+from luffy import distributed, optim
+from luffy.config import Config, MeshConfig, OptimConfig
 from luffy.groups import Group, Row
 from luffy.model import Policy, head_options
 from luffy.objectives import make_objective
@@ -38,11 +38,7 @@ def trainer(**changes) -> Trainer:
         setattr(getattr(config, section), name, value)
     policy = Policy(tiny_lm(), config.rollout.temperature)
     sgd = torch.optim.SGD(policy.parameters(), lr=1.0)
-    parts = dict.fromkeys(("run", "template", "engine", "verifier", "log", "evals", "resources"))
-    return Trainer(
-        config=config, device=torch.device("cpu"), examples=[], heldout={}, policy=policy, optimizer=sgd,
-        objective=make_objective(config.objective), **parts,
-    )  # fmt: skip
+    return Trainer.bare(config, distributed.start(MeshConfig()), policy, sgd)
 
 
 def moved(**changes) -> torch.Tensor:

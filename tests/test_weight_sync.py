@@ -7,7 +7,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from luffy import distributed, optim
 from luffy.attention import Layout, Segment
-from luffy.config import ModelConfig, OptimConfig, RolloutConfig
+from luffy.config import MeshConfig, ModelConfig, OptimConfig, RolloutConfig
 from luffy.model import Policy, hf_weights, load_lm, shard
 from luffy.packing import MicroBatch
 from luffy.rollout.vllm_engine import VllmEngine
@@ -41,7 +41,7 @@ def trainer_logp(policy: Policy, ids: tuple[int, ...]) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
     path = str(make_model(tmp_path_factory.mktemp("m") / "model"))
-    mesh, _ = distributed.init()
+    mesh = distributed.start(MeshConfig()).params
     policy = shard(Policy(load_lm(path, ModelConfig()), 1.0), mesh, torch.float32)
     engine = VllmEngine(path, RolloutConfig(kv_cache_gib=0.25), dtype="float32", eos_token_id=2, max_model_len=256)
     yield policy, engine

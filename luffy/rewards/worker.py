@@ -21,7 +21,8 @@ def main(argv: list[str]) -> int:
     """Serve requests until end of input; 1 when the grader cannot be loaded (the reason is sent to the parent)."""
     name, timeout_s = argv[0], float(argv[1])
     replies = _claim_stdout()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM):  # for the whole process group; the trainer still wants its verdicts
+        signal.signal(number, signal.SIG_IGN)
     logging.disable(logging.ERROR)
     _limit_memory()
 

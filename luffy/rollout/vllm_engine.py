@@ -35,7 +35,8 @@ class Completion:
 
 
 class VllmEngine:
-    """An in-process vLLM with the model at `path`; answers end with `eos_token_id`.
+    """An in-process vLLM with the model at `path`; answers end with `eos_token_id`. Where there are several `ranks`
+    each has an engine of its own, with all of the model.
 
     Raises:
         UserError: vLLM is not installed or does not start (its own last error line is quoted).
@@ -50,8 +51,11 @@ class VllmEngine:
         eos_token_id: int,
         max_model_len: int,
         trust_remote_code: bool = False,
+        ranks: int = 1,
     ) -> None:
         self.eos_token_id = eos_token_id
+        # the other ranks' processes are in its process group; each engine is one of its own all the same
+        launched: dict[str, Any] = {"distributed_executor_backend": "external_launcher"} if ranks > 1 else {}
         try:
             from vllm import LLM
         except Exception as error:  # a build for another torch or CPU fails in ways of its own
@@ -76,6 +80,7 @@ class VllmEngine:
                 disable_log_stats=True,
                 use_tqdm_on_load=False,
                 seed=0,
+                **launched,
             )
         except Exception as error:  # vLLM raises anything here; whatever it is, its last line is what helps
             raise UserError(f"rollout: vLLM failed to start: {_last_line(error)}") from error

@@ -1,0 +1,52 @@
+"""Sequence parallelism (Ulysses, arXiv 2309.14509): ranks that share a packed stream.
+
+    outside attention   every rank holds T / s neighbouring tokens of the stream, all heads
+    inside              every rank holds all T tokens, H / s heads          T tokens, H heads, s ranks
+
+Attention per row, with shared prompts, is the same code on either side: it never sees that there are fewer heads. A
+target belongs to the rank that holds the position which predicts it, so losses and counts add up over ranks.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from luffy.attention import Layout, Segment
+from luffy.errors import UserError
+from luffy.packing import MicroBatch
+
+PER_TARGET = ("source", "targets", "advantages", "loss_id", "is_trace", "sampler_logp")
+
+
+def check_heads(config: Any, ranks: int) -> None:
+    """Raises UserError where attention heads cannot be dealt to the ranks of a sequence."""
+    heads = config.num_attention_heads
+    if heads % ranks:
+        fitting = [n for n in range(1, heads + 1) if heads % n == 0]
+        raise UserError(
+            f"mesh.sequence: {ranks} ranks cannot share the model's {heads} attention heads; take one of "
+            f"{', '.join(map(str, fitting))}"
+        )
+
+
+def slice_of(micro: MicroBatch, rank: int, group: dist.ProcessGroup | None) -> MicroBatch:
+    """This rank's part of a micro-batch: the stream is padded to a multiple of the ranks by a segment of its own."""
+    if group is None:
+        return micro
+    ranks, tokens = group.size(), micro.num_tokens
+    padded = tokens + -tokens % ranks
+    segments = list(micro.layout.segments)
+    if padded > tokens:
+        segments.append(Segment(tokens, padded, []))
+    fill = micro.token_ids.new_zeros(padded - tokens)
+    first, last = padded // ranks * rank, padded // ranks * (rank + 1)
+    mine = (micro.source >= first) & (micro.source < last)
+    per_target = {name: getattr(micro, name)[mine] for name in PER_TARGET}
+    per_target["source"] = per_target["source"] - first
+    return MicroBatch(
+        token_ids=torch.cat([micro.token_ids, fill])[first:last],
+        positions=torch.cat([micro.positions, fill])[first:last],
+        layout=Layout(segments, padded, group=group),
+        **per_target,
+    )
