@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.modules.module import register_module_parameter_registration_hook
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
@@ -40,6 +40,16 @@ if TYPE_CHECKING:
     from luffy.model import Policy
 
 Shape = tuple[int, ...]
+
+
+def read_config(path: str, config: ModelConfig) -> PreTrainedConfig:
+    """What a folder or hub id says of its model; of several modalities, the text's.
+
+    Raises:
+        UserError: nothing is found at `path`.
+    """
+    with user_errors(f"model {path}"):
+        return AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code).get_text_config()
 
 
 def empty_lm(path: str, config: ModelConfig) -> PreTrainedModel:

@@ -15,7 +15,7 @@ from luffy.data import Batches, Example
 from luffy.distributed import World
 from luffy.errors import UserError, user_errors
 from luffy.interrupt import StopOnInterrupt
-from luffy.load import empty_lm, load_weights
+from luffy.load import empty_lm, load_weights, read_config
 from luffy.metrics import MetricsLog, NoLog
 from luffy.model import Policy, shard
 from luffy.objectives import Objective, make_objective
@@ -126,6 +126,9 @@ def _set_up(
         path = str(found)
         say(f"resuming from {found}")
 
+    described = read_config(path, config.model)
+    check_heads(described, world.sequence_ranks)
+    max_model_len = check_lengths(config, training.examples, getattr(described, "max_position_embeddings", None))
     keep_freed_memory()
     torch.manual_seed(config.train.seed)
     engine = resources.enter_context(
@@ -134,14 +137,12 @@ def _set_up(
             config.rollout,
             dtype=config.rollout.dtype or config.model.dtype,
             eos_token_id=template.eos_token_id,
-            max_model_len=config.data.max_prompt_tokens + max(config.rollout.max_tokens, config.eval.max_tokens or 0),
+            max_model_len=max_model_len,
             trust_remote_code=config.model.trust_remote_code,
             ranks=world.size,
         )
     )
     policy = Policy(empty_lm(path, config.model), config.rollout.temperature, config.model.offload_activations)
-    check_heads(policy.lm.config, world.sequence_ranks)
-    check_lengths(config, training.examples, getattr(policy.lm.config, "max_position_embeddings", None))
     policy = shard(policy, world.params, optim.dtype_of(config.model.dtype), config.optim.on_cpu)
     masters = torch.device("cpu") if config.optim.on_cpu else world.device
     load_weights(policy.train(), path, world.device, weights_on=masters)
@@ -180,8 +181,18 @@ def _set_up(
     return trainer, loop, batches
 
 
-def check_lengths(config: Config, examples: list[Example], positions: int | None) -> None:
-    """Raises UserError, naming the longest, where a sequence fits neither the model's positions nor a micro-batch."""
+def check_lengths(config: Config, examples: list[Example], positions: int | None) -> int:
+    """The longest sequence that the engine may be asked for, tokens.
+
+    Raises:
+        UserError: a sequence, the longest is named, does not fit the model's positions or a micro-batch.
+    """
+    asked = config.data.max_prompt_tokens + max(config.rollout.max_tokens, config.eval.max_tokens or 0)
+    if positions is not None and asked > positions:
+        raise UserError(
+            f"model: it has {positions} positions, and data.max_prompt_tokens + rollout.max_tokens (or eval.max_tokens) "
+            f"make {asked}; lower one of them"
+        )
     answers = config.rollout.max_tokens if config.objective.name != "sft" else 0
 
     def longest(example: Example) -> int:
@@ -198,6 +209,7 @@ def check_lengths(config: Config, examples: list[Example], positions: int | None
             f"{what} make {longest(worst)} tokens, more than train.tokens_per_micro {budget}; raise it to "
             f"{longest(worst)} (mesh.sequence spreads a micro-batch over ranks), or {lower}"
         )
+    return asked
 
 
 def load_validation(config: Config, template: PromptTemplate, heldout: dict[str, list[Example]]) -> list[Example]:

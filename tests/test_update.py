@@ -11,7 +11,6 @@ from luffy import distributed, optim
 from luffy.config import Config, MeshConfig, OptimConfig
 from luffy.groups import Group, Row
 from luffy.model import Policy, head_options
-from luffy.objectives import make_objective
 from luffy.setup import Trainer
 from luffy.train import out_of_time, share_done, update
 

@@ -68,8 +68,11 @@ def _claim_stdout() -> TextIO:
 
 
 def _send(stream: TextIO, message: dict[str, Any]) -> None:
-    stream.write(json.dumps(message) + "\n")
-    stream.flush()
+    try:
+        stream.write(json.dumps(message) + "\n")
+        stream.flush()
+    except BrokenPipeError:  # the parent is gone, and nobody is left to tell
+        os._exit(0)
 
 
 if __name__ == "__main__":

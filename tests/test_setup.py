@@ -1,0 +1,82 @@
+"""What is refused before anything slow is loaded, on one rank or many."""
+
+import json
+
+import pytest
+from test_train import arguments
+from tiny import luffy, make_model, make_tokenizer
+
+from luffy.config import Config
+from luffy.data import Example
+from luffy.data.problem import Problem
+from luffy.errors import UserError
+from luffy.prompts import PromptTemplate
+from luffy.setup import check_lengths, load_validation
+
+
+def example(name: str, prompt: int, *traces: int) -> Example:
+    problem = Problem(
+        id=name, data_source="s", messages=({"role": "user", "content": "?"},), answer="1", traces=(), extra={}
+    )
+    return Example(problem, tuple(range(prompt)), tuple(tuple(range(n)) for n in traces))
+
+
+def lengths(**changes) -> Config:
+    config = Config()
+    config.data.max_prompt_tokens, config.rollout.max_tokens, config.train.tokens_per_micro = 30, 20, 100
+    for key, value in changes.items():
+        section, name = key.split("__")
+        setattr(getattr(config, section), name, value)
+    return config
+
+
+def test_a_sequence_longer_than_positions_or_budget_is_named():
+    examples = [example("short", 5, 10), example("long", 20, 70)]
+    assert check_lengths(lengths(), examples, 90) == 50
+    assert check_lengths(lengths(eval__max_tokens=40), examples, None) == 70
+    with pytest.raises(
+        UserError, match=r"problem long: its prompt of 20 tokens .* make 90 tokens, .* has 89 positions"
+    ):
+        check_lengths(lengths(), examples, 89)
+    with pytest.raises(UserError, match=r"problem long: .* more than train.tokens_per_micro 89; raise it to 90"):
+        check_lengths(lengths(train__tokens_per_micro=89), examples, None)
+    with pytest.raises(UserError, match=r"40 positions, and data.max_prompt_tokens \+ rollout.max_tokens .* make 50"):
+        check_lengths(lengths(), examples[:1], 40)
+
+
+def test_answers_count_as_long_as_they_may_become():
+    with pytest.raises(UserError, match="make 25 tokens, more than train.tokens_per_micro 24"):
+        check_lengths(lengths(train__tokens_per_micro=24), [example("p", 5, 3)], None)
+    sft = lengths(train__tokens_per_micro=24)
+    sft.objective.name = "sft"
+    check_lengths(sft, [example("p", 5, 3)], None)  # which samples nothing
+
+
+def test_a_validation_set_may_not_hold_what_the_run_is_judged_by(tmp_path):
+    def rows(*questions: str):
+        path = tmp_path / f"{questions[0]}.jsonl"
+        path.write_text("".join(json.dumps({"question": q, "answer": "#### 1"}) + "\n" for q in questions))
+        return path
+
+    template, config = PromptTemplate(make_tokenizer()), Config()
+    assert load_validation(config, template, {}) == []
+    config.eval.validation = str(rows("one", "two"))
+    examples = load_validation(config, template, {"heldout": []})
+    assert len(examples) == 2
+    with pytest.raises(
+        UserError, match=r"eval.validation: 1 of its problems are also among those evaluated in the end"
+    ):
+        load_validation(config, template, {"heldout": examples[1:]})
+
+
+def test_many_ranks_end_together_with_one_sentence(tmp_path):
+    model = make_model(tmp_path / "model")
+    for options, text in (
+        ({"mesh__sequence": 3}, "2 ranks cannot be split into mesh.replicate 1 x mesh.sequence 3"),
+        ({"rollout__max_tokens": 600}, "it has 512 positions"),
+    ):
+        run = tmp_path / "run"
+        done = luffy(*arguments(run, model, "--nproc-per-node", "2", train__steps=1, **options), cwd=tmp_path)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+        assert text in done.stderr
+        assert not (run / "config.toml").exists()
