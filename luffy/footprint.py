@@ -17,7 +17,7 @@ GIB = 2**30
 MASTER = 4  # float32: masters, gradients, each of Adam's moments
 CHUNK = {"cpu": 256 << 20, "cuda": 1 << 30}  # luffy_kernels' default of `chunk_bytes`
 CONTEXT = {"cpu": 0, "cuda": 1 << 30}  # what the driver, cuBLAS, NCCL and compiled kernels keep: assumed
-HOLES = 0.25  # of a heap that returns nothing, what fits nobody: fitted to the four cases of bench.plan
+HOLES = 0.25  # of a heap that returns nothing, what fits nobody: fitted to the first four cases of bench.plan
 Recompute = bool | Literal["selective"]
 Parts = dict[str, float]
 
