@@ -206,9 +206,8 @@ def report(lengths: list[int], out: Path | None) -> int:
     for name, (slope, r2) in fits.items():
         print(f"{name:14s} {slope / 1024:10.2f} KiB a token, R^2 {r2:.4f}")
     share = fits["body, sp = 2"][0] / fits["body"][0]
-    print(
-        f"sp = 2 leaves {share:.2f} of the body's slope; eager takes {fits['eager'][0] / fits['update'][0]:.0f} times ours"
-    )
+    times = fits["eager"][0] / fits["update"][0]
+    print(f"sp = 2 leaves {share:.2f} of the body's slope; eager takes {times:.0f} times ours")
     if out is not None:
         from bench.ops import machine
         from luffy.files import write_json

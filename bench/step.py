@@ -137,7 +137,7 @@ class Eager(Policy):
 def eager_update(bench: Bench, trainer: Trainer) -> tuple[float, float]:
     """(loss, gradient norm)."""
     count = sum(len(row.token_ids) for _, row in bench.pairs())
-    normalizer, _ = bench.objective.scales(count)
+    normalizer, _ = bench.objective.scales(count, len(bench.pairs()))
     total = 0.0
     for batch in bench.batches():
         loss = trainer.policy(batch, normalizer=normalizer, gamma=bench.config.objective.gamma)

@@ -133,8 +133,9 @@ class ObjectiveConfig(Section):
     """Divide advantages by the group's standard deviation (GRPO); false is Dr.GRPO, as LUFFY uses."""
     trace_filter: bool = False
     """sft only: leave out traces that fail the verifier."""
-    normalizer: Positive = 65536.0
-    """The summed policy loss of one update is divided by this constant (the paper's code: 65536 per 512 rows)."""
+    normalizer: Positive | Literal["tokens", "sequences"] = 65536.0
+    """What the summed policy loss of one update is divided by: a constant (the paper's code: 65536 per 512 rows),
+    `tokens` (DAPO: every token counts the same) or `sequences` (GRPO: the mean over rows of each row's mean)."""
     entropy_coef: NonNegative = 0.001
     """Weight of the entropy bonus, a mean over response tokens."""
 

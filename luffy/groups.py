@@ -14,7 +14,8 @@ class Row:
     """One answer to a group's prompt.
 
     `token_ids` ends with the EOS when the answer is finished. `sampler_logp` are the engine's log-probs of the same
-    tokens (nats; empty for a trace). The objective fills `advantage` and `loss_id`.
+    tokens (nats; empty for a trace). The objective fills `advantage`, `loss_id` and `weight`, which multiplies the
+    policy loss of its tokens.
     """
 
     token_ids: tuple[int, ...]
@@ -26,6 +27,7 @@ class Row:
     verdict: str = ""
     advantage: float = 0.0
     loss_id: int = 0
+    weight: float = 1.0
 
     @property
     def solved(self) -> bool:

@@ -127,7 +127,7 @@ class UpdateMetrics:
         rows = self.table.to(out.logp.device)[micro.loss_id]
         value = evaluate(out.logp, micro.advantages, old_logp, rows).loss
         off, on, prob = micro.is_trace, ~micro.is_trace, out.logp.exp()
-        self._sum("pg_loss", value / normalizer)
+        self._sum("pg_loss", micro.token_weight * value / normalizer)
         self._sum("tokens", torch.ones_like(prob))
         self._sum("entropy", out.entropy)
         self._sum("drift", old_logp - out.logp)

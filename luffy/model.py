@@ -45,7 +45,7 @@ class Policy(nn.Module):
         if not loss:
             return linear_logprobs(hidden, head.weight, micro.targets, **options).logp
         options |= {"old_logp": "current" if micro.old_logp is None else micro.old_logp}
-        options |= {"advantages": micro.advantages, "loss_id": micro.loss_id}
+        options |= {"advantages": micro.advantages, "loss_id": micro.loss_id, "token_weight": micro.token_weight}
         return linear_policy_loss(hidden, head.weight, micro.targets, **options, **loss)
 
 

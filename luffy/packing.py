@@ -1,19 +1,21 @@
-"""Rows -> token-budget micro-batches without padding.
+"""Rows -> token-budget micro-batches without padding, shared evenly by the ranks (`luffy.balance` says who gets what).
 
-The unit is a group's prompt with some of its rows (the prompt enters the body once, see `luffy.attention`). Units are
-placed first-fit, largest first; a group larger than the budget is split, its prompt repeated. The head sees response
-tokens only: `source[n]` is the packed position whose hidden state predicts `targets[n]` - for the first token of every
-row that is the last token of the shared prompt. The last token of a row predicts nothing and stays out of the body.
+A unit is a group's prompt with some of its rows; the prompt enters the body once (see `luffy.attention`). The head sees
+response tokens only: `source[n]` is the packed position whose hidden state predicts `targets[n]` - for the first token
+of every row that is the last token of the shared prompt. The last token of a row predicts nothing and stays out of the
+body.
 
     T packed tokens, N response tokens
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from luffy.attention import Layout, Segment
+from luffy.balance import Bin, plan
 from luffy.groups import Group, Row
 
 
@@ -27,6 +29,7 @@ class MicroBatch:
     advantages: Tensor  # [N] float32
     loss_id: Tensor  # [N] int64
     is_trace: Tensor  # [N] bool
+    token_weight: Tensor  # [N] float32
     sampler_logp: Tensor  # [N] float32, NaN where nobody sampled
     old_logp: Tensor | None = None  # [N] float32; None: this pass's own
 
@@ -46,45 +49,35 @@ class MicroBatch:
         return self
 
 
-@dataclass(slots=True)
-class _Unit:
-    prompt_ids: tuple[int, ...]
-    rows: list[Row]
+def pack(
+    groups: list[Group],
+    rows_of: Callable[[Group], list[Row]],
+    budget: int,
+    *,
+    rank: int = 0,
+    ranks: int = 1,
+    attention_weight: float = 0.0,
+) -> list[MicroBatch]:
+    """This rank's micro-batches of at most `budget` tokens; all ranks' together hold `rows_of(group)` of every group.
 
-    @property
-    def cost(self) -> int:
-        return len(self.prompt_ids) + sum(len(row.token_ids) - 1 for row in self.rows)
+    Every rank passes the same groups and gets equally many micro-batches without a word to the others: the result is
+    a function of the arguments. Where a rank has nothing to do in a slot it gets one token (id 0) without targets. A
+    row that exceeds the budget by itself becomes a micro-batch of its own. No rows at all: no micro-batches.
 
+    Args:
+        budget: tokens of a micro-batch, prompts and rows without their last tokens.
+        attention_weight: cost of one attended pair in units of one token's other work; 0 balances tokens. See
+            `luffy.flops.attention_weight`.
 
-def pack(groups: list[Group], rows_of, budget: int) -> list[MicroBatch]:
-    """Micro-batches of at most `budget` tokens holding `rows_of(group)` of every group.
-
-    A row that exceeds the budget by itself becomes a micro-batch of its own. Deterministic.
+    Raises:
+        ValueError: rank is not one of ranks, budget is not positive, or a row has no tokens.
     """
-    units = [unit for group in groups for unit in _split(group.example.prompt_ids, rows_of(group), budget)]
-    bins: list[list[_Unit]] = []
-    room: list[int] = []
-    for unit in sorted(units, key=lambda unit: -unit.cost):
-        index = next((i for i, free in enumerate(room) if free >= unit.cost), None)
-        if index is None:
-            bins.append([])
-            room.append(budget)
-            index = len(bins) - 1
-        bins[index].append(unit)
-        room[index] -= unit.cost
-    return [_assemble(units) for units in bins]
+    if not 0 <= rank < ranks:
+        raise ValueError(f"pack: rank must be one of {ranks} ranks, counted from 0, got {rank}")
+    return [_assemble(slot[rank]) for slot in plan(groups, rows_of, budget, ranks, attention_weight)]
 
 
-def _split(prompt_ids: tuple[int, ...], rows: list[Row], budget: int) -> list[_Unit]:
-    units: list[_Unit] = []
-    for row in rows:
-        if not units or units[-1].cost + len(row.token_ids) > budget:
-            units.append(_Unit(prompt_ids, []))
-        units[-1].rows.append(row)
-    return units
-
-
-def _assemble(units: list[_Unit]) -> MicroBatch:
+def _assemble(units: Bin) -> MicroBatch:
     token_ids: list[int] = []
     positions: list[int] = []
     source: list[int] = []
@@ -104,16 +97,25 @@ def _assemble(units: list[_Unit]) -> MicroBatch:
                 segment.rows.append((begin, begin + len(inputs)))
             rows.append(row)
         segments.append(segment)
-    sizes = torch.tensor([len(row.token_ids) for row in rows])
+    if not units:  # one token that nothing is learned from: this rank's part in the others' collectives
+        token_ids, positions, segments = [0], [0], [Segment(0, 1, [])]
+    sizes = torch.tensor([len(row.token_ids) for row in rows], dtype=torch.int64)
     nan = float("nan")
+
+    def per_row(values: list, dtype: torch.dtype) -> Tensor:
+        return torch.tensor(values, dtype=dtype).repeat_interleave(sizes)
+
     return MicroBatch(
         token_ids=torch.tensor(token_ids),
         positions=torch.tensor(positions),
         layout=Layout(segments, len(token_ids)),
-        source=torch.tensor(source),
-        targets=torch.tensor([token for row in rows for token in row.token_ids]),
-        advantages=torch.tensor([row.advantage for row in rows], dtype=torch.float32).repeat_interleave(sizes),
-        loss_id=torch.tensor([row.loss_id for row in rows]).repeat_interleave(sizes),
-        is_trace=torch.tensor([row.is_trace for row in rows]).repeat_interleave(sizes),
-        sampler_logp=torch.tensor([x for row in rows for x in (row.sampler_logp or [nan] * len(row.token_ids))]),
+        source=torch.tensor(source, dtype=torch.int64),
+        targets=torch.tensor([token for row in rows for token in row.token_ids], dtype=torch.int64),
+        advantages=per_row([row.advantage for row in rows], torch.float32),
+        loss_id=per_row([row.loss_id for row in rows], torch.int64),
+        is_trace=per_row([row.is_trace for row in rows], torch.bool),
+        token_weight=per_row([row.weight for row in rows], torch.float32),
+        sampler_logp=torch.tensor(
+            [x for row in rows for x in (row.sampler_logp or [nan] * len(row.token_ids))], dtype=torch.float32
+        ),
     )

@@ -16,7 +16,7 @@ from luffy.attention import Layout, Segment
 from luffy.errors import UserError
 from luffy.packing import MicroBatch
 
-PER_TARGET = ("source", "targets", "advantages", "loss_id", "is_trace", "sampler_logp")
+PER_TARGET = ("source", "targets", "advantages", "loss_id", "is_trace", "token_weight", "sampler_logp")
 
 
 def check_heads(config: Any, ranks: int) -> None:

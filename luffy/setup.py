@@ -190,8 +190,8 @@ def check_lengths(config: Config, examples: list[Example], positions: int | None
     asked = config.data.max_prompt_tokens + max(config.rollout.max_tokens, config.eval.max_tokens or 0)
     if positions is not None and asked > positions:
         raise UserError(
-            f"model: it has {positions} positions, and data.max_prompt_tokens + rollout.max_tokens (or eval.max_tokens) "
-            f"make {asked}; lower one of them"
+            f"model: it has {positions} positions, and data.max_prompt_tokens + rollout.max_tokens (or "
+            f"eval.max_tokens) make {asked}; lower one of them"
         )
     answers = config.rollout.max_tokens if config.objective.name != "sft" else 0
 
@@ -221,8 +221,8 @@ def load_validation(config: Config, template: PromptTemplate, heldout: dict[str,
     shared = [example.problem.id for example in examples if example.prompt_ids in judged]
     if shared:
         raise UserError(
-            f"eval.validation: {len(shared)} of its problems are also among those evaluated in the end (the first is "
-            f"{shared[0]}), so the best checkpoint would be chosen by what it is judged by; take them out of one"
+            f"eval.validation: {len(shared)} of its problems are also among those evaluated in the end (first: "
+            f"{shared[0]}), so the best checkpoint would be chosen by what judges it; keep them apart"
         )
     return examples
 

@@ -158,7 +158,8 @@ def update(t: Trainer, groups: list[Group], rows: dict[int, list[Row]], loop: di
     for number, (part, micros) in enumerate(zip(parts, packs, strict=True)):
         if not micros:
             continue  # every row of every group has a zero gradient
-        normalizer, entropy_coef = t.objective.scales(count_tokens([row for group in part for row in rows[id(group)]]))
+        active = [row for group in part for row in rows[id(group)]]
+        normalizer, entropy_coef = t.objective.scales(count_tokens(active), len(active))
         loss = 0.0
         for micro in micros:
             out = t.policy(micro, losses=t.objective.losses, normalizer=normalizer, entropy_coef=entropy_coef)

@@ -57,6 +57,7 @@ def test_update_metrics_are_token_means_over_the_step():
             advantages=advantages[part],
             loss_id=trace[part].long(),
             is_trace=trace[part],
+            token_weight=torch.ones(n),
             sampler_logp=torch.where(trace, torch.nan, logp + 0.01)[part],
         )
         entropy, ones = torch.full((n,), 2.0), torch.ones(n)

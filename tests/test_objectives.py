@@ -77,10 +77,13 @@ def test_sft_imitates_wrong_traces_unless_told_to_filter():
 
 
 def test_scales_make_the_entropy_bonus_a_token_mean():
-    normalizer, coef = make_objective(ObjectiveConfig(normalizer=8192.0, entropy_coef=0.01)).scales(400)
+    normalizer, coef = make_objective(ObjectiveConfig(normalizer=8192.0, entropy_coef=0.01)).scales(400, 16)
     # loss = (... - coef * sum ent) / normalizer
     assert coef / normalizer == pytest.approx(0.01 / 400)
-    assert make_objective(ObjectiveConfig(name="sft")).scales(400) == (400.0, 0.0)
+    assert make_objective(ObjectiveConfig(name="sft")).scales(400, 16) == (400.0, 0.0)
+    for name, count in (("tokens", 400.0), ("sequences", 16.0)):
+        normalizer, coef = make_objective(ObjectiveConfig(normalizer=name, entropy_coef=0.01)).scales(400, 16)
+        assert (normalizer, coef) == (count, pytest.approx(0.01 * count / 400))
 
 
 def test_standard_deviation_only_when_asked_for():

@@ -150,3 +150,23 @@ def test_attention_that_is_not_plain_is_refused():
         attention.refuse_unknown(layout, sliding_window=8)
     with pytest.raises(UserError, match="soft cap"):
         attention.refuse_unknown(layout, softcap=50.0)
+
+
+def test_ranks_together_have_the_gradient_of_one_and_idle_ones_none():
+    def gradients(ranks):
+        lm = tiny_lm()
+        for rank in range(ranks):
+            for micro in pack(GROUPS, lambda g: g.rows, 1000, rank=rank, ranks=ranks):
+                Policy(lm, temperature=1.0)(micro).sum().backward()
+        return {name: p.grad for name, p in lm.named_parameters()}
+
+    whole = gradients(1)
+    for name, grad in gradients(9).items():
+        torch.testing.assert_close(grad, whole[name], atol=3e-4, rtol=1e-4)
+    [idle] = pack(GROUPS[1:2], lambda g: g.rows, 1000, rank=1, ranks=2)
+    lm = tiny_lm()
+    logp = Policy(lm, temperature=1.0)(idle)
+    assert logp.shape == (0,)
+    logp.sum().backward()  # connected, so that a sharded model gathers and reduces with the others
+    assert all(not p.grad.any() for p in lm.parameters() if p.grad is not None)
+    assert lm.get_decoder().layers[0].self_attn.q_proj.weight.grad is not None

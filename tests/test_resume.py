@@ -59,7 +59,10 @@ def test_kill_9_at_random_moments_changes_nothing(home, whole):
     for kill in range(KILLS):
         process, before = start(home, run), steps_of(run)
         if kill % 2 == 0:  # the folder that is being written appears under a name of its own
-            wait_for(lambda: steps_of(run) > before and list((run / "checkpoints").glob(".step-*.tmp")), process)
+            wait_for(
+                lambda before=before: steps_of(run) > before and list((run / "checkpoints").glob(".step-*.tmp")),
+                process,
+            )
             torn += 1
         else:
             wait_for(lambda before=before: steps_of(run) > before, process)

@@ -28,6 +28,7 @@ def trainer_logp(policy: Policy, ids: tuple[int, ...]) -> torch.Tensor:
         advantages=torch.ones(size),
         loss_id=torch.zeros(size, dtype=torch.int64),
         is_trace=torch.zeros(size, dtype=torch.bool),
+        token_weight=torch.ones(size),
         sampler_logp=torch.zeros(size),
     )
     with torch.no_grad():

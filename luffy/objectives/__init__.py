@@ -25,12 +25,12 @@ class Objective(Protocol):
         """Traces of the problem that join its group."""
 
     def assign(self, group: Group) -> list[Row]:
-        """Fill `advantage` and `loss_id` of every row, rewards being known; returns the rows whose gradient is not
-        zero by construction. The others never enter the model."""
+        """Fill `advantage`, `loss_id` and `weight` of every row, rewards being known; returns the rows whose gradient
+        is not zero by construction. The others never enter the model."""
 
-    def scales(self, num_tokens: int) -> tuple[float, float]:
-        """(normalizer, entropy_coef) of an update over `num_tokens` response tokens: what the summed loss is divided
-        by, and the entropy coefficient in units of that sum."""
+    def scales(self, tokens: int, rows: int) -> tuple[float, float]:
+        """(normalizer, entropy_coef) of an update over so many response tokens in so many rows, of all ranks and
+        micro-batches: what the summed loss is divided by, and the entropy coefficient in units of that sum."""
 
 
 def make_objective(config: ObjectiveConfig) -> Objective:

@@ -2,7 +2,8 @@
 
     loss = -A r,  r = pi / pi_old  (clipped where `clip_low`/`clip_high` are set),  A = reward - mean(group)
 
-summed over tokens and divided by a constant; minus an entropy bonus that is a token mean.
+summed over tokens and divided by a constant (or by the number of tokens, or averaged over rows: `normalizer`); minus an
+entropy bonus that is a token mean.
 """
 
 from luffy_kernels.token_losses import TokenLoss, policy_gradient
@@ -28,9 +29,11 @@ class Grpo:
         advantages = group_advantages([row.reward for row in group.rows], self.config.advantage_std)
         for row, advantage in zip(group.rows, advantages, strict=True):
             row.advantage = advantage
+            row.weight = 1 / len(row.token_ids) if self.config.normalizer == "sequences" else 1.0
         # an entropy bonus reaches every token; without one a row of advantage 0 has no gradient at all
         return [row for row in group.rows if row.advantage or self.config.entropy_coef]
 
-    def scales(self, num_tokens: int) -> tuple[float, float]:
-        normalizer = self.config.normalizer
-        return normalizer, self.config.entropy_coef * normalizer / max(num_tokens, 1)
+    def scales(self, tokens: int, rows: int) -> tuple[float, float]:
+        chosen = self.config.normalizer
+        normalizer = float({"tokens": tokens, "sequences": rows}[chosen] if isinstance(chosen, str) else chosen)
+        return normalizer, self.config.entropy_coef * normalizer / max(tokens, 1)

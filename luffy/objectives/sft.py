@@ -25,5 +25,5 @@ class Sft:
     def assign(self, group: Group) -> list[Row]:
         return [row for row in group.rows if row.solved or not self.config.trace_filter]
 
-    def scales(self, num_tokens: int) -> tuple[float, float]:
-        return float(max(num_tokens, 1)), 0.0
+    def scales(self, tokens: int, rows: int) -> tuple[float, float]:
+        return float(max(tokens, 1)), 0.0
