@@ -245,6 +245,28 @@ def step_table(path: Path) -> Iterator[str]:
     yield result["note"]
 
 
+def longcontext_table(path: Path) -> Iterator[str]:
+    result = json.loads(path.read_text())
+    names = list(result["mib"])
+    yield "MiB beyond the model, its gradients and optimizer, one sequence a micro-batch:"
+    yield ""
+    yield f"| tokens | {' | '.join(names)} |"
+    yield "|---:|" + "---:|" * len(names)
+    for at, length in enumerate(result["lengths"]):
+        cells = [f"{values[at]:,.0f}" if at < len(values) else "" for values in result["mib"].values()]
+        yield f"| {length:,} | {' | '.join(cells)} |"
+    lines = [result["lines"].get(name) for name in names]
+    slopes = [_number(line and line["bytes_per_token"] / 1024, "{:.2f}") for line in lines]
+    fits = [_number(line and line["r2"], "{:.4f}") for line in lines]
+    yield f"| KiB a token | {' | '.join(slopes)} |"
+    yield f"| R^2 of the line | {' | '.join(fits)} |"
+    yield ""
+    yield (
+        f"{result['machine']['cpu']}, 2 blocks of width 64, 50,000 vocabulary entries (`python -m bench.longcontext`);"
+        " eager: until it would take 0.8 of the machine's memory."
+    )
+
+
 def put(path: Path, marker: str, text: str) -> None:
     """Replaces what stands between the markers of a file."""
     begin, end = f"<!-- {marker} -->", f"<!-- /{marker} -->"
@@ -272,6 +294,11 @@ def main(argv: list[str] | None = None) -> int:
     steps = sorted(RESULTS.glob("step-*.json"))
     if steps:
         texts[DOC, "step"] = "\n\n".join("\n".join(step_table(path)) for path in steps)
+    long = sorted(RESULTS.glob("longcontext-*.json"))
+    if long:
+        texts[ROOT / "docs" / "distributed.md", "longcontext"] = "\n\n".join(
+            "\n".join(longcontext_table(p)) for p in long
+        )
     for (path, marker), text in texts.items():
         print(f"\n{path.name}: {marker}\n{text}")
         if not args.print:

@@ -50,6 +50,13 @@ MACHINES = {
 }
 
 
+def peak_of(device_name: str) -> float | None:
+    """Dense bfloat16 peak, FLOP/s, of a device as its driver names it ("NVIDIA H100 80GB HBM3"); None: not in the
+    table."""
+    words = device_name.lower().replace("-", " ").split()
+    return next((machine.flops for name, machine in MACHINES.items() if name.split("-")[0] in words), None)
+
+
 def find_machine(name: str) -> Machine:
     """A GPU by name, or `cpu`: this machine's memory, no rates.
 

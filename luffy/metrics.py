@@ -19,7 +19,9 @@ from torch import Tensor
 
 from luffy.distributed import World
 from luffy.files import disk_errors, read_jsonl, write_text
+from luffy.flops import Shape, attended_pairs, mfu, step_flops
 from luffy.groups import Group, Row
+from luffy.machines import peak_of
 from luffy.packing import MicroBatch
 
 SUMS = (
@@ -105,6 +107,21 @@ def group_metrics(groups: list[Group], updated: int) -> dict[str, float]:
         "verify/timeouts": verdicts.count("timeout"),
         "verify/crashes": verdicts.count("crash"),
     }
+
+
+def work_metrics(shape: Shape, groups: list[list[Row]], prompts: list[int], seconds: float, updates: int, ranks: int):
+    """Model FLOP of an update phase per second and rank, and of a known GPU's peak, by the formulas of `luffy.flops`.
+
+    groups: the rows of each group that entered the model; prompts: tokens of its prompt.
+    """
+    inputs = [[len(row.token_ids) - 1 for row in rows] for rows in groups]
+    used = [(prompt, rows) for prompt, rows in zip(prompts, inputs, strict=True) if rows]
+    tokens = sum(prompt + sum(rows) for prompt, rows in used)
+    pairs = sum(attended_pairs(prompt, rows) for prompt, rows in used)
+    flops = step_flops(shape, tokens, pairs, count_tokens([row for rows in groups for row in rows]), updates)
+    found = {"perf/update_tflops_per_rank": flops / seconds / ranks / 1e12}
+    peak = peak_of(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+    return found if peak is None else found | {"perf/mfu": mfu(flops, seconds, peak, ranks)}
 
 
 class UpdateMetrics:

@@ -28,8 +28,13 @@ class Policy(nn.Module):
         super().__init__()
         self.lm = lm
         self.offload_activations = offload_activations
-        self.attention_weight = attention_weight(lm.config)
+        self.shape = known_shape(lm.config)
         self.head_options: dict[str, Any] = head_options(lm.config) | {"temperature": temperature}
+
+    @property
+    def attention_weight(self) -> float:
+        """What balances micro-batches, see `luffy.flops`; 0 where the model's shape is unknown: tokens alone count."""
+        return 0.0 if self.shape is None else flops.attention_weight(self.shape)
 
     def forward(self, micro: MicroBatch, **loss: Any):
         body = self.lm.get_decoder()
@@ -49,12 +54,12 @@ class Policy(nn.Module):
         return linear_policy_loss(hidden, head.weight, micro.targets, **options, **loss)
 
 
-def attention_weight(config: Any) -> float:
-    """What balances micro-batches, see `luffy.flops`; 0 where the model's shape is unknown: tokens alone count."""
+def known_shape(config: Any) -> flops.Shape | None:
+    """None where `luffy.flops` cannot count the model's work."""
     try:
-        return flops.attention_weight(flops.shape_of(config))
+        return flops.shape_of(config)
     except UserError:
-        return 0.0
+        return None
 
 
 def head_options(config: Any) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from luffy.evaluate import Evaluation, evaluate
 from luffy.files import write_json
 from luffy.groups import Group, Row
 from luffy.interrupt import Stopped
-from luffy.metrics import UpdateMetrics, count_tokens, group_metrics
+from luffy.metrics import UpdateMetrics, count_tokens, group_metrics, work_metrics
 from luffy.packing import MicroBatch, pack
 from luffy.run_folder import RunFolder
 from luffy.seeds import derive
@@ -246,11 +246,18 @@ def record_step(
     seconds, peak = t.world.largest([phases.total, peak_memory_gib()])
     loop["train_seconds"] += seconds
     loop["tokens"] += tokens
+    active = [rows[id(group)] for group in groups]
+    work: dict[str, float] = {}
+    if t.policy.shape is not None:
+        prompts = [len(group.example.prompt_ids) for group in groups]
+        updates = t.config.train.updates_per_step
+        work = work_metrics(t.policy.shape, active, prompts, phases.by_name["update"], updates, t.world.size)
     return {
-        **group_metrics(groups, sum(len(kept) for kept in rows.values())),
+        **group_metrics(groups, sum(map(len, active))),
         **metrics.result(),
         **phases.seconds(),
         **{f"timing_per_token_ms/{name}": 1e3 * s / max(tokens, 1) for name, s in phases.by_name.items()},
+        **work,
         "perf/tokens_per_s": tokens / seconds,
         "perf/peak_memory_gib": peak,
         "perf/train_minutes": loop["train_seconds"] / 60,

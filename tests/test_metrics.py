@@ -76,3 +76,21 @@ def test_update_metrics_are_token_means_over_the_step():
     assert got["actor/loss"] == pytest.approx(0.4)
     assert got["rollout/logp_gap_mean"] == pytest.approx(0.01, abs=1e-6)
     assert (got["actor/updates"], got["actor/bad_updates"], got["actor/grad_norm"]) == (1, 1, 3.0)
+
+
+def test_work_is_counted_by_the_formulas_of_flops():
+    from luffy.flops import attended_pairs, step_flops
+    from luffy.groups import Row
+    from luffy.machines import peak_of
+    from luffy.metrics import work_metrics
+    from luffy.shapes import KNOWN
+
+    shape = KNOWN["qwen2.5-0.5b"]
+    rows = [[Row(token_ids=(1,) * n, text="") for n in sizes] for sizes in ((5, 9), (), (3,))]
+    found = work_metrics(shape, rows, [10, 100, 7], seconds=2.0, updates=1, ranks=4)
+    pairs = attended_pairs(10, [4, 8]) + attended_pairs(7, [2])
+    flops = step_flops(shape, 10 + 12 + 7 + 2, pairs, 17)
+    assert found["perf/update_tflops_per_rank"] == pytest.approx(flops / 2 / 4 / 1e12)
+    assert peak_of("NVIDIA H100 80GB HBM3") == peak_of("NVIDIA H200") == 989e12
+    assert peak_of("NVIDIA A100-SXM4-80GB") == 312e12
+    assert peak_of("GeForce") is None
