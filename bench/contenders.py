@@ -2,9 +2,9 @@
 
 `names(mode)` lists them, `load(impl, mode)` imports one and gives a function of a `Problem`: log-probs [N] in mode
 `logp`, (log-probs, entropy) in `logp_entropy`, and a scalar to differentiate in `ce` and `policy`. Names are those of
-`bench.peers`; `naive_bf16`, `naive_compiled` and `gemm_x1` to `gemm_x4` have no row there. A peer without a policy loss
-gets one from its log-probs. What is absent or fails raises, and `why` puts it in a line of the report: never a silent
-gap.
+`bench.peers`; `naive_bf16`, `naive_wide`, `naive_compiled` and `gemm_x1` to `gemm_x4` have no row there. A peer without
+a policy loss gets one from its log-probs. What is absent or fails raises, and `why` puts it in a line of the report:
+never a silent gap.
 """
 
 from __future__ import annotations
@@ -142,6 +142,16 @@ def naive(mode: str) -> Call:
     return from_logprobs(logprobs, mode)
 
 
+def naive_wide(mode: str) -> Call:
+    """Operands widened before the product: logits that are never rounded to 16 bits."""
+
+    def logprobs(p: Problem) -> tuple[Tensor, Tensor | None]:
+        log_p = functional.linear(p.hidden.float(), p.weight.float()).log_softmax(-1)
+        return log_p.gather(-1, p.targets[:, None])[:, 0], None
+
+    return from_logprobs(logprobs, mode)
+
+
 def naive_narrow(mode: str) -> Call:
     """As `naive`, with the softmax in the operands' dtype: half the memory, log-probs off by its rounding."""
 
@@ -243,6 +253,7 @@ CONTENDERS: dict[str, tuple[tuple[str, ...], Callable[[str], Call]]] = {
     "gemm_x4": ((ENTROPY,), gemm(4)),
     "naive": (ALL, naive),
     "naive_bf16": ((LOGP, POLICY), naive_narrow),
+    "naive_wide": ((LOGP,), naive_wide),
     "liger_grpo": ((POLICY,), liger_grpo),
     "liger_flce": ((CE,), liger_flce),
     "cce": (SCALARS, cce),

@@ -77,7 +77,7 @@ class Checkpointer:
                 were complete are as they were.
         """
         self.wait()
-        target = self.folder / f"step-{step:06d}"
+        target = self.folder / name_of(step)
         tensors = weights_of(policy)
         try:
             begin = partial(_begin, temporary_name(target), policy, loop | {"step": step}, tokenizer)
@@ -210,13 +210,17 @@ class _Work:
         return temporary_name(self.target)
 
 
+def name_of(step: int) -> str:
+    return f"step-{step:06d}"
+
+
 def all_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
     return [path for path in _folders(folder) if damage(path) is None]
 
 
 def latest(folder: Path, before: Path | None = None) -> Path | None:
-    """The newest complete checkpoint (older than `before`); damaged ones that are newer are said and skipped."""
+    """The newest complete checkpoint (older than `before`); incomplete ones that are newer are said and skipped."""
     for path in reversed(_folders(folder)):
         if before is not None and _step(path) >= _step(before):
             continue
@@ -227,9 +231,14 @@ def latest(folder: Path, before: Path | None = None) -> Path | None:
 
 
 def resumable(folder: Path) -> Path | None:
-    """The newest checkpoint of which every file has its checksum; damaged ones are said and skipped.
+    """The newest checkpoint of which every file has its checksum; None where there is none at all.
 
-    Collective: rank 0 looks, the ranks share the reading, and all get the same answer.
+    One whose contents are damaged is said, and set aside under another name: it must not count as the newest again, nor
+    push out those that the run writes from an earlier step on. Collective: rank 0 looks, the ranks share the reading,
+    and all get the same answer.
+
+    Raises:
+        UserError: there are checkpoints, and none can be used.
     """
     several = dist.is_initialized() and dist.get_world_size() > 1
     path: Path | None = None
@@ -238,12 +247,26 @@ def resumable(folder: Path) -> Path | None:
         if several:
             dist.broadcast_object_list(found)
         if (path := found[0]) is None:
-            return None
+            break
         try:
             verify(path)
             return path
         except UserError as error:
-            say(f"{error}; it is skipped")
+            aside = path.with_name(f"damaged-{path.name}")
+            say(f"{error}; it is skipped, and called {aside.name} from now on")
+            if not several or dist.get_rank() == 0:
+                if aside.exists():
+                    remove_folder(aside)
+                path.rename(aside)
+    unusable = [[entry.name for entry in (*_folders(folder), *folder.glob("damaged-step-*"))]]
+    if several:
+        dist.broadcast_object_list(unusable)
+    if unusable[0]:
+        raise UserError(
+            f"resume: none of the checkpoints in {folder} can be used ({', '.join(unusable[0])}); if the disk is only "
+            f"away for a while, try again, else move them elsewhere to start from the beginning"
+        )
+    return None
 
 
 def load_loop(checkpoint: Path) -> dict[str, Any]:

@@ -166,7 +166,7 @@ class TrainConfig(Section):
     tokens_per_micro: PositiveInt = 32768
     """Token budget of a micro-batch; sequences are packed, nothing is padded."""
     seed: int = 0
-    hang_minutes: Positive | None = 60.0
+    hang_minutes: Positive | None = 240.0
     """A phase of a step that takes longer ends the run, with the ranks that are behind named; null: never."""
 
 
@@ -202,8 +202,8 @@ class EvalConfig(Section):
 class CheckpointConfig(Section):
     every: Annotated[int, Field(ge=0)] = 50
     """Steps between checkpoints; 0: only at the end."""
-    keep: PositiveInt = 1
-    """Newest checkpoints to keep; with `eval.validation` the best one stays too."""
+    keep: PositiveInt = 2
+    """Newest checkpoints to keep, one of them to fall back to; with `eval.validation` the best one stays too."""
 
 
 class Config(BaseSettings):

@@ -141,11 +141,6 @@ def _mesh(device: torch.device, dims: tuple[tuple[str, int], ...]) -> DeviceMesh
     return init_device_mesh(device.type, sizes, mesh_dim_names=names)
 
 
-def init() -> tuple[DeviceMesh, torch.device]:
-    world = start(MeshConfig())
-    return world.params, world.device
-
-
 def close() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -69,6 +69,11 @@ def empty_lm(path: str, config: ModelConfig) -> PreTrainedModel:
             )
     with suppress(OSError):  # a model without one keeps what follows from its config
         lm.generation_config = GenerationConfig.from_pretrained(path)
+    for name in ("attention_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "hidden_dropout"):
+        if getattr(described.get_text_config(), name, 0.0):
+            raise UserError(
+                f"model {path}: {name} is not 0, and a run with dropout is no function of its seed; set it to 0"
+            )
     activations.apply(lm, config)
     return lm.eval()
 

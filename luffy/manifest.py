@@ -70,20 +70,25 @@ def verify(checkpoint: Path) -> None:
     Raises:
         UserError: on every rank, naming the first file that is not what was written.
     """
-    if problem := damage(checkpoint):
-        raise UserError(problem)
-    files = list(read_manifest(checkpoint)["files"].items())
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    bad = [name for name, expected in files[rank::world] if not _same(checkpoint / name, expected)]
+    problem = damage(checkpoint) or _changed(checkpoint, rank, world)  # ranks may see different things, and all decide
+    problems: list[str | None] = [problem]
     if world > 1:
-        answers: list[Any] = [None] * world
-        dist.all_gather_object(answers, bad)
-        bad = sorted(sum(answers, []))
-    if bad:
-        raise UserError(
-            f"checkpoint: {checkpoint.name} is damaged: the contents of {bad[0]} are not what was written (same size, "
-            f"other checksum)"
-        )
+        problems = [None] * world
+        dist.all_gather_object(problems, problem)
+    if found := [text for text in problems if text]:
+        raise UserError(found[0])
+
+
+def _changed(checkpoint: Path, rank: int, world: int) -> str | None:
+    """The first of this rank's share of the files whose contents are not what was written."""
+    for name, expected in list(read_manifest(checkpoint)["files"].items())[rank::world]:
+        if not _same(checkpoint / name, expected):
+            return (
+                f"checkpoint: {checkpoint.name} is damaged: the contents of {name} are not what was written (same "
+                f"size, other checksum)"
+            )
+    return None
 
 
 def fingerprint(architecture: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:

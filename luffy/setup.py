@@ -17,7 +17,7 @@ from luffy.errors import UserError, user_errors
 from luffy.interrupt import StopOnInterrupt
 from luffy.load import empty_lm, load_weights, read_config
 from luffy.metrics import MetricsLog, NoLog
-from luffy.model import Policy, shard
+from luffy.model import Policy, known_shape, shard
 from luffy.objectives import Objective, make_objective
 from luffy.process import keep_freed_memory
 from luffy.prompts import PromptTemplate
@@ -126,9 +126,12 @@ def _set_up(
         path = str(found)
         say(f"resuming from {found}")
 
+    watch.phase("load")
     described = read_config(path, config.model)
     check_heads(described, world.sequence_ranks)
-    max_model_len = check_lengths(config, training.examples, getattr(described, "max_position_embeddings", None))
+    check_body(described)
+    objective = make_objective(config.objective)
+    max_model_len = check_lengths(config, objective, training.examples, described)
     keep_freed_memory()
     torch.manual_seed(config.train.seed)
     engine = resources.enter_context(
@@ -166,7 +169,7 @@ def _set_up(
         examples=training.examples,
         heldout=heldout,
         validation=validation,
-        objective=make_objective(config.objective),
+        objective=objective,
         policy=policy,
         optimizer=optimizer,
         engine=engine,
@@ -181,33 +184,59 @@ def _set_up(
     return trainer, loop, batches
 
 
-def check_lengths(config: Config, examples: list[Example], positions: int | None) -> int:
+def check_body(described: Any) -> None:
+    """Raises UserError where a token's hidden state would depend on what else is in its micro-batch."""
+    rope = getattr(described, "rope_parameters", None) or getattr(described, "rope_scaling", None) or {}
+    kind = str(rope.get("rope_type", rope.get("type", "default")))
+    if kind in ("dynamic", "longrope"):
+        raise UserError(
+            f"model: its positions are rotated by a rule that depends on the longest sequence (rope_type {kind}), "
+            f"which packed sequences do not have of their own; choose another model, or rope_type in its config.json"
+        )
+    other = sorted(set(getattr(described, "layer_types", None) or ()) - {"full_attention", "sliding_attention"})
+    if other:
+        raise UserError(
+            f"model: its {other[0]} layers mix neighbouring tokens outside attention, so packed sequences would leak "
+            f"into each other; choose a model of attention layers"
+        )
+
+
+def check_lengths(config: Config, objective: Objective, examples: list[Example], described: Any) -> int:
     """The longest sequence that the engine may be asked for, tokens.
 
     Raises:
-        UserError: a sequence, the longest is named, does not fit the model's positions or a micro-batch.
+        UserError: a sequence, the longest is named, does not fit the model's positions, its attention window or a
+            micro-batch.
     """
+    shape = known_shape(described)
+    positions, window = getattr(described, "max_position_embeddings", None), None if shape is None else shape.window
     asked = config.data.max_prompt_tokens + max(config.rollout.max_tokens, config.eval.max_tokens or 0)
     if positions is not None and asked > positions:
         raise UserError(
             f"model: it has {positions} positions, and data.max_prompt_tokens + rollout.max_tokens (or "
             f"eval.max_tokens) make {asked}; lower one of them"
         )
-    answers = config.rollout.max_tokens if config.objective.name != "sft" else 0
 
     def longest(example: Example) -> int:
-        return len(example.prompt_ids) + max([answers, *map(len, example.traces)])
+        traces = [len(trace) for trace in example.traces[: objective.num_traces(example)]]
+        answer = [config.rollout.max_tokens] if objective.num_rollouts(example) else []
+        return len(example.prompt_ids) + max([0, *answer, *traces])
 
     worst = max(examples, key=longest)
     what = f"problem {worst.problem.id}: its prompt of {len(worst.prompt_ids)} tokens and its longest answer or trace"
     lower = "lower rollout.max_tokens, data.max_trace_tokens or data.max_prompt_tokens"
     if positions is not None and longest(worst) > positions:
         raise UserError(f"{what} make {longest(worst)} tokens, and the model has {positions} positions; {lower}")
+    if window is not None and longest(worst) - 1 > window:
+        raise UserError(
+            f"{what} make {longest(worst)} tokens, and the model's attention window of {window}, shorter than that, is "
+            f"not supported; {lower}"
+        )
     budget = config.train.tokens_per_micro
-    if longest(worst) > budget:
+    if longest(worst) - 1 > budget:  # the last token of an answer predicts nothing and stays out
         raise UserError(
             f"{what} make {longest(worst)} tokens, more than train.tokens_per_micro {budget}; raise it to "
-            f"{longest(worst)} (mesh.sequence spreads a micro-batch over ranks), or {lower}"
+            f"{longest(worst) - 1} (mesh.sequence spreads a micro-batch over ranks), or {lower}"
         )
     return asked
 

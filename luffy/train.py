@@ -53,11 +53,10 @@ def train_steps(t: Trainer, loop: dict[str, Any], batches: Batches) -> dict[str,
     if loop["step"] == 0:
         loop["before"] = [e.record() for e in evaluate_all(t, 0)]
 
-    with t.stop as stop, StepProgress(config.train.steps, loop["step"]) as progress:
-        stopping = preempted = False
+    with t.stop, StepProgress(config.train.steps, loop["step"]) as progress:
         if loop["before"]:
             progress.accuracy(loop["before"][0]["accuracy"])
-        while loop["step"] < config.train.steps and not out_of_time(config, loop) and not stopping:
+        while loop["step"] < config.train.steps and not out_of_time(config, loop) and not must_stop(t):
             step = loop["step"] = loop["step"] + 1
             phases = Phases(partial(t.watch.phase, step=step))
             examples = [t.examples[index] for index in batches.next()]
@@ -75,11 +74,10 @@ def train_steps(t: Trainer, loop: dict[str, Any], batches: Batches) -> dict[str,
                 rows = {id(group): t.objective.assign(group) for group in groups}
                 metrics = update(t, groups, rows, loop)
 
-            stopping, preempted = map(bool, t.world.largest([stop.asked, stop.preempted]))
             record = record_step(t, loop, groups, rows, metrics, phases)
             t.log.write(step, record)
-            score = None
-            if config.eval.every and step % config.eval.every == 0 and (t.validation or step < config.train.steps):
+            score, due = None, config.eval.every and step % config.eval.every == 0
+            if due and (t.validation or step < config.train.steps) and not must_stop(t):
                 score = evaluate_during(t, step, progress)
             best = is_best(loop, score)
             if best or (config.checkpoint.every and step % config.checkpoint.every == 0):
@@ -88,8 +86,10 @@ def train_steps(t: Trainer, loop: dict[str, Any], batches: Batches) -> dict[str,
 
         save(t, loop, batches)
         t.checkpoints.wait()
-    if stopping:
-        raise Stopped(preempted)
+        t.watch.phase("evaluate", loop["step"])
+        after = [] if must_stop(t) else [e.record() for e in evaluate_all(t, loop["step"])]
+        if must_stop(t):  # what was saved goes on, evaluation included
+            raise Stopped(t.stop.preempted)
     result = {
         "objective": config.objective.name,
         "steps": loop["step"],
@@ -97,9 +97,13 @@ def train_steps(t: Trainer, loop: dict[str, Any], batches: Batches) -> dict[str,
         "train_minutes": round(loop["train_seconds"] / 60, 2),
         "response_tokens": loop["tokens"],
         "before": loop["before"],
-        "after": [e.record() for e in evaluate_all(t, loop["step"])],
-        "checkpoint": str(checkpoint.latest(run.checkpoints).relative_to(run.path)),  # type: ignore[union-attr]
+        "after": after,
+        "checkpoint": f"{run.checkpoints.name}/{checkpoint.name_of(loop['saved'])}",
     }
+    if "best" in loop:
+        result["best"] = loop["best"] | {
+            "checkpoint": f"{run.checkpoints.name}/{checkpoint.name_of(loop['best']['step'])}"
+        }
     if t.world.is_main:
         run.finish(result)
     return result
@@ -158,8 +162,8 @@ def update(t: Trainer, groups: list[Group], rows: dict[int, list[Row]], loop: di
     for number, (part, micros) in enumerate(zip(parts, packs, strict=True)):
         if not micros:
             continue  # every row of every group has a zero gradient
-        active = [row for group in part for row in rows[id(group)]]
-        normalizer, entropy_coef = t.objective.scales(count_tokens(active), len(active))
+        counted = [row for group in part for row in t.objective.counted(group)]
+        normalizer, entropy_coef = t.objective.scales(count_tokens(counted), len(counted))
         loss = 0.0
         for micro in micros:
             out = t.policy(micro, losses=t.objective.losses, normalizer=normalizer, entropy_coef=entropy_coef)
@@ -240,8 +244,8 @@ def record_step(
     metrics: UpdateMetrics,
     phases: Phases,
 ) -> dict[str, float]:
-    """The step's line of metrics.jsonl; adds its seconds and tokens to the loop's. Seconds are those of rank 0, the
-    step's and the peak of memory the largest of all ranks."""
+    """The step's line of metrics.jsonl; adds its seconds and tokens to the loop's. Seconds by phase are rank 0's; what
+    the pace, the minutes and the peak of memory come from is the largest of all ranks."""
     tokens = count_tokens([row for group in groups for row in group.rows])
     seconds, peak = t.world.largest([phases.total, peak_memory_gib()])
     loop["train_seconds"] += seconds
@@ -264,11 +268,20 @@ def record_step(
     }
 
 
+def must_stop(t: Trainer) -> bool:
+    """Whether any rank was asked to stop. Collective: the ranks agree, on the reason too."""
+    asked, preempted = map(bool, t.world.largest([t.stop.asked, t.stop.preempted]))
+    if asked:
+        t.stop.ask(preempted)
+        t.stop.preempted |= preempted
+    return asked
+
+
 def is_best(loop: dict[str, Any], score: float | None) -> bool:
-    """Whether this score of a validation set is higher than all before; remembers it."""
-    if score is None or score <= loop.setdefault("best", -1.0):
+    """Whether this score of the validation set is higher than all before (of equals the newest); remembers it."""
+    if score is None or ("best" in loop and score < loop["best"]["accuracy"]):
         return False
-    loop["best"] = score
+    loop["best"] = {"step": loop["step"], "accuracy": score}
     return True
 
 

@@ -269,3 +269,17 @@ def test_a_large_softcap_is_no_softcap():
 def test_a_plan_of_nothing_is_refused():
     with pytest.raises(ValueError, match="head_plan: all sizes must be positive"):
         OPS.head_plan(0, 8, 8, 2, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("h", [896, 4096])
+def test_a_large_hidden_size_costs_no_digits(dtype, h):
+    """One fp32 sum over all of H is several times further off than a plain product, which splits it."""
+    hidden, weight, targets, _ = problem(dtype, n=64, h=h, v=2000, spread=4.0)
+    targets = targets.clamp(min=0)
+    got = linear_logprobs(hidden, weight, targets, backend="cpp").logp.double()
+    exact = (hidden.double() @ weight.double().T).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    plain = (hidden.float() @ weight.float().T).log_softmax(-1).gather(1, targets[:, None])[:, 0].double()
+    error = (got - exact).abs().max()
+    assert error < 1e-5
+    assert error < 3 * (plain - exact).abs().max()

@@ -244,6 +244,7 @@ def test_what_a_gpu_would_write_is_what_the_roofline_reads(tmp_path, no_peers, q
         "gemm_x3",
         "gemm_x4",
         "naive_bf16",
+        "naive_wide",
         "naive_compiled",
     }
 

@@ -1,5 +1,6 @@
 """A run survives: killed at any moment it goes on bit for bit, and on another number of ranks with the same data."""
 
+import json
 import os
 import random
 import shutil
@@ -7,11 +8,14 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 from test_train import arguments, assert_same_state, records, without_times
 from tiny import luffy, make_model
+
+from luffy import checkpoint
 
 STEPS, KILLS = 10, 5
 OFTEN = {"train__steps": STEPS, "checkpoint__every": 1, "eval__every": 0}
@@ -45,6 +49,10 @@ def steps_of(run: Path) -> int:
     return (run / "metrics.jsonl").read_bytes().count(b"\n") if (run / "metrics.jsonl").exists() else 0
 
 
+def is_writing(run: Path, before: int) -> bool:
+    return steps_of(run) > before and bool(list((run / "checkpoints").glob(".step-*.tmp")))
+
+
 def wait_for(what, process: subprocess.Popen) -> None:
     deadline = time.monotonic() + 200
     while not what():
@@ -59,16 +67,13 @@ def test_kill_9_at_random_moments_changes_nothing(home, whole):
     for kill in range(KILLS):
         process, before = start(home, run), steps_of(run)
         if kill % 2 == 0:  # the folder that is being written appears under a name of its own
-            wait_for(
-                lambda before=before: steps_of(run) > before and list((run / "checkpoints").glob(".step-*.tmp")),
-                process,
-            )
-            torn += 1
+            wait_for(partial(is_writing, run, before), process)
         else:
             wait_for(lambda before=before: steps_of(run) > before, process)
             time.sleep(rng.uniform(0, 0.3))
         process.send_signal(signal.SIGKILL)
         process.communicate()
+        torn += bool(list((run / "checkpoints").glob(".step-*.tmp")))
         assert not (run / "result.json").exists(), "it ended before it could be killed: take more steps"
     assert torn >= 2
     run_to_end(home, "killed", "--resume", "auto", **OFTEN)
@@ -117,3 +122,75 @@ def test_a_run_of_two_ranks_goes_on_with_other_numbers(home, alone, two, ranks):
     launch = ["--nproc-per-node", str(ranks)] if ranks > 1 else []
     run_to_end(home, run.name, "--resume", *launch, **RANKS)
     assert_same_curve(run, alone)
+
+
+def test_many_ranks_survive_a_kill_and_a_pre_emption(home, two):
+    """A rank is killed: all start again from the newest checkpoint. SIGTERM: the step is finished and saved, exit 0."""
+    run, options = home / "survivor", {**RANKS, "checkpoint__every": 1}
+    launch = ["--nproc-per-node", "2", "--max-restarts", "1", "--resume", "auto"]
+    environment = os.environ | {"LUFFY_CACHE": str(home / "cache")}
+
+    def job() -> subprocess.Popen:
+        command = [sys.executable, "-m", "luffy", *arguments(run, home / "model", *launch, **options)]
+        return subprocess.Popen(command, cwd=home, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+    process = job()
+    wait_for(lambda: checkpoint.latest(run / "checkpoints"), process)
+    os.kill(ranks_of(process)[1], signal.SIGKILL)
+    # the ranks of the second start write step 2 or later, then all are told to end
+    seen = steps_of(run)
+    wait_for(lambda: steps_of(run) > seen, process)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err[-3000:]
+    assert b"was killed by SIGKILL" in err
+    if not (run / "result.json").exists():
+        run_to_end(home, run.name, *launch, **options)
+    assert_same_curve(run, two)
+
+
+def ranks_of(process: subprocess.Popen) -> list[int]:
+    """Process ids of a launcher's ranks."""
+    listed = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(process.pid)], capture_output=True, text=True)
+    return [int(line.split()[0]) for line in listed.stdout.splitlines() if "-m luffy train" in line]
+
+
+def test_the_best_checkpoint_by_a_validation_set_stays(home):
+    [data] = (home / "cache" / "problems").glob("*/train.parquet")
+    options = {"train__steps": 3, "checkpoint__every": 1, "checkpoint__keep": 1, "eval__every": 1}
+    run = run_to_end(home, "validated", **options, eval__validation=data, eval__every_limit=3)
+    assert [r["name"] for r in records(run, "evals")].count("validation") == 3
+    result = json.loads((run / "result.json").read_text())
+    assert result["checkpoint"] == "checkpoints/step-000003"
+    best = result["best"]
+    scores = {r["step"]: r["accuracy"] for r in records(run, "evals") if r["name"] == "validation"}
+    assert best["accuracy"] == max(scores.values()) == scores[best["step"]]
+    kept = {path.name for path in (run / "checkpoints").iterdir()}
+    assert kept == {"step-000003", Path(best["checkpoint"]).name}
+
+
+def test_damaged_checkpoints_are_set_aside_and_never_a_fresh_start(home, two):
+    run = home / "damaged"
+    shutil.copytree(two, run)
+    (run / "result.json").unlink()
+    flip(run / "checkpoints" / "step-000004" / "model.safetensors")
+    done = luffy(*arguments(run, home / "model", "--resume", **RANKS | {"checkpoint__keep": 1}), cwd=home)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "called damaged-step-000004 from now on" in done.stdout
+    assert {p.name for p in (run / "checkpoints").iterdir()} == {"step-000004", "damaged-step-000004"}
+    assert_same_curve(run, two)
+
+    (run / "result.json").unlink()
+    flip(run / "checkpoints" / "step-000004" / "model.safetensors")
+    before = (run / "metrics.jsonl").read_bytes()
+    refused = luffy(*arguments(run, home / "model", "--resume", **RANKS), cwd=home)
+    assert refused.returncode == 2
+    assert "none of the checkpoints" in refused.stderr
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def flip(file: Path) -> None:
+    """Another byte, the same size."""
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)

@@ -5,13 +5,15 @@ import json
 import pytest
 from test_train import arguments
 from tiny import luffy, make_model, make_tokenizer
+from transformers import Lfm2Config, LlamaConfig, MistralConfig
 
 from luffy.config import Config
 from luffy.data import Example
 from luffy.data.problem import Problem
 from luffy.errors import UserError
+from luffy.objectives import make_objective
 from luffy.prompts import PromptTemplate
-from luffy.setup import check_lengths, load_validation
+from luffy.setup import check_body, check_lengths, load_validation
 
 
 def example(name: str, prompt: int, *traces: int) -> Example:
@@ -19,6 +21,11 @@ def example(name: str, prompt: int, *traces: int) -> Example:
         id=name, data_source="s", messages=({"role": "user", "content": "?"},), answer="1", traces=(), extra={}
     )
     return Example(problem, tuple(range(prompt)), tuple(tuple(range(n)) for n in traces))
+
+
+def check(config: Config, examples: list[Example], positions: int = 2**20) -> int:
+    described = LlamaConfig(max_position_embeddings=positions)
+    return check_lengths(config, make_objective(config.objective), examples, described)
 
 
 def lengths(**changes) -> Config:
@@ -32,24 +39,38 @@ def lengths(**changes) -> Config:
 
 def test_a_sequence_longer_than_positions_or_budget_is_named():
     examples = [example("short", 5, 10), example("long", 20, 70)]
-    assert check_lengths(lengths(), examples, 90) == 50
-    assert check_lengths(lengths(eval__max_tokens=40), examples, None) == 70
+    assert check(lengths(), examples, 90) == 50
+    assert check(lengths(eval__max_tokens=40), examples) == 70
     with pytest.raises(
         UserError, match=r"problem long: its prompt of 20 tokens .* make 90 tokens, .* has 89 positions"
     ):
-        check_lengths(lengths(), examples, 89)
-    with pytest.raises(UserError, match=r"problem long: .* more than train.tokens_per_micro 89; raise it to 90"):
-        check_lengths(lengths(train__tokens_per_micro=89), examples, None)
+        check(lengths(), examples, 89)
+    with pytest.raises(UserError, match=r"problem long: .* more than train.tokens_per_micro 88; raise it to 89"):
+        check(lengths(train__tokens_per_micro=88), examples)
+    check(lengths(train__tokens_per_micro=89), examples)  # the last token stays out
     with pytest.raises(UserError, match=r"40 positions, and data.max_prompt_tokens \+ rollout.max_tokens .* make 50"):
-        check_lengths(lengths(), examples[:1], 40)
+        check(lengths(), examples[:1], 40)
 
 
-def test_answers_count_as_long_as_they_may_become():
-    with pytest.raises(UserError, match="make 25 tokens, more than train.tokens_per_micro 24"):
-        check_lengths(lengths(train__tokens_per_micro=24), [example("p", 5, 3)], None)
-    sft = lengths(train__tokens_per_micro=24)
-    sft.objective.name = "sft"
-    check_lengths(sft, [example("p", 5, 3)], None)  # which samples nothing
+def test_only_what_the_objective_uses_counts():
+    unused = [example("p", 5, 3, 90)]  # a second trace
+    check(lengths(train__tokens_per_micro=24), unused)
+    with pytest.raises(UserError, match="make 25 tokens, more than train.tokens_per_micro 23"):
+        check(lengths(train__tokens_per_micro=23), unused)
+    check(lengths(train__tokens_per_micro=23, objective__name="sft"), unused)  # which samples nothing
+    check(lengths(train__tokens_per_micro=24, objective__name="grpo"), [example("p", 5, 90)])
+
+
+def test_models_that_packing_would_corrupt_are_refused():
+    check_body(LlamaConfig())
+    with pytest.raises(UserError, match="rope_type dynamic"):
+        check_body(LlamaConfig(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}))
+    with pytest.raises(UserError, match="its conv layers mix neighbouring tokens"):
+        check_body(Lfm2Config(layer_types=["conv", "full_attention"], num_hidden_layers=2))
+    window = MistralConfig(sliding_window=20)
+    config = lengths()
+    with pytest.raises(UserError, match="make 25 tokens, and the model's attention window of 20"):
+        check_lengths(config, make_objective(config.objective), [example("p", 5)], window)
 
 
 def test_a_validation_set_may_not_hold_what_the_run_is_judged_by(tmp_path):

@@ -124,8 +124,7 @@ class Sweep {
     const at::Tensor rows = weight_.narrow(0, first, count).to(kWord);  // a copy where it has to be widened
     for (; block != end; ++block) {
       const int64_t token = *block * kTokens;
-      at::native::cpublas::brgemm(count, kTokens, width_, width_, kTokens, kTokens, /*add_C=*/false,
-                                  rows.const_data_ptr<Word>(), hidden_.const_data_ptr<Word>() + token * width_, tile);
+      logits(rows.const_data_ptr<Word>(), hidden_.const_data_ptr<Word>() + token * width_, count, tile);
       if (how_ != nullptr) kernels.transform(tile, count, first, token, *how_);
       const Stats out = partial(piece, *block);
       std::fill_n(out.flat(), kTokens, 0.0f);
@@ -141,6 +140,16 @@ class Sweep {
       } else {
         kernels.exps_fp32(tile, count, reference_ + token, out, exps_.tile(*block, first));
       }
+    }
+  }
+
+  // A tile [count, kTokens] from rows of the weight [count, H] and a block of hidden states [H / pair, kTokens, pair].
+  // Summed in pieces: one sum over all of a large H would lose several times as many digits as a plain product.
+  void logits(const Word* rows, const Word* hidden, int64_t count, float* tile) const {
+    const int64_t depth = round_up(pieces_of(width_, pieces_of(width_, kDepth)), kLanes);
+    for (int64_t k = 0; k < width_; k += depth) {
+      at::native::cpublas::brgemm(count, kTokens, std::min(depth, width_ - k), width_, kTokens, kTokens,
+                                  /*add_C=*/k > 0, rows + k, hidden + k * kTokens, tile);
     }
   }
 

@@ -28,9 +28,14 @@ class Objective(Protocol):
         """Fill `advantage`, `loss_id` and `weight` of every row, rewards being known; returns the rows whose gradient
         is not zero by construction. The others never enter the model."""
 
+    def counted(self, group: Group) -> list[Row]:
+        """Rows that the loss is a mean over, where it is one: also those that `assign` leaves out because their
+        gradient is zero."""
+
     def scales(self, tokens: int, rows: int) -> tuple[float, float]:
-        """(normalizer, entropy_coef) of an update over so many response tokens in so many rows, of all ranks and
-        micro-batches: what the summed loss is divided by, and the entropy coefficient in units of that sum."""
+        """(normalizer, entropy_coef) of an update whose counted rows are so many, with so many response tokens, on all
+        ranks and in all micro-batches: what the summed loss is divided by, and the entropy coefficient in units of that
+        sum."""
 
 
 def make_objective(config: ObjectiveConfig) -> Objective:

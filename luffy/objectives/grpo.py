@@ -33,6 +33,9 @@ class Grpo:
         # an entropy bonus reaches every token; without one a row of advantage 0 has no gradient at all
         return [row for row in group.rows if row.advantage or self.config.entropy_coef]
 
+    def counted(self, group: Group) -> list[Row]:
+        return group.rows
+
     def scales(self, tokens: int, rows: int) -> tuple[float, float]:
         chosen = self.config.normalizer
         normalizer = float({"tokens": tokens, "sequences": rows}[chosen] if isinstance(chosen, str) else chosen)

@@ -25,5 +25,8 @@ class Sft:
     def assign(self, group: Group) -> list[Row]:
         return [row for row in group.rows if row.solved or not self.config.trace_filter]
 
+    def counted(self, group: Group) -> list[Row]:
+        return self.assign(group)
+
     def scales(self, tokens: int, rows: int) -> tuple[float, float]:
         return float(max(tokens, 1)), 0.0
