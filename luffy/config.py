@@ -166,8 +166,8 @@ class TrainConfig(Section):
     tokens_per_micro: PositiveInt = 32768
     """Token budget of a micro-batch; sequences are packed, nothing is padded."""
     seed: int = 0
-    hang_minutes: Positive | None = 240.0
-    """A phase of a step that takes longer ends the run, with the ranks that are behind named; null: never."""
+    hang_minutes: NonNegative = 240.0
+    """A phase of a step that takes longer ends the run, with the ranks that are behind named; 0: never."""
 
 
 class MeshConfig(Section):

@@ -75,8 +75,7 @@ def set_up(config: Config, run: RunFolder, resume: bool) -> tuple[Trainer, dict[
     with ExitStack() as resources:
         world = distributed.start(config.mesh)
         resources.callback(distributed.close)
-        stop, minutes = StopOnInterrupt(), config.train.hang_minutes
-        hang_s = None if minutes is None else 60 * minutes
+        stop, hang_s = StopOnInterrupt(), 60 * config.train.hang_minutes or None
         watch = resources.enter_context(Watchdog(world.store, world.rank, world.size, stop, hang_s=hang_s))
         with watch.together():
             trainer, loop, batches = _set_up(config, run, resume, world, watch, stop, resources)

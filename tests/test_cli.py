@@ -141,7 +141,7 @@ def test_the_kv_cache_on_a_cpu_has_a_size_of_its_own(gib, size, monkeypatch):
 
 
 def test_vllm_that_does_not_start_is_quoted(home):
-    done = train(home, "--rollout.max_tokens", "100000", run="long")
+    done = train(home, "--rollout.kv_cache_gib", "1e-6", run="small")
     assert done.returncode == 2
     assert "vLLM failed to start" in done.stderr.splitlines()[-1]
 

@@ -49,7 +49,11 @@ def test_a_rank_that_is_frozen_is_missed(tmp_path):
 
 
 def alive(pid: int) -> bool:
-    return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    status = Path(f"/proc/{pid}/status")
+    try:
+        return "State:\tZ" not in status.read_text()
+    except FileNotFoundError:  # it has been waited for
+        return False
 
 
 def test_alone_a_hang_ends_the_process():
