@@ -91,7 +91,6 @@ def standard() -> Iterator[tuple[Case, list[str], str]]:
     for shape in (small, large):  # first: what is kept is never given back
         yield Case(*shape, kept=False), policy, TIME
         yield Case(*shape, mode=LOGP, kept=False), logp[:4], TIME
-        yield Case(*shape, dtype="fp32", kept=False), policy[:4], TIME
     yield Case(*small), [*policy, *SHARES, "naive_bf16", "naive_compiled"], BOTH
     yield Case(*large), [*policy, *SHARES], TIME
     yield Case(*large), ["ours", "naive"], MEMORY

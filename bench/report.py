@@ -138,7 +138,6 @@ def ratios(results: Results) -> Iterator[str]:
         "eager (fp32 softmax) / ours": ("naive", "ours", {}),
         "Liger GRPO / ours": ("liger_grpo", "ours", {}),
         "TRL chunked log-prob and loss / ours": ("trl_logp", "ours", {}),
-        "float32: eager / ours": ("naive", "ours", {"dtype": "fp32"}),
         "log-probs without gradients, ours / one bare `torch.mm`": ("ours", "gemm_x1", {"mode": LOGP}),
     }
     for label, (top, bottom, case) in fresh.items():
