@@ -8,8 +8,10 @@ Token i attends to token j <= i of the same segment if j belongs to the prompt o
 each (prompt + row) sequence would see alone; sharing the prompt saves (rows - 1) * prompt tokens of the whole body.
 
 On CPU every row is one scaled_dot_product_attention call against its prompt and itself: no padding and no
-[T, T] mask. On a GPU one flex_attention call takes the rule as a block mask. `register()` makes the pair known to
-transformers as the attention implementation "luffy_packed"; the layout travels as a keyword of the body's forward.
+[T, T] mask. On a GPU it is one call of flash attention for sequences of different lengths (`luffy.varlen`), or where
+that cannot be, in float32 say, one flex_attention call that takes the rule as a block mask. `register()` makes them
+known to transformers as the attention implementation "luffy_packed"; the layout travels as a keyword of the body's
+forward.
 """
 
 from dataclasses import dataclass, field
@@ -21,7 +23,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from luffy import exchange
+from luffy import exchange, varlen
 from luffy.errors import UserError
 
 NAME = "luffy_packed"
@@ -62,6 +64,7 @@ class Layout:
     """Ranks that hold a slice of the stream each (`luffy.sequence`); None: this rank holds all of it."""
     _masks: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     _block_mask: Any = None
+    _bounds: varlen.Bounds | None = None
 
     def continuation_mask(self, queries: int, prompt: int, device: torch.device) -> Tensor:
         """[queries, prompt + queries] bool: the whole prompt, then causal over the row itself."""
@@ -78,6 +81,11 @@ class Layout:
             segment.prompt_end - segment.start + max((end - begin for begin, end in segment.rows), default=0)
             for segment in self.segments
         )
+
+    def bounds(self, device: torch.device) -> varlen.Bounds:
+        if self._bounds is None:
+            self._bounds = varlen.Bounds.of(self, device)
+        return self._bounds
 
     def labels(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """[T] segment of each token, and [T] row of each token within it (0 for the prompt, rows from 1)."""
@@ -149,6 +157,8 @@ def packed_attention(
         query, key, value = (exchange.to_heads(x, layout.group) for x in (query, key, value))
     if query.device.type == "cpu":
         out = per_row_attention(query, key, value, layout, scaling)
+    elif kernel := varlen.kernel_for(query):
+        out = varlen.varlen_attention(query, key, value, layout, scaling, kernel)
     else:
         enable_gqa = query.shape[1] != key.shape[1]
         mask = layout.block_mask(query.device)

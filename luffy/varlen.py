@@ -1,0 +1,142 @@
+"""Packed attention on a GPU by a kernel for sequences of different lengths: flash-attn's where installed, else torch's.
+
+Such a kernel takes the tokens of all sequences one after the other, with where each begins, of queries and of keys, and
+aligns its causal mask with the last query and the last key. That is what a packed group asks for: a row's queries are
+its own tokens, its keys the prompt's and then its own. So queries stay as they lie, and of keys and values the
+prompt's are copied once for each row. `tests/test_attention.py` compares the pieces with single sequences on a CPU and,
+where there is a GPU, the kernels.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from luffy.attention import Layout
+
+HEAD_DIM = 256
+"""The widest head that these kernels take."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """Where each sequence begins and the last one ends, [S + 1] int32 of queries and of keys, and the longest."""
+
+    queries: Tensor
+    keys: Tensor
+    longest_queries: int
+    longest_keys: int
+
+    @classmethod
+    def of(cls, layout: "Layout", device: torch.device) -> "Bounds":
+        queries, keys = [], []
+        for segment in layout.segments:
+            first, *rows = segment.spans
+            queries += [first, *rows]
+            keys += [first, *(first + row for row in rows)]
+
+        def begins(lengths: list[int]) -> Tensor:
+            return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+
+        return cls(begins(queries), begins(keys), max(queries), max(keys))
+
+
+Kernel = Callable[[Tensor, Tensor, Tensor, Bounds, float | None], Tensor]
+"""(queries [T, Hq, D], keys [T', Hkv, D], values, bounds, scale) -> [T, Hq, D], causal as described above."""
+
+
+def varlen_attention(
+    query: Tensor, key: Tensor, value: Tensor, layout: "Layout", scale: float | None, kernel: Kernel
+) -> Tensor:
+    """query [1, Hq, T, D], key and value [1, Hkv, T, D] -> [1, Hq, T, D] by one call of `kernel`."""
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    out = kernel(q, with_prompts(k, layout), with_prompts(v, layout), layout.bounds(q.device), scale)
+    return out.transpose(0, 1)[None]
+
+
+def with_prompts(x: Tensor, layout: "Layout") -> Tensor:
+    """[T, H, D] -> [T', H, D]: before each row that shares a prompt a copy of that prompt. Slices and not an index, for
+    the gradient of an index is added up in any order."""
+    if all(segment.is_plain for segment in layout.segments):
+        return x
+    pieces = iter(x.split([span for segment in layout.segments for span in segment.spans]))
+    laid = []
+    for segment in layout.segments:
+        prompt, *rows = (next(pieces) for _ in segment.spans)
+        laid += [prompt, *(piece for row in rows for piece in (prompt, row))]
+    return torch.cat(laid)
+
+
+def kernel_for(query: Tensor) -> Kernel | None:
+    """The kernel for tensors like this one; None where there is none."""
+    fits = query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] <= HEAD_DIM and query.shape[-1] % 8 == 0
+    return _installed() if query.device.type == "cuda" and fits else None
+
+
+@cache
+def _installed() -> Kernel | None:
+    for find in (flash_attn, torch_varlen):
+        try:
+            return find()
+        except ImportError:  # a build for another torch or CUDA says so in this way too
+            continue
+    return None
+
+
+def flash_attn() -> Kernel:
+    """flash-attn 3 if installed, else 2.
+
+    Raises:
+        ImportError: neither is.
+    """
+    try:
+        from flash_attn_interface import flash_attn_varlen_func
+    except ImportError:
+        from flash_attn import flash_attn_varlen_func
+
+    def call(q: Tensor, k: Tensor, v: Tensor, bounds: Bounds, scale: float | None) -> Tensor:
+        out = flash_attn_varlen_func(
+            q,
+            k,
+            v,
+            cu_seqlens_q=bounds.queries,
+            cu_seqlens_k=bounds.keys,
+            max_seqlen_q=bounds.longest_queries,
+            max_seqlen_k=bounds.longest_keys,
+            softmax_scale=scale,
+            causal=True,
+        )
+        return out[0] if isinstance(out, tuple) else out  # early releases of 3 add the log-sum-exp
+
+    return call
+
+
+def torch_varlen() -> Kernel:
+    """torch's own flash attention.
+
+    Raises:
+        ImportError: this torch has none.
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    def call(q: Tensor, k: Tensor, v: Tensor, bounds: Bounds, scale: float | None) -> Tensor:
+        out: Any = varlen_attn(
+            q,
+            k,
+            v,
+            bounds.queries,
+            bounds.keys,
+            bounds.longest_queries,
+            bounds.longest_keys,
+            scale=scale,
+            window_size=(-1, 0),
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+        return out
+
+    return call
