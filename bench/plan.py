@@ -54,14 +54,20 @@ class Case:
     budget: int
     recompute: Any = False
     entropy: float = 0.0
+    lora: int | None = None
+    """Rank of adapters."""
 
     @property
     def load(self) -> Load:
         """The fullest micro-batch, as `luffy.packing` makes it: the last token of a row stays out of the body."""
         segment = Segment(self.prompt, tuple(row - 1 for row in self.rows))
         fitting = min(self.groups, self.budget // segment.tokens)
+        shape = shape_of(self.model, self.name)
+        adapters, ranks = shape.adapters(self.lora or 0)
         return Load(
-            shape=shape_of(self.model, self.name),
+            shape=shape,
+            adapters=adapters,
+            adapter_ranks=ranks,
             tokens=fitting * segment.tokens,
             targets=fitting * sum(self.rows),
             device="cpu",
@@ -78,6 +84,7 @@ CASES = (
     Case("12 blocks, 2 x 4,096 tokens, shared prompts", NARROW, 4, 256, (449, 449, 449, 449), 4104),
     # left out when `luffy.footprint.HOLES` was chosen
     Case("held out: 10 blocks, 2 x 1,536 tokens recomputed", HELD_OUT, 4, 96, (673,), 1600, recompute=True),
+    Case("held out: smollm2-135m, 2,048 tokens, LoRA of rank 16", SMOLLM, 8, 64, (193,), 2100, lora=16),
 )
 
 
@@ -161,10 +168,9 @@ def run(case: Case) -> int:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from luffy import activations, attention, distributed, optim
+    from luffy import activations, attention, distributed, lora, optim
     from luffy.config import Config, MeshConfig
     from luffy.model import Policy, shard
-    from luffy.objectives import make_objective
     from luffy.setup import Trainer
     from luffy.train import micro_batches, update
 
@@ -177,18 +183,13 @@ def run(case: Case) -> int:
     lm = AutoModelForCausalLM.from_config(
         AutoConfig.for_model(case.model["model_type"], **sizes), attn_implementation=attention.register()
     ).float()
+    if case.lora:
+        config.model.lora.rank = case.lora
+        lora.adapt(lm, config.model.lora, torch.bfloat16, "random")
     activations.apply(lm, config.model)
     world = distributed.start(MeshConfig())
     policy = shard(Policy(lm, 1.0), world.params, torch.bfloat16).train()
-    given = {"config": config, "device": world.device, "world": world, "examples": [], "heldout": {}} | {
-        "objective": make_objective(config.objective),
-        "policy": policy,
-        "optimizer": optim.make_optimizer(policy, config.optim),
-    }
-    others: dict[str, Any] = dict.fromkeys(
-        field.name for field in dataclasses.fields(Trainer) if field.name not in given
-    )
-    trainer = Trainer(**(others | given))
+    trainer = Trainer.bare(config, world, policy, optim.make_optimizer(policy, config.optim))
     loop = {"step": 1, "updates": 0, "bad_in_a_row": 0}
     for _ in range(3):
         groups = make_groups(case)

@@ -39,7 +39,8 @@ from luffy.config import Config, load_config
 from luffy.data import Example
 from luffy.files import write_json
 from luffy.groups import Group, Row
-from luffy.model import Policy, load_lm, shard
+from luffy.load import empty_lm, load_weights
+from luffy.model import Policy, shard
 from luffy.objectives import make_objective
 from luffy.process import keep_freed_memory
 from luffy.run_folder import cpu_name
@@ -83,11 +84,12 @@ class Bench:
         self.trainer = self.make(Policy)
 
     def make(self, kind: type[Policy], attention: str | None = None) -> Trainer:
-        lm = load_lm(self.path, self.config.model)
+        lm = empty_lm(self.path, self.config.model)
         if attention is not None:  # padded rows have no layout
             lm.set_attn_implementation(attention)
         policy = kind(lm, self.config.rollout.temperature)
         policy = shard(policy, self.world.params, optim.dtype_of(self.config.model.dtype)).train()
+        load_weights(policy, self.path, self.world.device)
         optimizer = optim.make_optimizer(policy, self.config.optim)
         return Trainer.bare(self.config, self.world, policy, optimizer)
 

@@ -3,7 +3,8 @@
     step-000040/
       config.json, tokenizer, ...    an ordinary Hugging Face folder, float32 masters: transformers, vLLM and
       model*.safetensors             `luffy eval` open it as it is
-      trainer/optimizer/shard-*      Adam's moments, files of each rank, as torch.distributed.checkpoint writes them
+      adapter/                       of a LoRA run, whose model files hold the merged weights: PEFT's folder
+    trainer/optimizer/shard-*      Adam's moments, files of each rank, as torch.distributed.checkpoint writes them
       trainer/loop.json              the loop's counters
       trainer/manifest.json          every file with its size and checksum; written last
 
@@ -31,14 +32,16 @@ from torch import Tensor
 from torch.optim import Optimizer
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from luffy import lora
 from luffy.console import say
 from luffy.consolidate import Facts, consolidate, facts
 from luffy.errors import UserError
 from luffy.files import disk_errors, put_in_place, remove_folder, temporary_name, write_json
-from luffy.load import Shape, read_tensors, safetensors_files, stored_shapes, weights_of
+from luffy.load import Shape, read_tensors, safetensors_files, stored_shapes
 from luffy.manifest import damage, fingerprint, read_manifest, verify, write_manifest
 from luffy.model import Policy
 from luffy.staging import Staged, save_shards
+from luffy.weights import full, model_weights, trained_of, weights_of
 
 LOOP, OPTIMIZER, SHARDS = "trainer/loop.json", "trainer/optimizer", "trainer/weights"
 FILE_BYTES = 2 * 2**30
@@ -80,16 +83,17 @@ class Checkpointer:
         target = self.folder / name_of(step)
         tensors = weights_of(policy)
         try:
-            begin = partial(_begin, temporary_name(target), policy, loop | {"step": step}, tokenizer)
-            self._everywhere(begin, only_rank_0=True)
             with torch.no_grad():
-                moments = optimizer_tensors(tensors, optimizer)
+                adapters = {name: full(tensor).cpu() for name, tensor in lora.adapters_of(policy.lm).items()}
+                begin = partial(_begin, temporary_name(target), policy, adapters, loop | {"step": step}, tokenizer)
+                self._everywhere(begin, only_rank_0=True)
+                moments = optimizer_tensors(trained_of(policy), optimizer)
                 work = _Work(
                     target=target,
                     step=step,
                     score=score,
                     shapes={name: tuple(tensor.shape) for name, tensor in tensors.items()},
-                    weights={name: Staged.copy_of(name, tensor) for name, tensor in tensors.items()},
+                    weights={name: Staged.copy_of(name, tensor) for name, tensor in model_weights(policy)},
                     moments={name: Staged.copy_of(name, tensor) for name, tensor in moments.items()},
                     architecture=type(policy.lm).__name__,
                 )
@@ -230,6 +234,28 @@ def latest(folder: Path, before: Path | None = None) -> Path | None:
     return None
 
 
+def choose(folder: Path, which: str) -> Path:
+    """The `newest` complete checkpoint, the `best` by score (of equals the newest), or that of a step.
+
+    Raises:
+        UserError: there is none such.
+    """
+    if (newest := latest(folder)) is None:
+        raise UserError(f"model: {folder.parent} is a run folder without a checkpoint")
+    if which == "newest":
+        return newest
+    complete = all_checkpoints(folder)
+    steps = ", ".join(str(_step(path)) for path in complete)
+    if which == "best":
+        if (found := _best(complete)) is None:
+            raise UserError(f"model: no checkpoint in {folder} has a score (eval.validation); take a step: {steps}")
+        return found
+    for path in complete:
+        if which.isdecimal() and _step(path) == int(which):
+            return path
+    raise UserError(f"model: --checkpoint must be newest, best or one of the steps {steps}, got {which}")
+
+
 def resumable(folder: Path) -> Path | None:
     """The newest checkpoint of which every file has its checksum; None where there is none at all.
 
@@ -287,12 +313,11 @@ def load_optimizer(checkpoint: Path, policy: Policy, optimizer: Optimizer) -> No
     Raises:
         UserError: the checkpoint is of another model, or damaged.
     """
-    tensors = weights_of(policy)
-    _refuse_other_model(checkpoint, policy, tensors)
+    _refuse_other_model(checkpoint, policy, weights_of(policy))
     files = sorted((checkpoint / OPTIMIZER).glob("*.safetensors"))
     saved = stored_shapes(files, f"checkpoint {checkpoint.name}")  # of shards, so the names alone say something
     target: dict[str, Tensor] = {}
-    for name, param in tensors.items():
+    for name, param in trained_of(policy).items():
         if f"{name}.step" not in saved:
             continue  # no update had been made when it was saved
         step = torch.zeros(1, dtype=torch.float32, device=param.device)
@@ -301,6 +326,25 @@ def load_optimizer(checkpoint: Path, policy: Policy, optimizer: Optimizer) -> No
         optimizer.state[param] = state
     if target:
         read_tensors(target, files, f"checkpoint {checkpoint.name}")
+
+
+def load_adapters(checkpoint: Path, policy: Policy) -> None:
+    """Fill LoRA's adapters, whatever number of ranks saved them. Collective over all ranks.
+
+    Raises:
+        UserError: the checkpoint has none, others, or damaged ones.
+    """
+    file, what = checkpoint / lora.FOLDER / lora.FILE, f"checkpoint {checkpoint.name}"
+    adapters = lora.adapters_of(policy.lm)
+    saved = stored_shapes([file], what)
+    for name in sorted({*adapters, *saved}):
+        found, wanted = saved.get(name), tuple(adapters[name].shape) if name in adapters else None
+        if found != wanted:
+            raise UserError(
+                f"{what}: its adapter {name} has shape {found or 'nothing'} and this run's {wanted or 'nothing'}; "
+                f"resume with the run's own model.lora"
+            )
+    read_tensors(adapters, [file], what)
 
 
 def optimizer_tensors(params: Mapping[str, Tensor], optimizer: Optimizer) -> dict[str, Tensor]:
@@ -317,15 +361,19 @@ def prune(folder: Path, keep: int, *, best: bool) -> None:
     newest). Damaged ones stay: nobody knows what they are."""
     complete = all_checkpoints(folder)
     kept = set(complete[-keep:])
-    scores = [(value, path) for path in complete if (value := read_manifest(path)["score"]["value"]) is not None]
-    if best and scores:
-        kept.add(max(scores, key=lambda item: (item[0], _step(item[1])))[1])
+    if best and (found := _best(complete)):
+        kept.add(found)
     for path in complete:
         if path not in kept:
             remove_folder(path)
 
 
-def _begin(folder: Path, policy: Policy, loop: dict[str, Any], tokenizer) -> None:
+def _best(complete: list[Path]) -> Path | None:
+    scores = [(value, path) for path in complete if (value := read_manifest(path)["score"]["value"]) is not None]
+    return max(scores, key=lambda item: (item[0], _step(item[1])))[1] if scores else None
+
+
+def _begin(folder: Path, policy: Policy, adapters: Mapping[str, Tensor], loop: dict[str, Any], tokenizer) -> None:
     """The small files, at once: the tokenizer and the loop go on changing."""
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "trainer").mkdir(parents=True)
@@ -335,6 +383,8 @@ def _begin(folder: Path, policy: Policy, loop: dict[str, Any], tokenizer) -> Non
     generation.eos_token_id = tokenizer.eos_token_id  # what generation stopped on in training
     generation.save_pretrained(folder)
     _save_tokenizer(tokenizer, folder)
+    if adapters:
+        lora.save(folder / lora.FOLDER, policy.lm, adapters)
     write_json(folder / LOOP, loop)
 
 

@@ -98,6 +98,8 @@ def _add_model_options(parser: argparse.ArgumentParser, temperature: float) -> N
     parser.add_argument(
         "--model", default=default, help="run folder, model folder or Hugging Face id (default: %(default)s)"
     )
+    which = "of a run folder: newest, best or a step (default: %(default)s)"
+    parser.add_argument("--checkpoint", default="newest", metavar="WHICH", help=which)
     parser.add_argument(
         "--temperature", type=_not_negative, default=temperature, help="0 is greedy (default: %(default)s)"
     )
@@ -219,9 +221,7 @@ def run_generate(args: argparse.Namespace, _: list[str]) -> int:
 
 def _open_model(args: argparse.Namespace):
     """Model path, prompt template and configuration for `--model`: a run folder brings its own, grader included."""
-    from pathlib import Path
-
-    from luffy.checkpoint import latest
+    from luffy.checkpoint import choose
     from luffy.config import Config, load_config
     from luffy.run_folder import RunFolder
     from luffy.sources import load_template, resolve
@@ -232,9 +232,9 @@ def _open_model(args: argparse.Namespace):
     run = RunFolder(args.model)
     if run.holds_a_run:
         config = load_config(str(run.path / "config.toml"))
-        if (newest := latest(run.checkpoints)) is None:
-            raise UserError(f"model: {args.model} is a run folder without a checkpoint")
-        config.model.name = str(Path(newest).resolve())
+        config.model.name = str(choose(run.checkpoints, args.checkpoint).resolve())
+    elif args.checkpoint != "newest":
+        raise UserError(f"model: --checkpoint {args.checkpoint} is for run folders, and {args.model} is none")
     if args.prompt_style:
         config.model.prompt_style = args.prompt_style
     if args.memory_fraction is not None:

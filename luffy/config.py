@@ -26,6 +26,17 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True)
 
 
+class LoraConfig(Section):
+    """Train small adapters beside frozen weights (arXiv 2106.09685). Needs the `lora` extra."""
+
+    rank: PositiveInt | None = None
+    """Rank of the adapters; null: train all weights. Adapters want a higher optim.lr, 1e-5 to 1e-4."""
+    alpha: Positive = 32.0
+    """What an adapter says is multiplied by alpha / rank."""
+    targets: list[str] | None = None
+    """Names of the layers that get one, such as q_proj; null: every linear layer of the blocks. Never the head."""
+
+
 class ModelConfig(Section):
     name: str = "embedded:smollm2-135m-instruct"
     """Local folder, Hugging Face id, or `embedded:smollm2-135m-instruct` (needs no hub)."""
@@ -40,6 +51,7 @@ class ModelConfig(Section):
     eos_token: str | None = None
     """The token that ends an answer; null: the tokenizer's EOS. Base models whose chat template closes a turn with
     another token need it (Qwen2.5: <|im_end|>)."""
+    lora: LoraConfig = LoraConfig()
     gradient_checkpointing: bool | Literal["selective"] = False
     """Recompute each block in the backward pass: less memory, about a third more time. `selective` keeps the products
     and recomputes what lies between them: about half the memory, little time."""
@@ -47,6 +59,8 @@ class ModelConfig(Section):
     """Keep what gradient checkpointing saves, the input of every block, in host memory."""
     mlp_tokens: PositiveInt | None = None
     """Run each MLP on so many tokens at a time and again in the backward pass; null: all of a micro-batch at once."""
+    body_kernels: Literal["torch", "liger"] = "torch"
+    """`liger`: Liger's Triton kernels for norms, rotations and gated MLPs. Needs a GPU and the `liger` extra."""
     trust_remote_code: bool = False
     """Run code that comes with a model. Off unless you ask for it."""
 

@@ -142,5 +142,6 @@ def _mesh(device: torch.device, dims: tuple[tuple[str, int], ...]) -> DeviceMesh
 
 
 def close() -> None:
+    """End the process group, unless an engine that shut down has done so."""
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -6,6 +6,7 @@
     body     2 B T + 4 L A P      forward: a product is 2 FLOP per weight and token; scores and values 2 A each a pair
     head     2 H V N              forward
     update   3 (body + head)      backward is twice forward; `linear_policy_loss` has the head's three products
+    frozen   4 B T + 12 L A P + 2 head      under LoRA: weights have no gradient, and adapters are left out
 
 Norms, rotations, activations and softmax are left out, a recomputed forward pass too: what is counted is the work that
 the model asks for, so time lost to recomputation shows as a lower MFU (model FLOP utilisation, arXiv 2204.02311).
@@ -34,16 +35,17 @@ def head_flops(shape: Shape, targets: int) -> int:
     return 2 * shape.head * targets
 
 
-def update_flops(shape: Shape, tokens: int, pairs: int, targets: int) -> int:
-    """FLOP of forward and backward: three times forward, of body and head. Targets whose advantage is 0 count as all
-    others, though the head spares two thirds of theirs."""
-    return 3 * (forward_flops(shape, tokens, pairs) + head_flops(shape, targets))
+def update_flops(shape: Shape, tokens: int, pairs: int, targets: int, frozen: bool = False) -> int:
+    """FLOP of forward and backward: three times forward, of body and head; less the gradients of weights that are
+    frozen. Targets whose advantage is 0 count as all others, though the head spares two thirds of theirs."""
+    forward, head = forward_flops(shape, tokens, pairs), head_flops(shape, targets)
+    return 3 * (forward + head) - (forward_flops(shape, tokens, 0) + head if frozen else 0)
 
 
-def step_flops(shape: Shape, tokens: int, pairs: int, targets: int, updates: int = 1) -> int:
+def step_flops(shape: Shape, tokens: int, pairs: int, targets: int, updates: int = 1, frozen: bool = False) -> int:
     """FLOP of a step whose batch is split into `updates`: more than one need the log-probs of all targets first."""
-    once = update_flops(shape, tokens, pairs, targets)
-    return once if updates == 1 else once + once // 3
+    once = update_flops(shape, tokens, pairs, targets, frozen)
+    return once if updates == 1 else once + forward_flops(shape, tokens, pairs) + head_flops(shape, targets)
 
 
 def mfu(flops: float, seconds: float, peak: float, devices: int = 1) -> float:

@@ -6,6 +6,9 @@ tensor); the workspace of the head. One number is fitted, `HOLES` of a CPU's hea
 
     n ranks that share the parameters (shard x sequence)   T tokens of a micro-batch on this rank, N targets
     H, A, K, I, V as in luffy.shapes   b bytes of the compute type (2)
+
+Under LoRA the model's own weights are held in b bytes and nothing else is held of them; masters, gradients and moments
+are those of the adapters.
 """
 
 from dataclasses import dataclass
@@ -64,6 +67,10 @@ class Load:
     mlp_tokens: int | None = None
     on_cpu: bool = False
     """Masters, gradients and moments are in host memory."""
+    adapters: int = 0
+    """Parameters of one block's LoRA adapters; 0: every weight is trained."""
+    adapter_ranks: int = 0
+    """Sum of the ranks of one block's adapters."""
     accumulates: bool = True
     """More than one micro-batch an update: gradients are there before the forward pass."""
     segments: tuple[Segment, ...] = ()
@@ -73,6 +80,23 @@ class Load:
     kv: float = 0.0
     """Bytes of vLLM's cache and its own activations."""
 
+    @property
+    def trained_block(self) -> int:
+        """Parameters of one block that have a gradient."""
+        return self.adapters or self.shape.block
+
+    @property
+    def trained_root(self) -> int:
+        return 0 if self.adapters else self.shape.root
+
+    @property
+    def trained_head(self) -> int:
+        return 0 if self.adapters else self.shape.head
+
+    @property
+    def trained(self) -> int:
+        return self.shape.layers * self.trained_block + self.trained_root
+
 
 def moments(load: Load) -> dict[str, Parts]:
     """Bytes by part at each moment that may be the peak. A part that is absent is 0."""
@@ -80,22 +104,22 @@ def moments(load: Load) -> dict[str, Parts]:
     kept = shared_activations(load) + (0 if load.offload else load.shape.layers * kept_by_block(load))
     if load.offload and load.device == "cpu":
         kept += load.shape.layers * kept_by_block(load)
-    accumulated = resident | {GRADIENTS: _gradients(load, load.shape.parameters) if load.accumulates else 0.0}
+    accumulated = resident | {GRADIENTS: _gradients(load, load.trained) if load.accumulates else 0.0}
     head = accumulated | {GATHERED: _gathered(load, backward=False), ACTIVATIONS: kept}
     first = accumulated | {GATHERED: _gathered(load, backward=True), ACTIVATIONS: kept}
     last = resident | {
-        GRADIENTS: _gradients(load, shape.parameters if load.accumulates else shape.layers * shape.block),
+        GRADIENTS: _gradients(load, load.trained if load.accumulates else shape.layers * load.trained_block),
         GATHERED: _gathered(load, backward=True, blocks=1),
         ACTIVATIONS: shared_activations(load) + kept_by_block(load),
     }
-    waiting = load.bytes * load.shape.head  # the gradient of the head, until that of the embedding joins it
+    waiting = load.bytes * load.trained_head  # the gradient of the head, until that of the embedding joins it
     return {
         FORWARD[0]: head | {HEAD: head_forward(load)},
         FORWARD[1]: head | {HEAD: head_backward(load)},
         "first block backward": first | {HEAD: waiting + hidden_gradient(load), WORK: block_backward(load)},
         "last block backward": last | {HEAD: waiting + hidden_gradient(load), WORK: block_backward(load)},
         REDUCE: resident
-        | {GRADIENTS: _gradients(load, shape.parameters), WORK: _reduction(load, shape.root, last=True)},
+        | {GRADIENTS: _gradients(load, load.trained), WORK: _reduction(load, load.trained_root, last=True)},
     }
 
 
@@ -115,7 +139,7 @@ def _heap(load: Load, found: dict[str, Parts], live: float) -> float:
     """
     forward = max(sum(found[name].get(part, 0.0) for part in (GATHERED, ACTIVATIONS, HEAD)) for name in FORWARD)
     last = found[REDUCE]
-    backward = last[GRADIENTS] + last[WORK] + block_backward(load) + _reduction(load, load.shape.block)
+    backward = last[GRADIENTS] + last[WORK] + block_backward(load) + _reduction(load, load.trained_block)
     resident = sum(size for part, size in last.items() if part not in (GRADIENTS, WORK))
     return max(0.0, resident + (1 + HOLES) * (forward + backward) - live)
 
@@ -124,15 +148,17 @@ def host_bytes(load: Load) -> float:
     """Bytes of host memory of this rank, beside what the process and its libraries take."""
     if load.device == "cpu":
         return sum(peak(load)[1].values())
-    optimizer = 4 * MASTER * load.shape.parameters / load.shards if load.on_cpu else 0.0
+    held = 4 * MASTER * load.trained + (load.bytes * load.shape.parameters if load.adapters else 0)
+    optimizer = held / load.shards if load.on_cpu else 0.0
     return optimizer + (load.shape.layers * kept_by_block(load) if load.offload else 0.0)
 
 
 def _resident(load: Load) -> Parts:
-    share = 0.0 if load.on_cpu and load.device == "cuda" else load.shape.parameters / load.shards
+    share = 0.0 if load.on_cpu and load.device == "cuda" else 1 / load.shards
+    frozen = load.bytes * load.shape.parameters if load.adapters else 0
     return {
-        WEIGHTS: MASTER * share,
-        OPTIMIZER: 2 * MASTER * share,
+        WEIGHTS: (MASTER * load.trained + frozen) * share,
+        OPTIMIZER: 2 * MASTER * load.trained * share,
         ENGINE_WEIGHTS: load.engine,
         KV: load.kv,
         DRIVER: float(CONTEXT[load.device]),
@@ -147,9 +173,10 @@ def _gathered(load: Load, backward: bool, blocks: int | None = None) -> float:
     """Copies in the compute type. One rank keeps all until their backward; several keep the root's and, of the blocks,
     the one at work and the one on its way, each as the collective's buffer and as the parameters copied out of it."""
     shape, b = load.shape, load.bytes
+    block = shape.block + load.adapters
     if load.shards == 1:
-        return b * (shape.root + (shape.layers if blocks is None else blocks) * shape.block)
-    return b * (shape.root + (4 if backward else 3) * shape.block)
+        return b * (shape.root + (shape.layers if blocks is None else blocks) * block)
+    return b * (shape.root + (4 if backward else 3) * block)
 
 
 def _reduction(load: Load, parameters: float, last: bool = False) -> float:
@@ -165,9 +192,10 @@ def _reduction(load: Load, parameters: float, last: bool = False) -> float:
 
 
 def norm_saves(load: Load, width: int, tokens: float) -> float:
-    """A root-mean-square norm keeps its input in float32, the inverse root of each row, the normed row and, for the
-    product that follows, its own result."""
-    return tokens * (4 * width + 4 + load.bytes * width) + tokens * load.bytes * width
+    """A root-mean-square norm keeps its input in float32, the inverse root of each row, the normed row if its weight is
+    trained and, for the product that follows, its own result."""
+    copies = 1 if load.adapters else 2
+    return tokens * (4 * width + 4 + copies * load.bytes * width)
 
 
 def attention_saves(load: Load) -> float:
@@ -195,12 +223,14 @@ def saved_by_block(load: Load) -> float:
     """What one block's forward pass keeps for its backward, without any recomputation."""
     shape, tokens = load.shape, load.tokens
     norms = 2 * norm_saves(load, shape.hidden, tokens)
-    norms += (shape.block_norms - 2) * tokens * (4 * shape.hidden + load.bytes * shape.hidden)
+    row = 4 + (0 if load.adapters else load.bytes)  # of a norm whose result no product reads
+    norms += (shape.block_norms - 2) * tokens * row * shape.hidden
     if shape.qk_norm:
-        norms += tokens * ((4 + load.bytes) * (shape.attention + shape.key) + 4 * (shape.heads + shape.kv_heads))
+        norms += tokens * (row * (shape.attention + shape.key) + 4 * (shape.heads + shape.kv_heads))
     whole = load.mlp_tokens is None or load.mlp_tokens >= tokens
     out = load.bytes * shape.attention * tokens  # what the output projection reads
-    return norms + attention_saves(load) + out + (mlp_saves(load, tokens) if whole else 0.0)
+    between = load.bytes * load.adapter_ranks * tokens  # A x, which B reads
+    return norms + attention_saves(load) + out + between + (mlp_saves(load, tokens) if whole else 0.0)
 
 
 def kept_by_block(load: Load) -> float:
@@ -246,13 +276,13 @@ def head_forward(load: Load) -> float:
     shape, b = load.shape, load.bytes
     rows = chunk_rows(load)
     per_row = shape.vocabulary * (b if load.device == "cpu" else 4 + b) + shape.hidden * (4 * b + 12)
-    return MASTER * shape.head + b * shape.hidden * load.targets + rows * per_row
+    return MASTER * load.trained_head + b * shape.hidden * load.targets + rows * per_row
 
 
 def head_backward(load: Load) -> float:
     """Both gradients as they were saved and as they are scaled, and the hidden states' gradient."""
     shape, b = load.shape, load.bytes
-    return (MASTER + b) * shape.head + 2 * b * shape.hidden * load.targets
+    return (MASTER + b) * load.trained_head + 2 * b * shape.hidden * load.targets
 
 
 def hidden_gradient(load: Load) -> float:
@@ -281,5 +311,6 @@ def block_backward(load: Load) -> float:
     # attention's gradients follow when what the MLP kept is gone
     freed = mlp_saves(load, tokens) if piece == tokens else 0.0
     widest = max(mlp, norm, attention - freed)
-    reduced = _reduction(load, shape.block) + (0 if load.shards == 1 else MASTER * shape.block)  # one more in flight
-    return recomputed + widest + (reduced if load.shards > 1 else load.bytes * shape.block)
+    block = load.trained_block
+    reduced = _reduction(load, block) + (0 if load.shards == 1 else MASTER * block)  # one more in flight
+    return recomputed + widest + (reduced if load.shards > 1 else load.bytes * block)

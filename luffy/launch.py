@@ -130,12 +130,14 @@ def start(launch: Launch, command: list[str]) -> int:
             monitor_interval=0.1,
             local_addr=_local_addr(launch),
         )
-        agent = Agent(
-            spec,
-            DefaultLogsSpecs(log_dir=notes),
-            exit_barrier_timeout=EXIT_TIMEOUT_S,
-            on_restart=lambda result: _say(verdict(result.failures, ranks)[0] + "; starting all ranks again"),
-        )
+
+        def on_restart(result: Any) -> None:
+            _say(verdict(result.failures, ranks)[0] + "; starting all ranks again")
+            for note in Path(notes).rglob("stopped"):  # of a rank that saved while another died: it goes on now
+                note.unlink()
+
+        logs = DefaultLogsSpecs(log_dir=notes)
+        agent = Agent(spec, logs, exit_barrier_timeout=EXIT_TIMEOUT_S, on_restart=on_restart)
         try:
             with _signals_for(agent) as asked:
                 result = agent.run()

@@ -5,7 +5,8 @@
     optimizer = make_optimizer(policy, ...)     # after: loading replaces the Parameter objects
 
 Between the two calls parameters exist on the meta device alone. Every rank then reads its own rows of each tensor from
-the safetensors files (memory-mapped) and converts them to the float32 masters.
+the safetensors files (memory-mapped) and converts them to the float32 masters. LoRA's adapters are not in these files:
+`lora.initialise` or `checkpoint.load_adapters` follows.
 """
 
 import json
@@ -22,19 +23,20 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
-from luffy import activations, attention
+from luffy import activations, attention, body_kernels, lora
 from luffy.config import ModelConfig
 from luffy.console import say
 from luffy.consolidate import read_header
 from luffy.errors import UserError, user_errors
 from luffy.files import DISK_ERRORS
+from luffy.optim import dtype_of
+from luffy.weights import weights_of
 
 if TYPE_CHECKING:
     from luffy.model import Policy
@@ -54,9 +56,10 @@ def read_config(path: str, config: ModelConfig) -> PreTrainedConfig:
 
 def empty_lm(path: str, config: ModelConfig) -> PreTrainedModel:
     """The causal LM of a folder or hub id with packed attention: float32 parameters on the meta device, real buffers.
+    With `config.lora` its parameters are frozen and of `config.dtype`, and those of the adapters float32.
 
     Raises:
-        UserError: nothing is found at `path`, it is no causal LM, or its weights are quantised.
+        UserError: nothing is found at `path`, it is no causal LM, its weights are quantised, or LoRA does not fit it.
     """
     options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
     with user_errors(f"model {path}"):
@@ -74,6 +77,11 @@ def empty_lm(path: str, config: ModelConfig) -> PreTrainedModel:
             raise UserError(
                 f"model {path}: {name} is not 0, and a run with dropout is no function of its seed; set it to 0"
             )
+    if config.body_kernels == "liger":
+        body_kernels.use_liger(lm)
+    if config.lora.rank is not None:
+        with _parameters_on_meta():
+            lora.adapt(lm, config.lora, dtype_of(config.dtype), config.name)
     activations.apply(lm, config)
     return lm.eval()
 
@@ -101,17 +109,6 @@ def load_weights(policy: "Policy", path: str, device: torch.device, *, weights_o
     if problem := _differences(wanted, stored, policy.lm):
         raise UserError(f"model {path}: {problem}; its files must be those of a {type(policy.lm).__name__}")
     read_tensors(wanted, files, f"model {path}")
-
-
-def weights_of(policy: "Policy") -> dict[str, Tensor]:
-    """Hugging Face name -> parameter or buffer, sharded where FSDP2 shards; what is tied to another is left out.
-
-    Asked of the root, whose hooks put gathered parameters back into their shards first.
-    """
-    tied = set(policy.lm.all_tied_weights_keys)
-    everything = policy.state_dict(keep_vars=True).items()
-    names = {name.removeprefix("lm."): tensor for name, tensor in everything if name.startswith("lm.")}
-    return {name: tensor for name, tensor in names.items() if name not in tied}
 
 
 def safetensors_files(path: str) -> list[Path]:
@@ -275,11 +272,4 @@ def _load_whole(policy: "Policy", path: str, wanted: Mapping[str, Tensor]) -> No
     values = lm.state_dict()
     with torch.no_grad():
         for name, tensor in wanted.items():
-            if isinstance(tensor, DTensor):
-                # every rank has the value: nothing is sent
-                part = distribute_tensor(
-                    values[name].to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None
-                )
-                tensor.to_local().copy_(part.to_local())
-            else:
-                tensor.copy_(values[name])
+            lora.fill(tensor, values[name])

@@ -109,7 +109,9 @@ def group_metrics(groups: list[Group], updated: int) -> dict[str, float]:
     }
 
 
-def work_metrics(shape: Shape, groups: list[list[Row]], prompts: list[int], seconds: float, updates: int, ranks: int):
+def work_metrics(
+    shape: Shape, groups: list[list[Row]], prompts: list[int], seconds: float, *, updates: int, ranks: int, frozen: bool
+) -> dict[str, float]:
     """Model FLOP of an update phase per second and rank, and of a known GPU's peak, by the formulas of `luffy.flops`.
 
     groups: the rows of each group that entered the model; prompts: tokens of its prompt.
@@ -118,7 +120,8 @@ def work_metrics(shape: Shape, groups: list[list[Row]], prompts: list[int], seco
     used = [(prompt, rows) for prompt, rows in zip(prompts, inputs, strict=True) if rows]
     tokens = sum(prompt + sum(rows) for prompt, rows in used)
     pairs = sum(attended_pairs(prompt, rows) for prompt, rows in used)
-    flops = step_flops(shape, tokens, pairs, count_tokens([row for rows in groups for row in rows]), updates)
+    targets = count_tokens([row for rows in groups for row in rows])
+    flops = step_flops(shape, tokens, pairs, targets, updates, frozen)
     found = {"perf/update_tflops_per_rank": flops / seconds / ranks / 1e12}
     peak = peak_of(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
     return found if peak is None else found | {"perf/mfu": mfu(flops, seconds, peak, ranks)}

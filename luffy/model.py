@@ -12,11 +12,9 @@ from luffy_kernels import linear_logprobs, linear_policy_loss
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from luffy import activations, attention, flops
-from luffy.config import ModelConfig
+from luffy import activations, flops
 from luffy.errors import UserError
 from luffy.packing import MicroBatch
 
@@ -70,18 +68,6 @@ def head_options(config: Any) -> dict[str, Any]:
     return {"softcap": getattr(config, "final_logit_softcapping", None), "logit_scale": scale}
 
 
-def load_lm(path: str, config: ModelConfig) -> PreTrainedModel:
-    """The causal LM with float32 weights and packed attention."""
-    lm = AutoModelForCausalLM.from_pretrained(
-        path,
-        dtype=torch.float32,
-        attn_implementation=attention.register(),
-        trust_remote_code=config.trust_remote_code,
-    )
-    activations.apply(lm, config)
-    return lm
-
-
 def shard(policy: Policy, mesh: DeviceMesh, dtype: torch.dtype, on_cpu: bool = False) -> Policy:
     """Apply FSDP2: every block is a unit; embedding, final norm and head (tied or not) stay together in the root's.
     on_cpu: shards, their gradients and the optimizer's state live in host memory."""
@@ -99,15 +85,3 @@ def shard(policy: Policy, mesh: DeviceMesh, dtype: torch.dtype, on_cpu: bool = F
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
     return policy
-
-
-def hf_weights(policy: Policy, dtype: torch.dtype | None = None):
-    """Yield (Hugging Face name, full tensor) in layer order; cast before gathering; a tied head is skipped."""
-    tied = set(policy.lm.all_tied_weights_keys)
-    for name, tensor in policy.lm.state_dict().items():
-        if name not in tied:
-            yield name, full(tensor if dtype is None else tensor.to(dtype))
-
-
-def full(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -7,11 +7,12 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from luffy.config import OptimConfig
-from luffy.model import full
+from luffy.weights import full
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
-    return AdamW(model.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return AdamW(trained, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True)
 
 
 def learning_rate(config: OptimConfig, update: int, total: int) -> float:

@@ -70,10 +70,24 @@ class Asked:
     """Mean answer, tokens."""
     engine: bool = True
     """Whether every rank has a vLLM of its own."""
+    other_context: bool = False
+    """Whether the lengths are others than the configuration's."""
+
+    @property
+    def adapters(self) -> tuple[int, int]:
+        """(parameters, sum of the ranks) of one block's LoRA adapters."""
+        lora = self.config.model.lora
+        return (0, 0) if lora.rank is None else self.shape.adapters(lora.rank, lora.targets)
 
     @property
     def context(self) -> int:
         return self.prompt + self.answer
+
+    def options(self, choice: Choice) -> str:
+        """What makes the configuration the planned one: the choice, and the lengths where others were asked for."""
+        lengths = {"data.max_prompt_tokens": self.prompt, "data.max_trace_tokens": self.answer}
+        lengths |= {"rollout.max_tokens": self.sampled}
+        return " ".join([choice.options(), *(f"--{key} {n}" for key, n in lengths.items() if self.other_context)])
 
     @property
     def device(self) -> Any:
@@ -124,6 +138,7 @@ def ask(
     if gpus < 1:
         raise UserError(f"plan: --gpus must be at least 1, got {gpus}")
     prompt, sampled = config.data.max_prompt_tokens, config.rollout.max_tokens
+    other_context = context is not None
     if context is None:
         context = prompt + max(sampled, config.data.max_trace_tokens)
     else:
@@ -144,7 +159,7 @@ def ask(
     mean = max(1, sampled // 2) if mean_answer is None else mean_answer
     if not 1 <= mean <= sampled:
         raise UserError(f"plan: --answer-tokens must lie between 1 and {sampled}, the longest rollout, got {mean}")
-    return Asked(config, shape, machine, gpus, prompt, answer, sampled, mean)
+    return Asked(config, shape, machine, gpus, prompt, answer, sampled, mean, other_context=other_context)
 
 
 def configured(asked: Asked) -> Choice:
@@ -216,6 +231,8 @@ def load_of(asked: Asked, choice: Choice) -> tuple[Load, float]:
         offload=choice.offload,
         mlp_tokens=choice.mlp_tokens,
         on_cpu=choice.on_cpu,
+        adapters=asked.adapters[0],
+        adapter_ranks=asked.adapters[1],
         accumulates=whole > tokens * asked.gpus / choice.sequence,
         engine=weights,
         kv=max(0.0, share),
@@ -350,6 +367,7 @@ def _work(asked: Asked, choice: Choice, cache: float) -> step_time.Work:
         updates=config.train.updates_per_step,
         sequences=config.rollout.max_sequences,
         kv=max(0.0, cache),
+        adapters=asked.adapters[0],
     )
 
 

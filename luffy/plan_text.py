@@ -21,13 +21,13 @@ def text(asked: Asked, configured: Plan, suggested: Plan, apart: Plan | None) ->
     elif suggested.fits:
         why = "" if not configured.fits else ", the fastest that was found"
         lines += ["", f"suggested{why}: fits", *_describe(asked, suggested)]
-        lines += [f"  options    {suggested.choice.options()}"]
+        lines += [f"  options    {asked.options(suggested.choice)}"]
     else:
         lines += ["", "nothing fits; nearest:", *_describe(asked, suggested)]
         lines += [f"  would help {helps(asked, suggested)}"]
         if apart is not None and apart.fits:
             lines += ["", "the update alone, with no vLLM on these GPUs: fits", *_describe(asked, apart)]
-            lines += [f"  options    {apart.choice.options()}"]
+            lines += [f"  options    {asked.options(apart.choice)}"]
     if suggested.phases:
         lines += ["", "assumed, not measured (fastest - slowest):"]
         lines += [f"  {name}: {_share(low)} - {_share(high)}" for name, (low, high) in step_time.ASSUMED.items()]
@@ -58,7 +58,7 @@ def _plan(asked: Asked, plan: Plan) -> dict[str, Any]:
         "fits": plan.fits,
         "problem": plan.problem,
         "choice": asdict(plan.choice) | {"shard": asked.gpus // (plan.choice.replicate * plan.choice.sequence)},
-        "options": plan.choice.options(),
+        "options": asked.options(plan.choice),
         "needed_bytes": plan.needed,
         "memory_bytes": plan.memory,
         "host_bytes": plan.host,

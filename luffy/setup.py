@@ -6,18 +6,20 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+import torch.distributed as dist
 from torch.optim import Optimizer
 
-from luffy import checkpoint, distributed, optim
+from luffy import checkpoint, distributed, lora, optim
+from luffy.checks import check_body, check_lengths
 from luffy.config import Config
 from luffy.console import say
 from luffy.data import Batches, Example
 from luffy.distributed import World
-from luffy.errors import UserError, user_errors
+from luffy.errors import user_errors
 from luffy.interrupt import StopOnInterrupt
 from luffy.load import empty_lm, load_weights, read_config
 from luffy.metrics import MetricsLog, NoLog
-from luffy.model import Policy, known_shape, shard
+from luffy.model import Policy, shard
 from luffy.objectives import Objective, make_objective
 from luffy.process import keep_freed_memory
 from luffy.prompts import PromptTemplate
@@ -25,7 +27,14 @@ from luffy.rewards import VerifierPool
 from luffy.rollout.vllm_engine import VllmEngine
 from luffy.run_folder import RunFolder
 from luffy.sequence import check_heads
-from luffy.sources import evaluation_sources, load_examples, load_template, resolve, training_source
+from luffy.sources import (
+    evaluation_sources,
+    load_examples,
+    load_template,
+    load_validation,
+    resolve,
+    training_source,
+)
 from luffy.watchdog import Watchdog
 
 
@@ -73,8 +82,10 @@ class Trainer:
 def set_up(config: Config, run: RunFolder, resume: bool) -> tuple[Trainer, dict[str, Any], Batches]:
     """Check everything cheap first, then load; returns the trainer, the loop's state and the stream of batches."""
     with ExitStack() as resources:
+        embedded = dist.is_initialized()  # by whoever calls this, and theirs to end
         world = distributed.start(config.mesh)
-        resources.callback(distributed.close)
+        if not embedded:
+            resources.callback(distributed.close)
         stop, hang_s = StopOnInterrupt(), 60 * config.train.hang_minutes or None
         watch = resources.enter_context(Watchdog(world.store, world.rank, world.size, stop, hang_s=hang_s))
         with watch.together():
@@ -94,7 +105,7 @@ def _set_up(
 ) -> tuple[Trainer, dict[str, Any], Batches]:
     if world.is_main:
         run.check(config, resume)
-    path = resolve(config.model)
+    path = base = resolve(config.model)
     template = load_template(path, config.model)
     training = load_examples(
         training_source(config), template, config, split=config.data.split, limit=config.data.limit
@@ -147,11 +158,16 @@ def _set_up(
     policy = Policy(empty_lm(path, config.model), config.rollout.temperature, config.model.offload_activations)
     policy = shard(policy, world.params, optim.dtype_of(config.model.dtype), config.optim.on_cpu)
     masters = torch.device("cpu") if config.optim.on_cpu else world.device
-    load_weights(policy.train(), path, world.device, weights_on=masters)
+    adapts = config.model.lora.rank is not None
+    load_weights(policy.train(), base if adapts else path, world.device, weights_on=masters)
+    if adapts:
+        lora.initialise(policy.lm, config.train.seed)
     optimizer = optim.make_optimizer(policy, config.optim)
     loop: dict[str, Any] = {"step": 0, "saved": 0, "updates": 0, "bad_in_a_row": 0, "train_seconds": 0.0, "tokens": 0}
     if found:
         loop = checkpoint.load_loop(found)
+        if adapts:
+            checkpoint.load_adapters(found, policy)
         checkpoint.load_optimizer(found, policy, optimizer)
         with user_errors("resume"):
             batches.load_state_dict(loop["batches"])
@@ -179,80 +195,9 @@ def _set_up(
         log=open_log(run.metrics, run.path / "tensorboard", loop["step"], world, resources),
         evals=open_log(run.evals, run.path / "tensorboard" / "evals", loop["step"], world, resources),
         resources=resources,
+        engine_is_stale=adapts and found is not None,  # the merged weights in its files are rounded
     )
     return trainer, loop, batches
-
-
-def check_body(described: Any) -> None:
-    """Raises UserError where a token's hidden state would depend on what else is in its micro-batch."""
-    rope = getattr(described, "rope_parameters", None) or getattr(described, "rope_scaling", None) or {}
-    kind = str(rope.get("rope_type", rope.get("type", "default")))
-    if kind in ("dynamic", "longrope"):
-        raise UserError(
-            f"model: its positions are rotated by a rule that depends on the longest sequence (rope_type {kind}), "
-            f"which packed sequences do not have of their own; choose another model, or rope_type in its config.json"
-        )
-    other = sorted(set(getattr(described, "layer_types", None) or ()) - {"full_attention", "sliding_attention"})
-    if other:
-        raise UserError(
-            f"model: its {other[0]} layers mix neighbouring tokens outside attention, so packed sequences would leak "
-            f"into each other; choose a model of attention layers"
-        )
-
-
-def check_lengths(config: Config, objective: Objective, examples: list[Example], described: Any) -> int:
-    """The longest sequence that the engine may be asked for, tokens.
-
-    Raises:
-        UserError: a sequence, the longest is named, does not fit the model's positions, its attention window or a
-            micro-batch.
-    """
-    shape = known_shape(described)
-    positions, window = getattr(described, "max_position_embeddings", None), None if shape is None else shape.window
-    asked = config.data.max_prompt_tokens + max(config.rollout.max_tokens, config.eval.max_tokens or 0)
-    if positions is not None and asked > positions:
-        raise UserError(
-            f"model: it has {positions} positions, and data.max_prompt_tokens + rollout.max_tokens (or "
-            f"eval.max_tokens) make {asked}; lower one of them"
-        )
-
-    def longest(example: Example) -> int:
-        traces = [len(trace) for trace in example.traces[: objective.num_traces(example)]]
-        answer = [config.rollout.max_tokens] if objective.num_rollouts(example) else []
-        return len(example.prompt_ids) + max([0, *answer, *traces])
-
-    worst = max(examples, key=longest)
-    what = f"problem {worst.problem.id}: its prompt of {len(worst.prompt_ids)} tokens and its longest answer or trace"
-    lower = "lower rollout.max_tokens, data.max_trace_tokens or data.max_prompt_tokens"
-    if positions is not None and longest(worst) > positions:
-        raise UserError(f"{what} make {longest(worst)} tokens, and the model has {positions} positions; {lower}")
-    if window is not None and longest(worst) - 1 > window:
-        raise UserError(
-            f"{what} make {longest(worst)} tokens, and the model's attention window of {window}, shorter than that, is "
-            f"not supported; {lower}"
-        )
-    budget = config.train.tokens_per_micro
-    if longest(worst) - 1 > budget:  # the last token of an answer predicts nothing and stays out
-        raise UserError(
-            f"{what} make {longest(worst)} tokens, more than train.tokens_per_micro {budget}; raise it to "
-            f"{longest(worst) - 1} (mesh.sequence spreads a micro-batch over ranks), or {lower}"
-        )
-    return asked
-
-
-def load_validation(config: Config, template: PromptTemplate, heldout: dict[str, list[Example]]) -> list[Example]:
-    """Raises UserError where a problem is also one that the run is judged by in the end."""
-    if config.eval.validation is None:
-        return []
-    examples = load_examples(config.eval.validation, template, config, split=config.eval.split).examples
-    judged = {example.prompt_ids for name in heldout for example in heldout[name]}
-    shared = [example.problem.id for example in examples if example.prompt_ids in judged]
-    if shared:
-        raise UserError(
-            f"eval.validation: {len(shared)} of its problems are also among those evaluated in the end (first: "
-            f"{shared[0]}), so the best checkpoint would be chosen by what judges it; keep them apart"
-        )
-    return examples
 
 
 def open_log(path: Path, tensorboard: Path, step: int, world: World, resources: ExitStack) -> MetricsLog | NoLog:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from luffy.config import Config, ModelConfig
 from luffy.data import Example, load_problems, tokenize
 from luffy.embedded import cache_dir, resolve_model
-from luffy.errors import user_errors
+from luffy.errors import UserError, user_errors
 from luffy.problems import ProblemSpec, write_splits
 from luffy.prompts import PromptTemplate
 
@@ -64,6 +64,21 @@ def load_examples(
         problems = load_problems(source, split=split, limit=limit)
         limits = {"max_prompt_tokens": config.data.max_prompt_tokens, "max_trace_tokens": config.data.max_trace_tokens}
         return Loaded(*tokenize(problems, template, **limits))
+
+
+def load_validation(config: Config, template: PromptTemplate, heldout: dict[str, list[Example]]) -> list[Example]:
+    """Raises UserError where a problem is also one that the run is judged by in the end."""
+    if config.eval.validation is None:
+        return []
+    examples = load_examples(config.eval.validation, template, config, split=config.eval.split).examples
+    judged = {example.prompt_ids for name in heldout for example in heldout[name]}
+    shared = [example.problem.id for example in examples if example.prompt_ids in judged]
+    if shared:
+        raise UserError(
+            f"eval.validation: {len(shared)} of its problems are also among those evaluated in the end (first: "
+            f"{shared[0]}), so the best checkpoint would be chosen by what judges it; keep them apart"
+        )
+    return examples
 
 
 def resolve(config: ModelConfig) -> str:

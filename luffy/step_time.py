@@ -50,6 +50,12 @@ class Work:
     """That vLLM decodes at a time, at most."""
     kv: float
     """Bytes of vLLM's cache."""
+    adapters: int = 0
+    """Parameters of one block's LoRA adapters; 0: every weight is trained."""
+
+    @property
+    def trained(self) -> int:
+        return self.shape.layers * self.adapters or self.shape.parameters
 
     @property
     def tokens(self) -> int:
@@ -60,7 +66,8 @@ class Work:
     def flops(self) -> int:
         """FLOP of the step's updates, recomputation not counted."""
         pairs = self.prompts * attended_pairs(self.prompt, [self.answer] * self.rows)
-        return step_flops(self.shape, self.tokens, pairs, self.prompts * self.rows * self.answer, self.updates)
+        targets = self.prompts * self.rows * self.answer
+        return step_flops(self.shape, self.tokens, pairs, targets, self.updates, frozen=self.adapters > 0)
 
 
 def phases(work: Work) -> dict[str, Range]:
@@ -121,10 +128,10 @@ def _update(work: Work, side: int) -> float:
     micros = max(work.updates, -(-work.tokens * work.sequence // (work.gpus * work.tokens_per_micro)))
     # gathered twice in bfloat16, reduced once in float32, and between replicas a share of that twice
     gathers = 1 if shards == 1 else 2
-    moved = (gathers * 2 + 4) * shape.parameters * (shards - 1) / shards
+    moved = (gathers * 2 * shape.parameters + 4 * work.trained) * (shards - 1) / shards
     collectives = micros * moved / _speed(machine, shards, side)
     if work.replicate > 1:
-        among = 2 * 4 * shape.parameters / shards / _speed(machine, work.gpus, side)
+        among = 2 * 4 * work.trained / shards / _speed(machine, work.gpus, side)
         collectives += micros * among
     passes = 4 if work.recompute is True else 3
     local = work.tokens / work.gpus
@@ -134,7 +141,7 @@ def _update(work: Work, side: int) -> float:
 
 
 def _optimizer(work: Work, side: int) -> float:
-    share = work.shape.parameters * work.replicate / work.gpus
+    share = work.trained * work.replicate / work.gpus
     if work.on_cpu:  # gradients down, weights up, then Adam's 28 bytes a parameter
         return (
             work.updates * share * (8 / (ASSUMED[LINKS][side] * work.machine.host) + 28 / (ASSUMED[HOST][side] * 1e9))

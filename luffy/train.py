@@ -254,8 +254,15 @@ def record_step(
     work: dict[str, float] = {}
     if t.policy.shape is not None:
         prompts = [len(group.example.prompt_ids) for group in groups]
-        updates = t.config.train.updates_per_step
-        work = work_metrics(t.policy.shape, active, prompts, phases.by_name["update"], updates, t.world.size)
+        work = work_metrics(
+            t.policy.shape,
+            active,
+            prompts,
+            phases.by_name["update"],
+            updates=t.config.train.updates_per_step,
+            ranks=t.world.size,
+            frozen=t.config.model.lora.rank is not None,
+        )
     return {
         **group_metrics(groups, sum(map(len, active))),
         **metrics.result(),

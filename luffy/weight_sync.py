@@ -5,8 +5,9 @@ vLLM fuses and shards what it is given. The prefix cache is emptied, for its ent
 
 import torch
 
-from luffy.model import Policy, hf_weights
+from luffy.model import Policy
 from luffy.rollout.vllm_engine import VllmEngine
+from luffy.weights import hf_weights
 
 
 def sync_weights(policy: Policy, engine: VllmEngine, dtype: torch.dtype) -> int:

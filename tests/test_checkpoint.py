@@ -26,11 +26,12 @@ from luffy.checkpoint import Checkpointer
 from luffy.config import Config, ModelConfig, OptimConfig, load_config
 from luffy.errors import UserError
 from luffy.files import new_folder, read_jsonl, remove_folder, sweep, write_text
-from luffy.load import empty_lm, load_weights, weights_of
+from luffy.load import empty_lm, load_weights
 from luffy.manifest import MANIFEST, damage, read_manifest, verify
 from luffy.metrics import MetricsLog
 from luffy.model import Policy, shard
 from luffy.run_folder import RunFolder
+from luffy.weights import weights_of
 
 
 def load(folder: Path):
@@ -138,6 +139,21 @@ def test_the_best_is_kept_too_and_the_newest_never_goes(write, folder):
     assert names(folder) == ["step-000007"]  # as good, and newer
     write(8, 0.0, keep=1)
     assert names(folder) == ["step-000008"]
+
+
+def test_one_is_chosen_by_its_age_its_score_or_its_step(write, folder):
+    with pytest.raises(UserError, match="run folder without a checkpoint"):
+        checkpoint.choose(folder, "newest")
+    write(1)
+    with pytest.raises(UserError, match="no checkpoint in .* has a score"):
+        checkpoint.choose(folder, "best")
+    for step, score in ((2, 0.7), (3, 0.7), (10, 0.1)):
+        write(step, score)
+    chosen = {which: checkpoint.choose(folder, which).name for which in ("newest", "best", "2")}
+    assert chosen == {"newest": "step-000010", "best": "step-000003", "2": "step-000002"}
+    for which in ("5", "first"):
+        with pytest.raises(UserError, match=f"newest, best or one of the steps 1, 2, 3, 10, got {which}"):
+            checkpoint.choose(folder, which)
 
 
 def test_steps_are_numbers(write, folder):

@@ -24,9 +24,11 @@ def model(kind: str = "llama", **more):
     return AutoModelForCausalLM.from_config(config, attn_implementation="eager").float(), shape_of(config, kind)
 
 
+@pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
-def test_forward_and_update_equal_torchs_count(kind):
+def test_forward_and_update_equal_torchs_count(kind, frozen):
     lm, shape = model(kind)
+    lm.requires_grad_(not frozen)
     tokens, targets = 11, 5
     # requires a gradient, as what comes out of an embedding does in training: else the first block's would be spared
     embedded = torch.randn(1, tokens, 32, requires_grad=True)
@@ -40,7 +42,7 @@ def test_forward_and_update_equal_torchs_count(kind):
     assert forward.get_total_flops() - want in (0, angles)
     with FlopCounterMode(display=False) as backward:
         loss.backward()
-    assert want + backward.get_total_flops() == update_flops(shape, tokens, pairs, targets)
+    assert want + backward.get_total_flops() == update_flops(shape, tokens, pairs, targets, frozen)
 
 
 def test_hand_counts():
@@ -54,6 +56,8 @@ def test_hand_counts():
     assert update_flops(shape, 10, 55, 4) == 3 * (forward_flops(shape, 10, 55) + head_flops(shape, 4))
     assert step_flops(shape, 10, 55, 4) == update_flops(shape, 10, 55, 4)
     assert step_flops(shape, 10, 55, 4, updates=2) == update_flops(shape, 10, 55, 4) * 4 // 3
+    frozen = 2 * (forward_flops(shape, 10, 0) + head_flops(shape, 4)) + 3 * forward_flops(shape, 0, 55)
+    assert update_flops(shape, 10, 55, 4, frozen=True) == frozen
 
 
 def test_attended_pairs_are_those_of_the_mask():

@@ -29,8 +29,9 @@ from transformers import (
 
 from luffy.config import ModelConfig
 from luffy.errors import UserError
-from luffy.load import empty_lm, load_weights, weights_of
-from luffy.model import Policy, full, shard
+from luffy.load import empty_lm, load_weights
+from luffy.model import Policy, shard
+from luffy.weights import full, weights_of
 
 CPU = torch.device("cpu")
 SMALL = {

@@ -11,15 +11,16 @@ import torch
 from tiny import ROOT, luffy
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from luffy import attention, plan, plan_text
+from luffy import attention, lora, plan, plan_text
 from luffy.attention import Layout
-from luffy.config import load_config
+from luffy.config import LoraConfig, load_config
 from luffy.errors import UserError
 from luffy.footprint import Load, Segment, kept_by_block, moments, peak, saved_by_block
 from luffy.machines import GIB, MACHINES, find_machine
 from luffy.shapes import KNOWN, find_shape, shape_of
 
 RECIPE = "luffy-qwen2.5-math-7b"
+RECIPE_MODEL = "qwen2.5-math-7b-16k-think"
 SIZES = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -108,10 +109,13 @@ def test_an_id_of_the_hub_costs_its_config_alone(tmp_path, monkeypatch):
 # --- memory --------------------------------------------------------------------------------------------------------
 
 
-def autograd_keeps(kind: str, segments: tuple[Segment, ...], kv_heads: int) -> tuple[int, Load]:
+def autograd_keeps(kind: str, segments: tuple[Segment, ...], kv_heads: int, rank: int = 0) -> tuple[int, Load]:
     """Bytes that one block saves for its backward, weights and rotations apart; and the same as a load."""
     config = AutoConfig.for_model(kind, **SIZES, num_key_value_heads=kv_heads, head_dim=16)
     lm = AutoModelForCausalLM.from_config(config, attn_implementation=attention.register()).to(torch.bfloat16)
+    if rank:
+        lora.adapt(lm, LoraConfig(rank=rank), torch.bfloat16, "base")
+        lm.to(torch.bfloat16)  # as FSDP2 hands them to the forward pass
     body, tokens = lm.get_decoder(), sum(segment.tokens for segment in segments)
     spans, at = [], 0
     for segment in segments:
@@ -139,17 +143,21 @@ def autograd_keeps(kind: str, segments: tuple[Segment, ...], kv_heads: int) -> t
             hidden, position_embeddings=rotations, position_ids=positions, layout=Layout(spans, tokens)
         )
         alive.append(out)
-    load = Load(shape=shape_of(config, kind), tokens=tokens, targets=tokens, device="cpu", segments=segments)
-    return sum(kept.values()), load
+    shape = shape_of(config, kind)
+    adapters, ranks = shape.adapters(rank)
+    assert adapters == sum(p.numel() for name, p in lm.named_parameters() if lora.is_adapter(name))
+    load = Load(shape=shape, tokens=tokens, targets=tokens, device="cpu", segments=segments)
+    return sum(kept.values()), dataclasses.replace(load, adapters=adapters, adapter_ranks=ranks)
 
 
+@pytest.mark.parametrize("rank", [0, 4])
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize(
     "segments", [(Segment(32),), (Segment(16, (8,)), Segment(9, (7,))), (Segment(16, (8, 12)), Segment(10, (9, 3, 5)))]
 )
-def test_what_a_block_keeps_is_what_autograd_keeps(kind, kv_heads, segments):
-    kept, load = autograd_keeps(kind, segments, kv_heads)
+def test_what_a_block_keeps_is_what_autograd_keeps(kind, kv_heads, segments, rank):
+    kept, load = autograd_keeps(kind, segments, kv_heads, rank)
     assert saved_by_block(load) == kept
 
 
@@ -157,7 +165,7 @@ def test_bench_plan_runs_the_trainer_on_what_it_plans_for():
     """The figures of docs/planning.md come from it: a change of the trainer must not leave it behind."""
     code = (
         "import dataclasses, bench.plan as b\n"
-        "for case in b.CASES[1], b.CASES[3]:\n"
+        "for case in b.CASES[1], b.CASES[3], b.CASES[-1]:\n"
         "    small = case.model | {'num_hidden_layers': 2, 'hidden_size': 64, 'intermediate_size': 64}\n"
         "    small |= {'vocab_size': 256, 'num_attention_heads': 4, 'num_key_value_heads': 2}\n"
         "    case = dataclasses.replace(case, model=small, prompt=8, rows=(9, 9), groups=4, budget=50)\n"
@@ -177,6 +185,24 @@ def test_state_is_sixteen_bytes_a_parameter_over_the_ranks_that_share_it():
     assert parts["optimizer"] == 8 * share
     _, parts = peak(dataclasses.replace(LOAD, on_cpu=True))
     assert parts["weights"] == parts["gradients"] == parts["optimizer"] == 0
+
+
+def test_adapters_are_all_that_has_a_state():
+    shape = LOAD.shape
+    adapters, ranks = shape.adapters(16)
+    assert shape.adapters(16, ["q_proj", "down_proj"]) == (16 * (2 * 3584 + 18944 + 3584), 32)
+    _, parts = peak(dataclasses.replace(LOAD, adapters=adapters, adapter_ranks=ranks))
+    trained = shape.layers * adapters
+    assert trained == 40_370_176  # PEFT's count for Qwen2.5-7B at rank 16
+    assert parts["weights"] == (2 * shape.parameters + 4 * trained) / 8
+    assert parts["gradients"] == 4 * trained / 8
+    assert parts["optimizer"] == 8 * trained / 8
+    whole, little = (
+        plan.evaluate(a, plan.configured(a))
+        for a in (asked(RECIPE_MODEL, 8), asked(RECIPE_MODEL, 8, model__lora__rank=16))
+    )
+    assert little.needed < whole.needed - 15e9
+    assert little.work.flops < 0.8 * whole.work.flops
 
 
 def test_what_saves_memory_saves_it():
@@ -220,8 +246,9 @@ def test_7b_fits_with_a_vllm_beside_it(model, gpus, context):
     assert a.shape.heads % choice.sequence == 0
     assert choice.tokens_per_micro >= context  # a sequence is never cut
     assert (choice.sequence > 1) == (context > 8192)
-    again = plan.evaluate(dataclasses.replace(a, config=load_config(RECIPE, choice.options().split())), choice)
-    assert again.parts == found.parts  # the options say the whole choice
+    same = plan.ask(load_config(RECIPE, a.options(choice).split()), a.shape, a.machine, gpus)
+    again = plan.evaluate(same, plan.configured(same))
+    assert again.parts == found.parts  # the options say it all, lengths included
     low, high = plan_text.step_time.total(found.phases)
     assert 0 < low < high
     assert {"rollout", "update", "sync", "optimizer"} == set(found.phases)

@@ -8,10 +8,12 @@ from torch.distributed.fsdp import FSDPModule
 from luffy import distributed, optim
 from luffy.attention import Layout, Segment
 from luffy.config import MeshConfig, ModelConfig, OptimConfig, RolloutConfig
-from luffy.model import Policy, hf_weights, load_lm, shard
+from luffy.load import empty_lm, load_weights
+from luffy.model import Policy, shard
 from luffy.packing import MicroBatch
 from luffy.rollout.vllm_engine import VllmEngine
 from luffy.weight_sync import sync_weights
+from luffy.weights import hf_weights
 
 SEQUENCES = [tuple(range(5, 40)), tuple(range(60, 100, 2)), (3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5)]
 
@@ -42,8 +44,9 @@ def trainer_logp(policy: Policy, ids: tuple[int, ...]) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
     path = str(make_model(tmp_path_factory.mktemp("m") / "model"))
-    mesh = distributed.start(MeshConfig()).params
-    policy = shard(Policy(load_lm(path, ModelConfig()), 1.0), mesh, torch.float32)
+    world = distributed.start(MeshConfig())
+    policy = shard(Policy(empty_lm(path, ModelConfig()), 1.0), world.params, torch.float32)
+    load_weights(policy, path, world.device)
     engine = VllmEngine(path, RolloutConfig(kv_cache_gib=0.25), dtype="float32", eos_token_id=2, max_model_len=256)
     yield policy, engine
     engine.close()
