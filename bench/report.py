@@ -268,6 +268,18 @@ def longcontext_table(path: Path) -> Iterator[str]:
     )
 
 
+def plan_table(path: Path) -> Iterator[str]:
+    result = json.loads(path.read_text())
+    yield "| case | planned, GiB | measured, GiB | off by | planned peak |"
+    yield "|---|---:|---:|---:|---|"
+    for row in result["results"]:
+        planned, measured = (f"{row[key] / 2**30:.2f}" for key in ("planned", "measured"))
+        yield f"| {row['case']} | {planned} | {measured} | {row['error']:+.1%} | {row['moment']} |"
+    yield ""
+    about = f"{result['machine']['cpu']}, {result['machine']['threads']} threads, torch {result['machine']['torch']}"
+    yield f"{about}; three updates each. By part: `{path.relative_to(ROOT)}`."
+
+
 def put(path: Path, marker: str, text: str) -> None:
     """Replaces what stands between the markers of a file."""
     begin, end = f"<!-- {marker} -->", f"<!-- /{marker} -->"
@@ -300,6 +312,8 @@ def main(argv: list[str] | None = None) -> int:
         texts[ROOT / "docs" / "distributed.md", "longcontext"] = "\n\n".join(
             "\n".join(longcontext_table(p)) for p in long
         )
+    if plans := sorted(RESULTS.glob("plan-*.json")):
+        texts[ROOT / "docs" / "planning.md", "plan"] = "\n\n".join("\n".join(plan_table(p)) for p in plans)
     for (path, marker), text in texts.items():
         print(f"\n{path.name}: {marker}\n{text}")
         if not args.print:
