@@ -3,6 +3,7 @@ a piece of the tokens at a time. None of it changes a number beyond rounding."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,16 +14,14 @@ from transformers import PreTrainedModel
 from luffy.config import ModelConfig
 from luffy.errors import UserError
 
-aten = torch.ops.aten
 # Products and attention are what is slow to compute again; everything between them is what takes the memory.
-KEPT = frozenset(
-    op.default
-    for name in (
-        *("mm", "addmm", "bmm", "linear"),
-        *("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention"),
-        *("_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention"),
+PRODUCTS = frozenset(f"aten::{name}" for name in ("mm", "addmm", "bmm", "linear"))
+ATTENTION = frozenset(
+    (
+        *("aten::_scaled_dot_product_flash_attention_for_cpu", "aten::_scaled_dot_product_flash_attention"),
+        *("aten::_scaled_dot_product_efficient_attention", "aten::_scaled_dot_product_cudnn_attention"),
+        *("torch_attn::_varlen_attn", "flash_attn::_flash_attn_varlen_forward", "flash_attn_3::_flash_attn_forward"),
     )
-    if (op := getattr(aten, name, None)) is not None and hasattr(op, "default")
 )
 
 
@@ -31,7 +30,8 @@ def apply(lm: PreTrainedModel, config: ModelConfig) -> None:
     if config.gradient_checkpointing:
         options: dict[str, Any] = {"use_reentrant": False}
         if config.gradient_checkpointing == "selective":
-            options["context_fn"] = lambda: create_selective_checkpoint_contexts(_keep_products)
+            keep = partial(_keep_products, config.lora.rank)
+            options["context_fn"] = lambda: create_selective_checkpoint_contexts(keep)
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
     if config.mlp_tokens is not None:
         for block in lm.get_decoder().layers:
@@ -40,8 +40,12 @@ def apply(lm: PreTrainedModel, config: ModelConfig) -> None:
             block.mlp.forward = tiled(block.mlp.forward, config.mlp_tokens)
 
 
-def _keep_products(_: Any, op: Any, *__: Any, **___: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+def _keep_products(rank: int | None, _: Any, op: Any, *args: Any, **__: Any) -> CheckpointPolicy:
+    """LoRA's own products are cheap, and their results as large as those of the layers beside them."""
+    name = op.name()
+    adapter = name in PRODUCTS and rank is not None and min(args[-1].shape) == rank
+    kept = name in ATTENTION or (name in PRODUCTS and not adapter)
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def tiled(forward: Callable[[Tensor], Tensor], tokens: int) -> Callable[[Tensor], Tensor]:

@@ -155,9 +155,9 @@ def packed_attention(
     refuse_unknown(layout, **options)
     if layout.group is not None:
         query, key, value = (exchange.to_heads(x, layout.group) for x in (query, key, value))
-    if query.device.type == "cpu":
+    if on_cpu(query):
         out = per_row_attention(query, key, value, layout, scaling)
-    elif kernel := varlen.kernel_for(query):
+    elif kernel := varlen.kernel_for(query, value):
         out = varlen.varlen_attention(query, key, value, layout, scaling, kernel)
     else:
         enable_gqa = query.shape[1] != key.shape[1]
@@ -166,6 +166,10 @@ def packed_attention(
     if layout.group is not None:
         out = exchange.to_tokens(out, layout.group)
     return out.transpose(1, 2).contiguous(), None
+
+
+def on_cpu(query: Tensor) -> bool:
+    return query.device.type == "cpu"
 
 
 def refuse_unknown(layout: Layout, *, sliding_window: int | None = None, softcap=None, s_aux=None, **_) -> None:

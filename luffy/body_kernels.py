@@ -1,7 +1,7 @@
 """Liger's Triton kernels for norms, rotations and gated MLPs of a model's blocks, in place of transformers' own code.
 
 The numbers change by rounding alone (`tests/test_body_kernels.py`). The loss stays ours: of Liger's patches those of
-the head are left out. Liger replaces the rotation in transformers' module of the model family, for the whole process.
+the head are left out. For the rotation Liger patches transformers' module of the model family, for the whole process.
 """
 
 import os

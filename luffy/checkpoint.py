@@ -3,8 +3,8 @@
     step-000040/
       config.json, tokenizer, ...    an ordinary Hugging Face folder, float32 masters: transformers, vLLM and
       model*.safetensors             `luffy eval` open it as it is
-      adapter/                       of a LoRA run, whose model files hold the merged weights: PEFT's folder
-    trainer/optimizer/shard-*      Adam's moments, files of each rank, as torch.distributed.checkpoint writes them
+      adapter/                       PEFT's folder, of a LoRA run: its model files hold merged weights, `model.dtype`
+      trainer/optimizer/shard-*      Adam's moments, files of each rank, as torch.distributed.checkpoint writes them
       trainer/loop.json              the loop's counters
       trainer/manifest.json          every file with its size and checksum; written last
 
@@ -40,8 +40,9 @@ from luffy.files import disk_errors, put_in_place, remove_folder, temporary_name
 from luffy.load import Shape, read_tensors, safetensors_files, stored_shapes
 from luffy.manifest import damage, fingerprint, read_manifest, verify, write_manifest
 from luffy.model import Policy
+from luffy.shards import full
 from luffy.staging import Staged, save_shards
-from luffy.weights import full, model_weights, trained_of, weights_of
+from luffy.weights import model_weights, trained_of, weights_of
 
 LOOP, OPTIMIZER, SHARDS = "trainer/loop.json", "trainer/optimizer", "trainer/weights"
 FILE_BYTES = 2 * 2**30
@@ -324,6 +325,10 @@ def load_optimizer(checkpoint: Path, policy: Policy, optimizer: Optimizer) -> No
         state = {"step": step[0], "exp_avg": torch.zeros_like(param), "exp_avg_sq": torch.zeros_like(param)}
         target |= {f"{name}.step": step, **{f"{name}.{key}": state[key] for key in ("exp_avg", "exp_avg_sq")}}
         optimizer.state[param] = state
+    if saved and not target:
+        raise UserError(
+            f"checkpoint: {checkpoint.name} has moments of other parameters; resume with the run's model.lora"
+        )
     if target:
         read_tensors(target, files, f"checkpoint {checkpoint.name}")
 
@@ -336,6 +341,8 @@ def load_adapters(checkpoint: Path, policy: Policy) -> None:
     """
     file, what = checkpoint / lora.FOLDER / lora.FILE, f"checkpoint {checkpoint.name}"
     adapters = lora.adapters_of(policy.lm)
+    if not file.is_file():
+        raise UserError(f"{what}: it has no adapters; resume with the run's own model.lora")
     saved = stored_shapes([file], what)
     for name in sorted({*adapters, *saved}):
         found, wanted = saved.get(name), tuple(adapters[name].shape) if name in adapters else None

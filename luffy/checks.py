@@ -7,7 +7,6 @@ from luffy.data import Example
 from luffy.errors import UserError
 from luffy.model import known_shape
 from luffy.objectives import Objective
-from luffy.shapes import positions_of
 
 
 def check_body(described: Any) -> None:
@@ -35,12 +34,13 @@ def check_lengths(config: Config, objective: Objective, examples: list[Example],
             micro-batch.
     """
     shape = known_shape(described)
-    positions, window = positions_of(described), None if shape is None else shape.window
+    positions, window = getattr(described, "max_position_embeddings", None), None if shape is None else shape.window
     asked = config.data.max_prompt_tokens + max(config.rollout.max_tokens, config.eval.max_tokens or 0)
     if positions is not None and asked > positions:
         raise UserError(
             f"model: it has {positions} positions, and data.max_prompt_tokens + rollout.max_tokens (or "
-            f"eval.max_tokens) make {asked}; lower one of them"
+            f"eval.max_tokens) make {asked}; lower one of them, or raise max_position_embeddings in its config.json "
+            f"if its rotations reach further (YaRN)"
         )
 
     def longest(example: Example) -> int:

@@ -33,8 +33,8 @@ class LoraConfig(Section):
     """Rank of the adapters; null: train all weights. Adapters want a higher optim.lr, 1e-5 to 1e-4."""
     alpha: Positive = 32.0
     """What an adapter says is multiplied by alpha / rank."""
-    targets: list[str] | None = None
-    """Names of the layers that get one, such as q_proj; null: every linear layer of the blocks. Never the head."""
+    targets: Annotated[list[Annotated[str, Field(pattern=r"^\w+$")]], Field(min_length=1)] | None = None
+    """Names of the layers that get one, such as ["q_proj"]; null: every linear layer of the blocks. Never the head."""
 
 
 class ModelConfig(Section):

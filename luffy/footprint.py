@@ -75,6 +75,9 @@ class Load:
     """More than one micro-batch an update: gradients are there before the forward pass."""
     segments: tuple[Segment, ...] = ()
     """CPU only: the layout, which decides what attention keeps; (): sequences that share nothing."""
+    copied: float = 0.0
+    """CUDA only: tokens of prompts whose keys and values attention copies for the rows that share them, for each token
+    of the micro-batch."""
     engine: float = 0.0
     """Bytes of vLLM's weights."""
     kv: float = 0.0
@@ -201,9 +204,9 @@ def norm_saves(load: Load, width: int, tokens: float) -> float:
 def attention_saves(load: Load) -> float:
     """What attention proper keeps of one block: queries, keys, values, output, and a log-sum-exp a head and token."""
     shape, tokens = load.shape, load.tokens
-    if load.device == "cuda":  # flex_attention, in the compute type, heads of keys and values as they are
+    if load.device == "cuda":  # in the compute type, heads of keys and values as they are
         repeats = max(1.0, load.sequence / shape.kv_heads)
-        width = 2 * shape.attention + 2 * shape.key * repeats
+        width = 2 * shape.attention + 2 * shape.key * repeats * (1 + load.copied)
         return tokens * (load.bytes * width + 4 * shape.heads)
     saved = tokens * 4 * (4 * shape.attention + shape.heads)  # in float32, with keys and values repeated
     for segment in load.segments:
@@ -244,7 +247,7 @@ def kept_by_block(load: Load) -> float:
     products = b * (shape.attention + 2 * shape.key + 2 * shape.hidden) * tokens
     if load.mlp_tokens is None or load.mlp_tokens >= tokens:
         products += 2 * b * shape.intermediate * tokens
-    flash = tokens * 4 * (shape.attention + shape.heads) if load.device == "cpu" else 0.0
+    flash = tokens * ((4 if load.device == "cpu" else b) * shape.attention + 4 * shape.heads)
     return inputs + products + flash
 
 

@@ -130,14 +130,12 @@ def start(launch: Launch, command: list[str]) -> int:
             monitor_interval=0.1,
             local_addr=_local_addr(launch),
         )
-
-        def on_restart(result: Any) -> None:
-            _say(verdict(result.failures, ranks)[0] + "; starting all ranks again")
-            for note in Path(notes).rglob("stopped"):  # of a rank that saved while another died: it goes on now
-                note.unlink()
-
-        logs = DefaultLogsSpecs(log_dir=notes)
-        agent = Agent(spec, logs, exit_barrier_timeout=EXIT_TIMEOUT_S, on_restart=on_restart)
+        agent = Agent(
+            spec,
+            DefaultLogsSpecs(log_dir=notes),
+            exit_barrier_timeout=EXIT_TIMEOUT_S,
+            on_restart=lambda result: _say(verdict(result.failures, ranks)[0] + "; starting all ranks again"),
+        )
         try:
             with _signals_for(agent) as asked:
                 result = agent.run()
@@ -149,7 +147,7 @@ def start(launch: Launch, command: list[str]) -> int:
             raise UserError(f"train: not all nodes came to {launch.endpoint} within {JOIN_TIMEOUT_S} s") from error
         finally:
             rendezvous.shutdown()
-        stopped = {note.read_text() for note in Path(notes).rglob("stopped")}
+        stopped = stopped_notes(Path(notes))
     if result.failures and not (asked and all(f.exitcode in STOPPED_EARLY for f in result.failures.values())):
         sentence, code = verdict(result.failures, ranks)
         _say(sentence)
@@ -157,6 +155,13 @@ def start(launch: Launch, command: list[str]) -> int:
     if signal.SIGINT in asked or "130" in stopped:
         return 130
     return launch.stopped_exit if asked or stopped else 0
+
+
+def stopped_notes(folder: Path) -> set[str]:
+    """What the ranks of the last start wrote when they had stopped as asked (`luffy.rank.exit_code`). One of an earlier
+    start may have saved and stopped while another died, and has gone on since."""
+    attempts = {int(path.name.removeprefix("attempt_")): path for path in folder.glob("*/attempt_*")}
+    return {note.read_text() for note in attempts[max(attempts)].rglob("stopped")} if attempts else set()
 
 
 STOPPED_EARLY = (-signal.SIGTERM, -signal.SIGINT, 130)

@@ -9,6 +9,7 @@ the safetensors files (memory-mapped) and converts them to the float32 masters. 
 `lora.initialise` or `checkpoint.load_adapters` follows.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -36,12 +37,14 @@ from luffy.consolidate import read_header
 from luffy.errors import UserError, user_errors
 from luffy.files import DISK_ERRORS
 from luffy.optim import dtype_of
+from luffy.shards import fill
 from luffy.weights import weights_of
 
 if TYPE_CHECKING:
     from luffy.model import Policy
 
 Shape = tuple[int, ...]
+MIB = 2**20
 
 
 def read_config(path: str, config: ModelConfig) -> PreTrainedConfig:
@@ -81,7 +84,7 @@ def empty_lm(path: str, config: ModelConfig) -> PreTrainedModel:
         body_kernels.use_liger(lm)
     if config.lora.rank is not None:
         with _parameters_on_meta():
-            lora.adapt(lm, config.lora, dtype_of(config.dtype), config.name)
+            lora.adapt(lm, config.lora, dtype_of(config.dtype), base=path)
     activations.apply(lm, config)
     return lm.eval()
 
@@ -124,6 +127,20 @@ def safetensors_files(path: str) -> list[Path]:
         return []
     names = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
     return [Path(file) for name in names if (file := cached_file(path, name))]
+
+
+def identity(path: str) -> str:
+    """What tells the weights of a folder or hub id from others without reading all of them: a hash of the names and
+    sizes of its files, and of 1 MiB at either end of each."""
+    digest = hashlib.sha256()
+    for weights in safetensors_files(path):
+        size = weights.stat().st_size
+        digest.update(f"{weights.name} {size}\n".encode())
+        with weights.open("rb") as file:
+            digest.update(file.read(MIB))
+            file.seek(max(0, size - MIB))
+            digest.update(file.read())
+    return digest.hexdigest()
 
 
 def stored_shapes(files: list[Path], what: str) -> dict[str, Shape]:
@@ -272,4 +289,4 @@ def _load_whole(policy: "Policy", path: str, wanted: Mapping[str, Tensor]) -> No
     values = lm.state_dict()
     with torch.no_grad():
         for name, tensor in wanted.items():
-            lora.fill(tensor, values[name])
+            fill(tensor, values[name])

@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from luffy.config import LoraConfig
 from luffy.errors import UserError, user_errors
 from luffy.seeds import derive
+from luffy.shards import fill
 
 FOLDER, FILE = "adapter", "adapter_model.safetensors"
 ADAPTER, BASE = "default", ".base_layer."
@@ -26,13 +27,13 @@ PREFIX = "base_model.model."  # of every name in PEFT's files
 
 
 def adapt(lm: PreTrainedModel, config: LoraConfig, dtype: torch.dtype, base: str) -> None:
-    """Give the linear layers of `lm`'s blocks adapters, in place, and freeze all else as `dtype`. Values, and whether
-    parameters have any, are left to the caller (`initialise`).
+    """Give linear layers of `lm`'s blocks adapters, in place, and freeze all else as `dtype`. Adapters begin without
+    values that mean anything: `initialise`, or a checkpoint, has them.
 
     base: the model that the adapters belong to, as their folder will name it.
 
     Raises:
-        UserError: PEFT is not installed, no layer is called so, or one that is has no plain weight or is the head.
+        UserError: PEFT is not installed, a target is no linear layer of the blocks, or experts would stay as they are.
     """
     try:
         from peft import LoraConfig as Settings
@@ -41,24 +42,45 @@ def adapt(lm: PreTrainedModel, config: LoraConfig, dtype: torch.dtype, base: str
         raise UserError(
             "model.lora: PEFT is not installed; install the `lora` extra of luffy-rl, or leave model.lora.rank null"
         ) from error
+    wanted = _layers(lm, config.targets)
     settings = Settings(
         r=config.rank or 0,
         lora_alpha=config.alpha,  # type: ignore[arg-type]  # any number will do
-        target_modules=config.targets or "all-linear",
+        target_modules=sorted({name.rsplit(".", 1)[-1] for name in wanted}),
         task_type="CAUSAL_LM",
         base_model_name_or_path=base,
     )
     with user_errors("model.lora"):
         inject_adapter_in_model(settings, lm)
-    blocks = {id(module) for block in lm.get_decoder().layers for module in block.modules()}
-    for name, module in lm.named_modules():
-        wrapped = getattr(module, "base_layer", None)
-        if wrapped is not None and not (isinstance(wrapped, nn.Linear) and id(module) in blocks):
-            raise UserError(f"model.lora.targets: {name} is no linear layer of a block; name others, or none for all")
+    found = {name for name, module in lm.named_modules() if hasattr(module, "base_layer")}
+    if found != wanted:  # PEFT has rules of its own for some families
+        odd = min(found ^ wanted)
+        raise UserError(f"model.lora: PEFT cannot adapt {odd} of this model as asked; name other model.lora.targets")
     for name, parameter in lm.named_parameters():
         parameter.requires_grad_(is_adapter(name))
         if not is_adapter(name):
             parameter.data = parameter.data.to(dtype)
+    lm.config.dtype = dtype
+
+
+def _layers(lm: PreTrainedModel, targets: list[str] | None) -> set[str]:
+    """Names of the linear layers of the blocks, or of those called as in `targets`."""
+    blocks = {id(module) for block in lm.get_decoder().layers for module in block.modules()}
+    inside = {name: module for name, module in lm.named_modules() if id(module) in blocks}
+    linear = {name for name, module in inside.items() if isinstance(module, nn.Linear)}
+    known = {name.rsplit(".", 1)[-1] for name in linear}
+    if unknown := [target for target in targets or () if target not in known]:
+        raise UserError(
+            f"model.lora.targets: {unknown[0]} is no linear layer of the blocks; known: {', '.join(sorted(known))}"
+        )
+    if targets is None:
+        wide = [name for name, module in inside.items() for p in module.parameters(recurse=False) if p.dim() > 2]
+        if wide:
+            raise UserError(
+                f"model.lora: {wide[0]} holds experts, which adapters of linear layers leave out; name "
+                f"model.lora.targets"
+            )
+    return {name for name in linear if targets is None or name.rsplit(".", 1)[-1] in targets}
 
 
 def adapted(lm: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -92,17 +114,6 @@ def initialise(lm: PreTrainedModel, seed: int) -> None:
             fill(parameter, value)
 
 
-def fill(parameter: Tensor, value: Tensor) -> None:
-    """Copy what every rank holds whole into a tensor, or into this rank's shard of it."""
-    if isinstance(parameter, DTensor):  # nothing is sent
-        value = distribute_tensor(
-            value.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
-        )
-        parameter.to_local().copy_(value.to_local())
-    else:
-        parameter.copy_(value)
-
-
 def merged(layer: Any) -> Tensor:
     """W + (alpha / rank) B A, float32; of a sharded layer the rows that this rank has of W."""
     weight, a, b = (part.weight.detach() for part in (layer.base_layer, layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]))
@@ -126,5 +137,6 @@ def save(folder: Path, lm: Any, adapters: Mapping[str, Tensor]) -> None:
     folder.mkdir()
     settings = lm.peft_config[ADAPTER]
     settings.inference_mode = True
+    settings.target_modules = sorted(settings.target_modules)  # a set, and sets have no order
     settings.save_pretrained(folder)
     save_file({name: tensor.contiguous() for name, tensor in adapters.items()}, folder / FILE, {"format": "pt"})

@@ -7,7 +7,7 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from luffy.config import OptimConfig
-from luffy.weights import full
+from luffy.shards import full
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:

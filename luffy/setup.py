@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-import torch.distributed as dist
 from torch.optim import Optimizer
 
 from luffy import checkpoint, distributed, lora, optim
@@ -15,9 +14,9 @@ from luffy.config import Config
 from luffy.console import say
 from luffy.data import Batches, Example
 from luffy.distributed import World
-from luffy.errors import user_errors
+from luffy.errors import UserError, user_errors
 from luffy.interrupt import StopOnInterrupt
-from luffy.load import empty_lm, load_weights, read_config
+from luffy.load import empty_lm, identity, load_weights, read_config
 from luffy.metrics import MetricsLog, NoLog
 from luffy.model import Policy, shard
 from luffy.objectives import Objective, make_objective
@@ -82,10 +81,8 @@ class Trainer:
 def set_up(config: Config, run: RunFolder, resume: bool) -> tuple[Trainer, dict[str, Any], Batches]:
     """Check everything cheap first, then load; returns the trainer, the loop's state and the stream of batches."""
     with ExitStack() as resources:
-        embedded = dist.is_initialized()  # by whoever calls this, and theirs to end
         world = distributed.start(config.mesh)
-        if not embedded:
-            resources.callback(distributed.close)
+        resources.callback(distributed.close)
         stop, hang_s = StopOnInterrupt(), 60 * config.train.hang_minutes or None
         watch = resources.enter_context(Watchdog(world.store, world.rank, world.size, stop, hang_s=hang_s))
         with watch.together():
@@ -144,6 +141,9 @@ def _set_up(
     max_model_len = check_lengths(config, objective, training.examples, described)
     keep_freed_memory()
     torch.manual_seed(config.train.seed)
+    adapts = config.model.lora.rank is not None
+    weights = base if adapts else path
+    policy = Policy(empty_lm(weights, config.model), config.rollout.temperature, config.model.offload_activations)
     engine = resources.enter_context(
         VllmEngine(
             path,
@@ -155,11 +155,9 @@ def _set_up(
             ranks=world.size,
         )
     )
-    policy = Policy(empty_lm(path, config.model), config.rollout.temperature, config.model.offload_activations)
     policy = shard(policy, world.params, optim.dtype_of(config.model.dtype), config.optim.on_cpu)
     masters = torch.device("cpu") if config.optim.on_cpu else world.device
-    adapts = config.model.lora.rank is not None
-    load_weights(policy.train(), base if adapts else path, world.device, weights_on=masters)
+    load_weights(policy.train(), weights, world.device, weights_on=masters)
     if adapts:
         lora.initialise(policy.lm, config.train.seed)
     optimizer = optim.make_optimizer(policy, config.optim)
@@ -171,6 +169,12 @@ def _set_up(
         checkpoint.load_optimizer(found, policy, optimizer)
         with user_errors("resume"):
             batches.load_state_dict(loop["batches"])
+    if adapts:
+        mine = identity(base)
+        if loop.setdefault("base", mine) != mine:
+            raise UserError(
+                f"resume: {config.model.name} is not what the adapters were trained on; bring its files back"
+            )
     if world.is_main:
         run.open(config)  # last, so that a start that fails leaves no run behind
     best = "accuracy on eval.validation" if validation else None

@@ -61,11 +61,17 @@ class Shape:
         return self.block_matrices + bias + norms
 
     def adapters(self, rank: int, targets: list[str] | None = None) -> tuple[int, int]:
-        """(parameters of one block's LoRA adapters, sum of their ranks), on the named products or on all seven."""
+        """(parameters of one block's LoRA adapters, sum of their ranks), on the named products or on all seven.
+
+        Raises:
+            UserError: a name is none of theirs.
+        """
         hidden, attention, key = self.hidden, self.attention, self.key
         sides = {"q_proj": hidden + attention, "k_proj": hidden + key, "v_proj": hidden + key}
         sides |= {"o_proj": attention + hidden}
         sides |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), hidden + self.intermediate)
+        if unknown := [name for name in targets or () if name not in sides]:
+            raise UserError(f"plan: model.lora.targets: a plan does not know {unknown[0]}; known: {', '.join(sides)}")
         chosen = [both for name, both in sides.items() if targets is None or name in targets]
         return rank * sum(chosen), rank * len(chosen)
 
@@ -112,26 +118,13 @@ def shape_of(config: Any, name: str = "model") -> Shape:
         intermediate=intermediate,
         vocabulary=vocabulary,
         tied=bool(values.get("tie_word_embeddings", kind.startswith("gemma"))),
-        positions=positions_of(values) or 2**31,
+        positions=values.get("max_position_embeddings") or 2**31,
         qkv_bias=kind == "qwen2" or bool(values.get("attention_bias")),
         qk_norm=kind in ("qwen3", "gemma3", "gemma3_text"),
         block_norms=4 if gemma else 2,
         window=values.get("sliding_window") if windowed else None,
         attention_softcap=bool(values.get("attn_logit_softcapping")),
     )
-
-
-def positions_of(config: Any) -> int | None:
-    """Longest sequence that a Hugging Face config (or its dict) allows, tokens; None where it does not say. What YaRN
-    or linear interpolation adds counts, as it does for vLLM."""
-    values: Mapping[str, Any] = config if isinstance(config, Mapping) else config.to_dict()
-    positions = values.get("max_position_embeddings")
-    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    factor, kind = rope.get("factor"), rope.get("rope_type", rope.get("type"))
-    if not positions or not factor or kind not in ("yarn", "linear"):
-        return positions
-    original = rope.get("original_max_position_embeddings") or positions
-    return max(positions, int(factor * original))
 
 
 def _known(rows: str) -> dict[str, Shape]:

@@ -60,8 +60,7 @@ def varlen_attention(
 
 
 def with_prompts(x: Tensor, layout: "Layout") -> Tensor:
-    """[T, H, D] -> [T', H, D]: before each row that shares a prompt a copy of that prompt. Slices and not an index, for
-    the gradient of an index is added up in any order."""
+    """[T, H, D] -> [T', H, D]: before each row that shares a prompt a copy of that prompt."""
     if all(segment.is_plain for segment in layout.segments):
         return x
     pieces = iter(x.split([span for segment in layout.segments for span in segment.spans]))
@@ -72,15 +71,25 @@ def with_prompts(x: Tensor, layout: "Layout") -> Tensor:
     return torch.cat(laid)
 
 
-def kernel_for(query: Tensor) -> Kernel | None:
-    """The kernel for tensors like this one; None where there is none."""
-    fits = query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] <= HEAD_DIM and query.shape[-1] % 8 == 0
-    return _installed() if query.device.type == "cuda" and fits else None
+def kernel_for(query: Tensor, value: Tensor) -> Kernel | None:
+    """The kernel for tensors like these on their device; None where there is none."""
+    if query.device.type != "cuda" or not fits(query, value):
+        return None
+    return best(torch.cuda.get_device_capability(query.device)[0])
+
+
+def fits(query: Tensor, value: Tensor) -> bool:
+    """Whether these kernels take such tensors: 16 bits, one head size for all, a multiple of 8 up to 256."""
+    size = query.shape[-1]
+    return query.dtype in (torch.bfloat16, torch.float16) and value.shape[-1] == size <= HEAD_DIM and size % 8 == 0
 
 
 @cache
-def _installed() -> Kernel | None:
-    for find in (flash_attn, torch_varlen):
+def best(capability: int) -> Kernel | None:
+    """The fastest kernel that is installed and made for GPUs of this major compute capability."""
+    if capability < 8:
+        return None
+    for find in (*([flash_attn_3] if capability == 9 else []), flash_attn_2, torch_varlen):
         try:
             return find()
         except ImportError:  # a build for another torch or CUDA says so in this way too
@@ -88,17 +97,27 @@ def _installed() -> Kernel | None:
     return None
 
 
-def flash_attn() -> Kernel:
-    """flash-attn 3 if installed, else 2.
-
-    Raises:
-        ImportError: neither is.
+def flash_attn_3() -> Kernel:
     """
-    try:
-        from flash_attn_interface import flash_attn_varlen_func
-    except ImportError:
-        from flash_attn import flash_attn_varlen_func
+    Raises:
+        ImportError: it is not installed.
+    """
+    from flash_attn_interface import flash_attn_varlen_func
 
+    return _flash_attn(flash_attn_varlen_func)
+
+
+def flash_attn_2() -> Kernel:
+    """
+    Raises:
+        ImportError: it is not installed.
+    """
+    from flash_attn import flash_attn_varlen_func
+
+    return _flash_attn(flash_attn_varlen_func)
+
+
+def _flash_attn(flash_attn_varlen_func: Callable[..., Any]) -> Kernel:
     def call(q: Tensor, k: Tensor, v: Tensor, bounds: Bounds, scale: float | None) -> Tensor:
         out = flash_attn_varlen_func(
             q,

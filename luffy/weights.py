@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from luffy import lora
+from luffy.shards import full
 
 if TYPE_CHECKING:
     from luffy.model import Policy
@@ -46,7 +46,3 @@ def hf_weights(policy: "Policy", dtype: torch.dtype | None = None) -> Iterator[t
     """`model_weights`, each gathered whole after the conversion."""
     for name, tensor in model_weights(policy, dtype):
         yield name, full(tensor)
-
-
-def full(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

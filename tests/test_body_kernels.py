@@ -49,8 +49,9 @@ for kernels in ("torch", "liger"):
     logp = policy(micro.to(device))
     logp.sum().backward()
     found.append([logp.detach(), *(p.grad for p in policy.parameters())])
-    norm = policy.lm.model.layers[0].input_layernorm
-    assert ("Liger" in norm.extra_repr() or "liger" in norm.forward.__module__) == (kernels == "liger")
+    block, rotate = policy.lm.model.layers[0], sys.modules[type(policy.lm).__module__].apply_rotary_pos_emb
+    for part in (block.input_layernorm.forward, block.post_attention_layernorm.forward, block.mlp.forward, rotate):
+        assert part.__module__.startswith("liger") == (kernels == "liger"), part
 for ours, theirs in zip(*found, strict=True):
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 """

@@ -30,7 +30,7 @@ def test_forward_and_update_equal_torchs_count(kind, frozen):
     lm, shape = model(kind)
     lm.requires_grad_(not frozen)
     tokens, targets = 11, 5
-    # requires a gradient, as what comes out of an embedding does in training: else the first block's would be spared
+    # requires a gradient, as what comes out of an embedding or an adapter does: else the first block's would be spared
     embedded = torch.randn(1, tokens, 32, requires_grad=True)
     with FlopCounterMode(display=False) as forward:
         hidden = lm.model(inputs_embeds=embedded).last_hidden_state[0, :targets]

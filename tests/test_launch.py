@@ -15,7 +15,7 @@ from jobs import LOOP, ROOT, end, job, no_leftovers, orphans, pids, running, ste
 from luffy.cli import build_parser, main
 from luffy.config import recipe_names
 from luffy.errors import UserError
-from luffy.launch import Launch, add_options, parse
+from luffy.launch import Launch, add_options, parse, stopped_notes
 
 
 def test_a_rank_that_is_killed_takes_the_others_down(tmp_path):
@@ -242,6 +242,18 @@ def options(*arguments: str) -> Launch:
     parser = argparse.ArgumentParser()
     add_options(parser)
     return parse(parser.parse_args(arguments))
+
+
+def test_only_the_notes_of_the_last_start_count(tmp_path):
+    assert stopped_notes(tmp_path) == set()
+    for attempt, code in ((2, ""), (9, "130"), (10, "0")):
+        folder = tmp_path / "job_x" / f"attempt_{attempt}" / "1"
+        folder.mkdir(parents=True)
+        if code:
+            (folder / "stopped").write_text(code)
+    assert stopped_notes(tmp_path) == {"0"}
+    (folder / "stopped").unlink()
+    assert stopped_notes(tmp_path) == set()
 
 
 def test_options():

@@ -31,7 +31,8 @@ from luffy.config import ModelConfig
 from luffy.errors import UserError
 from luffy.load import empty_lm, load_weights
 from luffy.model import Policy, shard
-from luffy.weights import full, weights_of
+from luffy.shards import full
+from luffy.weights import weights_of
 
 CPU = torch.device("cpu")
 SMALL = {

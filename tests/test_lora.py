@@ -1,6 +1,7 @@
 """LoRA: what is trained, what others see of it, and that it survives like everything else."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from luffy.errors import UserError
 from luffy.load import empty_lm, load_weights
 from luffy.model import Policy, shard
 from luffy.packing import pack
+from luffy.shards import fill
 from luffy.weights import hf_weights, trained_of, weights_of
 
 CPU = torch.device("cpu")
@@ -47,7 +49,7 @@ def stir(policy: Policy) -> None:
     with torch.no_grad():
         for number, parameter in enumerate(lora.adapters_of(policy.lm).values()):
             generator = torch.Generator().manual_seed(number)
-            lora.fill(parameter, 0.2 * torch.randn(parameter.shape, generator=generator))
+            fill(parameter, 0.2 * torch.randn(parameter.shape, generator=generator))
 
 
 def logp(policy: Policy) -> torch.Tensor:
@@ -155,8 +157,11 @@ def test_others_open_what_a_checkpoint_holds(folder, tmp_path):
     peft = pytest.importorskip("peft")
     policy = adapted(folder, world=distributed.start(MeshConfig()))
     stir(policy)
+    optimizer = optim.make_optimizer(policy, Config().optim)
+    logp(policy).sum().backward()
+    optim.step(optimizer, policy, 1.0, 0.0, 1e-3)
     saver = checkpoint.Checkpointer(tmp_path, 2)
-    saver.save(1, policy, optim.make_optimizer(policy, Config().optim), {}, make_tokenizer())
+    saver.save(1, policy, optimizer, {}, make_tokenizer())
     saver.close()
     found, ids = tmp_path / "step-000001", torch.arange(3, 40)[None]
     merged = AutoModelForCausalLM.from_pretrained(found)
@@ -167,6 +172,22 @@ def test_others_open_what_a_checkpoint_holds(folder, tmp_path):
         torch.testing.assert_close(by_peft(ids).logits, merged(ids).logits, atol=1e-5, rtol=1e-5)
         assert (merged(ids).logits - AutoModelForCausalLM.from_pretrained(folder)(ids).logits).abs().max() > 0.1
 
+    assert settings["target_modules"] == sorted(settings["target_modules"])
+    assert json.loads((found / "config.json").read_text())["dtype"] == "float32"
+    whole = plain(folder)
+    with pytest.raises(UserError, match="has moments of other parameters; resume with the run's model.lora"):
+        checkpoint.load_optimizer(found, whole, optim.make_optimizer(whole, Config().optim))
+    shutil.rmtree(found / "adapter")
+    with pytest.raises(UserError, match="step-000001: it has no adapters"):
+        checkpoint.load_adapters(found, policy)
+
+
+def test_adapters_of_another_shape_are_named(folder, tmp_path):
+    policy = adapted(folder, world=distributed.start(MeshConfig()))
+    saver = checkpoint.Checkpointer(tmp_path, 2)
+    saver.save(1, policy, optim.make_optimizer(policy, Config().optim), {}, make_tokenizer())
+    saver.close()
+    found = tmp_path / "step-000001"
     other = adapted(folder, targets=["q_proj"])
     with pytest.raises(
         UserError, match=r"step-000001: its adapter .* and this run's nothing; resume with the run's own"
@@ -174,12 +195,20 @@ def test_others_open_what_a_checkpoint_holds(folder, tmp_path):
         checkpoint.load_adapters(found, other)
 
 
-def test_what_cannot_be_adapted_is_refused(folder, monkeypatch):
-    with pytest.raises(UserError, match=r"model.lora: .*'nowhere'"):
-        adapted(folder, targets=["nowhere"])
-    for target in ("lm_head", "embed_tokens"):
-        with pytest.raises(UserError, match=rf"model.lora.targets: .*{target} is no linear layer of a block"):
+def test_what_cannot_be_adapted_is_refused(folder, tmp_path, monkeypatch):
+    for target in ("nowhere", "lm_head", "embed_tokens", "input_layernorm"):
+        with pytest.raises(
+            UserError, match=rf"targets: {target} is no linear layer of the blocks; known: down_proj, gate"
+        ):
             adapted(folder, targets=["q_proj", target])
+    for targets in ([], ["mlp.up_proj"], ["0.self_attn.q_proj"]):
+        with pytest.raises(ValueError, match="targets"):
+            LoraConfig(rank=2, targets=targets)
+    experts = save_model(tmp_path / "moe", "moe")
+    with pytest.raises(UserError, match=r"mlp.experts holds experts, .*; name model.lora.targets"):
+        adapted(experts)
+    names = {name for name, _ in lora.adapted(adapted(experts, targets=["q_proj", "v_proj"]).lm)}
+    assert {name.rsplit(".", 1)[-1] for name in names} == {"q_proj", "v_proj"}
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(UserError, match="PEFT is not installed; install the `lora` extra"):
         adapted(folder)
@@ -199,6 +228,13 @@ def test_a_run_with_adapters_is_resumed_bit_for_bit(tmp_path):
     whole = train("whole")
     halves = train("halves", minutes=1e-6)
     assert len(records(halves)) == 1
+    base, other = model / "model.safetensors", make_model(tmp_path / "other", seed=1) / "model.safetensors"
+    shutil.move(base, tmp_path / "kept")
+    shutil.copy(other, base)
+    done = luffy(*arguments(halves, model, "--resume", **options), cwd=tmp_path)
+    assert done.returncode == 2
+    assert "model is not what the adapters were trained on; bring its files back" in done.stderr
+    shutil.move(tmp_path / "kept", base)
     train("halves", "--resume")
     assert without_times(records(whole)) == without_times(records(halves))
     assert_same_state(whole, halves, "step-000004")

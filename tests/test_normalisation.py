@@ -9,14 +9,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_packing import group, tiny_lm
 
-from luffy import activations, distributed, sequence
+from luffy import activations, distributed, lora, sequence
 from luffy.config import Config, MeshConfig
 from luffy.groups import Group
 from luffy.model import Policy, shard
 from luffy.objectives import make_objective
 from luffy.setup import Trainer
+from luffy.shards import full
 from luffy.train import update
-from luffy.weights import full
 
 ENTROPY, NORMALIZER, GAMMA = 0.05, 10.0, 0.1
 
@@ -63,6 +63,7 @@ BATCHES = {
     "by sequences": (uneven, "sequences", 0.0),
     "clipped": (uneven, NORMALIZER, ENTROPY),
     "little memory": (uneven, NORMALIZER, ENTROPY),
+    "adapters": (uneven, NORMALIZER, ENTROPY),
 }
 
 
@@ -75,6 +76,18 @@ def configure(name: str, config: Config) -> None:
     if name == "little memory":
         config.model.gradient_checkpointing, config.model.mlp_tokens = True, 3
         config.model.offload_activations = True
+    if name == "adapters":
+        config.model.lora.rank, config.model.gradient_checkpointing = 2, "selective"
+
+
+def make_lm(config: Config):
+    lm = tiny_lm().train()
+    if config.model.lora.rank is not None:
+        lora.adapt(lm, config.model.lora, torch.float32, "tiny")
+        for number, adapter in enumerate(lora.adapters_of(lm).values()):  # B = 0 would give A no gradient
+            torch.nn.init.normal_(adapter, std=0.1, generator=torch.Generator().manual_seed(number))
+    activations.apply(lm, config.model)
+    return lm
 
 
 def one_update(name: str, mesh: MeshConfig, budget: int) -> dict[str, torch.Tensor]:
@@ -86,29 +99,29 @@ def one_update(name: str, mesh: MeshConfig, budget: int) -> dict[str, torch.Tens
     config.optim.max_grad_norm, config.optim.lr, config.train.tokens_per_micro = 1e9, 1e-3, budget
     configure(name, config)
     world = distributed.start(mesh)
-    lm = tiny_lm().train()
-    activations.apply(lm, config.model)
-    policy = Policy(lm, 1.0, config.model.offload_activations)
+    policy = Policy(make_lm(config), 1.0, config.model.offload_activations)
     if world.size > 1:
         sequence.check_heads(policy.lm.config, world.sequence_ranks)
         policy = shard(policy, world.params, torch.float32)
-    optimizer = Recording(policy.parameters(), eps=1e-4)
+    trained = dict(filter(lambda named: named[1].requires_grad, policy.named_parameters()))
+    optimizer = Recording(trained.values(), eps=1e-4)
     t = Trainer.bare(config, world, policy, optimizer)
     rows = {id(g): t.objective.assign(g) for g in batch}
     metrics = update(t, batch, rows, {"step": 1, "updates": 0, "bad_in_a_row": 0})
     record = metrics.result()
-    names = [name for name, _ in policy.named_parameters()]
     numbers = {key: torch.tensor(value) for key, value in record.items() if math.isfinite(value)}
     return (
         {f"metric {name}": value for name, value in numbers.items()}
-        | {f"grad {name}": grad for name, grad in zip(names, optimizer.seen, strict=True)}
+        | {f"grad {name}": grad for name, grad in zip(trained, optimizer.seen, strict=True)}
         | {f"weight {name}": full(p.detach()).clone() for name, p in policy.named_parameters()}
     )
 
 
 def oracle(name: str) -> dict[str, torch.Tensor]:
     """The same loss in float64, a sequence at a time, by transformers' own attention and full logits."""
-    lm = tiny_lm().double()
+    config = Config()
+    configure(name, config)
+    lm = make_lm(config).double()
     lm.set_attn_implementation("sdpa")
     make, normalizer, coefficient = BATCHES[name]
     objective = make_objective(Config().objective)
@@ -127,7 +140,9 @@ def oracle(name: str) -> dict[str, torch.Tensor]:
             loss - row.advantage * policy.get(normalizer, gain.sum() / NORMALIZER) - coefficient * entropy.sum() / count
         )
     loss.backward()
-    return {"metric actor/loss": loss.detach()} | {f"grad lm.{n}": p.grad for n, p in lm.named_parameters()}
+    return {"metric actor/loss": loss.detach()} | {
+        f"grad lm.{n}": p.grad for n, p in lm.named_parameters() if p.requires_grad
+    }
 
 
 def assert_same(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor], tolerance: float, what: str) -> None:

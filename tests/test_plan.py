@@ -9,13 +9,15 @@ import sys
 import pytest
 import torch
 from tiny import ROOT, luffy
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from luffy import attention, lora, plan, plan_text
+from luffy import activations, attention, lora, plan, plan_text
 from luffy.attention import Layout
 from luffy.config import LoraConfig, load_config
 from luffy.errors import UserError
-from luffy.footprint import Load, Segment, kept_by_block, moments, peak, saved_by_block
+from luffy.footprint import Load, Segment, host_bytes, kept_by_block, moments, peak, saved_by_block
 from luffy.machines import GIB, MACHINES, find_machine
 from luffy.shapes import KNOWN, find_shape, shape_of
 
@@ -109,8 +111,8 @@ def test_an_id_of_the_hub_costs_its_config_alone(tmp_path, monkeypatch):
 # --- memory --------------------------------------------------------------------------------------------------------
 
 
-def autograd_keeps(kind: str, segments: tuple[Segment, ...], kv_heads: int, rank: int = 0) -> tuple[int, Load]:
-    """Bytes that one block saves for its backward, weights and rotations apart; and the same as a load."""
+def one_block(kind: str, segments: tuple[Segment, ...], kv_heads: int, rank: int = 0):
+    """(the first block of a model as a function, its input, what it is given beside that, the same as a load)."""
     config = AutoConfig.for_model(kind, **SIZES, num_key_value_heads=kv_heads, head_dim=16)
     lm = AutoModelForCausalLM.from_config(config, attn_implementation=attention.register()).to(torch.bfloat16)
     if rank:
@@ -128,7 +130,23 @@ def autograd_keeps(kind: str, segments: tuple[Segment, ...], kv_heads: int, rank
     hidden = torch.randn(1, tokens, 64, dtype=torch.bfloat16, requires_grad=True)
     positions = torch.arange(tokens)[None]
     rotations = body.rotary_emb(hidden, position_ids=positions)
-    kept, known = {}, {t.untyped_storage().data_ptr() for t in (*lm.parameters(), *rotations)}
+
+    def call(hidden):
+        return body.layers[0](
+            hidden, position_embeddings=rotations, position_ids=positions, layout=Layout(spans, tokens)
+        )
+
+    shape = shape_of(config, kind)
+    adapters, ranks = shape.adapters(rank)
+    assert adapters == sum(p.numel() for name, p in lm.named_parameters() if lora.is_adapter(name))
+    load = Load(shape=shape, tokens=tokens, targets=tokens, device="cpu", segments=segments)
+    load = dataclasses.replace(load, adapters=adapters, adapter_ranks=ranks)
+    return call, hidden, (*lm.parameters(), *rotations), load
+
+
+def autograd_keeps(call, hidden, given) -> int:
+    """Bytes that a block saves for its backward, weights and rotations apart."""
+    kept, known = {}, {t.untyped_storage().data_ptr() for t in given}
     alive = []
 
     def note(tensor):
@@ -139,15 +157,8 @@ def autograd_keeps(kind: str, segments: tuple[Segment, ...], kv_heads: int, rank
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        out = body.layers[0](
-            hidden, position_embeddings=rotations, position_ids=positions, layout=Layout(spans, tokens)
-        )
-        alive.append(out)
-    shape = shape_of(config, kind)
-    adapters, ranks = shape.adapters(rank)
-    assert adapters == sum(p.numel() for name, p in lm.named_parameters() if lora.is_adapter(name))
-    load = Load(shape=shape, tokens=tokens, targets=tokens, device="cpu", segments=segments)
-    return sum(kept.values()), dataclasses.replace(load, adapters=adapters, adapter_ranks=ranks)
+        alive.append(call(hidden))
+    return sum(kept.values())
 
 
 @pytest.mark.parametrize("rank", [0, 4])
@@ -157,8 +168,8 @@ def autograd_keeps(kind: str, segments: tuple[Segment, ...], kv_heads: int, rank
     "segments", [(Segment(32),), (Segment(16, (8,)), Segment(9, (7,))), (Segment(16, (8, 12)), Segment(10, (9, 3, 5)))]
 )
 def test_what_a_block_keeps_is_what_autograd_keeps(kind, kv_heads, segments, rank):
-    kept, load = autograd_keeps(kind, segments, kv_heads, rank)
-    assert saved_by_block(load) == kept
+    *block, load = one_block(kind, segments, kv_heads, rank)
+    assert saved_by_block(load) == autograd_keeps(*block)
 
 
 def test_bench_plan_runs_the_trainer_on_what_it_plans_for():
@@ -203,6 +214,46 @@ def test_adapters_are_all_that_has_a_state():
     )
     assert little.needed < whole.needed - 15e9
     assert little.work.flops < 0.8 * whole.work.flops
+    assert little.work.trained == trained
+    assert max(little.phases["optimizer"]) < 0.01 * min(whole.phases["optimizer"])
+    on_cpu = dataclasses.replace(LOAD, adapters=adapters, adapter_ranks=ranks, on_cpu=True)
+    assert host_bytes(on_cpu) == (2 * shape.parameters + 16 * trained) / 8
+    with pytest.raises(UserError, match="a plan does not know up_projection; known: q_proj"):
+        shape.adapters(16, ["up_projection"])
+
+
+class Kept(TorchDispatchMode):
+    """Bytes of the results that selective recomputation keeps."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.rank, self.bytes = rank or None, 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **(kwargs or {}))
+        if activations._keep_products(self.rank, None, op, *args) == CheckpointPolicy.MUST_SAVE:
+            # of attention: the output and the log-sum-exp
+            self.bytes += sum(tensor.nbytes for tensor in (out[:2] if isinstance(out, tuple) else [out]))
+        return out
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_what_selective_keeps_of_a_block(rank):
+    """Its products and attention; LoRA's own products are computed again."""
+    call, hidden, _, load = one_block("llama", (Segment(32),), 2, rank)
+    with Kept(rank) as kept:
+        call(hidden)
+    assert kept.bytes + hidden.nbytes == kept_by_block(dataclasses.replace(load, recompute="selective"))
+
+
+def test_copies_of_prompts_count_on_a_gpu():
+    a = asked(RECIPE_MODEL, 8)
+    load, _ = plan.load_of(a, plan.configured(a))
+    rows, prompt, answer = 8, a.prompt, a.answer
+    assert load.copied == pytest.approx(rows * prompt / (prompt + rows * answer))
+    keys = 2 * 2 * load.shape.key * load.tokens
+    more = saved_by_block(load) - saved_by_block(dataclasses.replace(load, copied=0.0))
+    assert more == pytest.approx(load.copied * keys)
 
 
 def test_what_saves_memory_saves_it():

@@ -24,7 +24,8 @@ from luffy.config import ModelConfig, OptimConfig
 from luffy.errors import UserError
 from luffy.load import empty_lm, load_weights
 from luffy.model import Policy, shard
-from luffy.weights import full, weights_of
+from luffy.shards import full
+from luffy.weights import weights_of
 
 # Rows that do not divide among four ranks, and tensors with fewer rows than ranks
 ODD = {"vocab_size": 61, "hidden_size": 10, "num_attention_heads": 5, "num_key_value_heads": 1, "head_dim": 2}

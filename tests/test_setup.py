@@ -14,7 +14,6 @@ from luffy.data.problem import Problem
 from luffy.errors import UserError
 from luffy.objectives import make_objective
 from luffy.prompts import PromptTemplate
-from luffy.shapes import positions_of
 from luffy.sources import load_validation
 
 
@@ -52,20 +51,6 @@ def test_a_sequence_longer_than_positions_or_budget_is_named():
     check(lengths(train__tokens_per_micro=89), examples)  # the last token stays out
     with pytest.raises(UserError, match=r"40 positions, and data.max_prompt_tokens \+ rollout.max_tokens .* make 50"):
         check(lengths(), examples[:1], 40)
-
-
-def test_positions_that_interpolation_adds_count():
-    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 40, "rope_theta": 1e6}
-    config = lengths(train__tokens_per_micro=1000)
-    objective, examples = make_objective(config.objective), [example("long", 20, 100)]
-    check_lengths(config, objective, examples, LlamaConfig(max_position_embeddings=40, rope_parameters=rope))
-    with pytest.raises(UserError, match="make 120 tokens, and the model has 119 positions"):
-        check_lengths(config, objective, examples, LlamaConfig(max_position_embeddings=119))
-    assert positions_of(LlamaConfig(max_position_embeddings=40, rope_parameters=rope)) == 160
-    assert positions_of(LlamaConfig(max_position_embeddings=160, rope_parameters=rope)) == 160
-    assert positions_of({"max_position_embeddings": 40, "rope_scaling": {"type": "linear", "factor": 2}}) == 80
-    assert positions_of({"max_position_embeddings": 40, "rope_scaling": {"rope_type": "llama3", "factor": 8}}) == 40
-    assert positions_of({}) is None
 
 
 def test_only_what_the_objective_uses_counts():
