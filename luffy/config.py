@@ -106,6 +106,29 @@ class DataConfig(Section):
 
 
 class RolloutConfig(Section):
+    engine: Literal["colocated", "server", "replay"] = "colocated"
+    """`colocated`: vLLM in the trainer's process; `server`: vLLM's servers, started by the run or named in `urls`;
+    `replay`: what another run has sampled."""
+    record: bool = False
+    """Keep everything that is sampled in the run folder's `rollouts/`."""
+    replay: str | None = None
+    """Folder of recorded rollouts for `engine = "replay"`: `rollouts/` of a run with the same data and seed."""
+    servers: PositiveInt = 1
+    """Servers that the run starts on this machine."""
+    devices: list[str] = []
+    """Of each of these servers, its CUDA_VISIBLE_DEVICES, such as ["6", "7"]; []: all see the same."""
+    tensor_parallel: PositiveInt = 1
+    """GPUs that share a server's model."""
+    urls: list[str] = []
+    """Addresses of servers that run already (python -m luffy.rollout.serve) and see the run folder, such as
+    ["http://10.0.0.7:8001"]. Their key is LUFFY_API_KEY in the environment."""
+    max_staleness: Annotated[int, Field(ge=0)] = 0
+    """Batches that may be sampled ahead of the update, and so steps that lie between the weights that sample and those
+    that learn; 0: strictly on-policy. Needs `engine = "server"`; see `correction` for what it does to the gradient."""
+    probe_s: Positive = 120.0
+    """A server whose engine says nothing for so long hangs, and is started again."""
+    server_wait_s: Positive = 1800.0
+    """Seconds without an answer of any server after which the run ends."""
     temperature: Positive = 1.0
     """Sampling temperature; the trainer's log-probs use the same. Sampling is never truncated (top-p 1, top-k off)."""
     max_tokens: PositiveInt = 8192
@@ -152,6 +175,35 @@ class ObjectiveConfig(Section):
     `tokens` (DAPO: every token counts the same) or `sequences` (GRPO: the mean over rows of each row's mean)."""
     entropy_coef: NonNegative = 0.001
     """Weight of the entropy bonus, a mean over response tokens."""
+
+
+# (low, high) of each kind of correction; docs/correction.md says where they were published.
+CORRECTION_BOUNDS = {
+    "none": (0.0, float("inf")),
+    "truncate": (0.0, 2.0),
+    "mask": (0.5, 5.0),
+    "sequence_mask": (0.999, 1.001),
+}
+
+
+class CorrectionConfig(Section):
+    """What is done about rollouts that the trainer itself would have drawn with other probabilities: because the engine
+    computes differently, or had older weights. The ratio of a token is trainer over sampler; see docs/correction.md."""
+
+    kind: Literal["none", "truncate", "mask", "sequence_mask"] = "none"
+    """`truncate`: a token weighs its ratio, at most `high`; `mask`: its ratio, 0 outside [low, high] (IcePop);
+    `sequence_mask`: rows whose ratios' geometric mean is outside weigh 0. With one update a step all but `none` cost
+    another forward pass."""
+    low: Positive | None = None
+    """Smallest ratio that counts; null: 0.5 for `mask`, 0.999 for `sequence_mask`. `truncate` has none."""
+    high: Positive | None = None
+    """Largest one; null: 2 for `truncate`, 5 for `mask`, 1.001 for `sequence_mask`."""
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """(low, high), with what the kind says where they are null."""
+        low, high = CORRECTION_BOUNDS[self.kind]
+        return low if self.low is None else self.low, high if self.high is None else self.high
 
 
 class OptimConfig(Section):
@@ -230,6 +282,7 @@ class Config(BaseSettings):
     rollout: RolloutConfig = RolloutConfig()
     reward: RewardConfig = RewardConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
+    correction: CorrectionConfig = CorrectionConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
     mesh: MeshConfig = MeshConfig()
@@ -245,11 +298,32 @@ class Config(BaseSettings):
             )
         if self.model.offload_activations and self.model.gradient_checkpointing is not True:
             raise ValueError("model.offload_activations needs model.gradient_checkpointing = true")
+        rollout = self.rollout
+        if rollout.devices and len(rollout.devices) != rollout.servers:
+            raise ValueError(
+                f"rollout.devices must name those of all {rollout.servers} rollout.servers, got {len(rollout.devices)}"
+            )
+        if rollout.max_staleness and rollout.engine != "server":
+            raise ValueError('rollout.max_staleness needs rollout.engine = "server": one process samples or trains')
+        if (rollout.engine == "replay") != (rollout.replay is not None):
+            raise ValueError('rollout.engine = "replay" and rollout.replay, the folder, need each other')
+        if rollout.engine != "server" and (rollout.urls or rollout.tensor_parallel > 1):
+            raise ValueError('rollout.urls and rollout.tensor_parallel need rollout.engine = "server"')
         if self.objective.name != "sft" and self.objective.rows < 2:
             raise ValueError(
                 f"objective.rows must be >= 2 (a group is compared with itself), got {self.objective.rows}"
             )
+        low, high = self.correction.bounds
+        if not low < high:
+            raise ValueError(f"correction.low must be below correction.high, got {low} and {high}")
+        if self.correction.kind == "truncate" and self.correction.low is not None:
+            raise ValueError('correction.low means nothing with correction.kind = "truncate"; leave it out')
         return self
+
+    @property
+    def first_pass(self) -> bool:
+        """Whether a step computes the log-probs of all its rows before its first update."""
+        return self.train.updates_per_step > 1 or self.correction.kind != "none"
 
     @classmethod
     def settings_customise_sources(cls, settings_cls, init_settings, **_):  # type: ignore[override]

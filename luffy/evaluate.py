@@ -11,7 +11,7 @@ from luffy.distributed import World
 from luffy.files import write_text
 from luffy.prompts import PromptTemplate
 from luffy.rewards import VerifierPool
-from luffy.rollout.vllm_engine import VllmEngine
+from luffy.rollout.engine import Engine
 from luffy.seeds import derive
 
 
@@ -47,7 +47,7 @@ class Evaluation:
 def evaluate(
     name: str,
     examples: list[Example],
-    engine: VllmEngine,
+    engine: Engine,
     verifier: VerifierPool,
     template: PromptTemplate,
     *,

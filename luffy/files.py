@@ -81,22 +81,23 @@ def temporary_name(path: Path) -> Path:
 
 
 @contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `path` if the block succeeds, and vanishes if it does not."""
+def new_folder(path: Path, flush: bool = True) -> Iterator[Path]:
+    """A temporary folder that becomes `path` if the block succeeds, and vanishes if it does not. What no crash of the
+    machine has to spare need not be flushed to the disk."""
     temporary = temporary_name(path)
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
         yield temporary
-        put_in_place(temporary, path)
+        put_in_place(temporary, path, flush)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
-def put_in_place(temporary: Path, path: Path) -> None:
+def put_in_place(temporary: Path, path: Path, flush: bool = True) -> None:
     """Flush the folder `temporary` to the disk and rename it to `path`, which it replaces if there is one."""
-    for folder, _, names in os.walk(temporary, topdown=False):
+    for folder, _, names in os.walk(temporary, topdown=False) if flush else ():
         for name in names:
             _flush(Path(folder, name))
         _flush(Path(folder))
@@ -108,7 +109,8 @@ def put_in_place(temporary: Path, path: Path) -> None:
         shutil.rmtree(aside)
     else:
         temporary.replace(path)
-    _flush(path.parent)
+    if flush:
+        _flush(path.parent)
 
 
 def remove_folder(path: Path) -> None:

@@ -42,10 +42,11 @@ def update_flops(shape: Shape, tokens: int, pairs: int, targets: int, frozen: bo
     return 3 * (forward + head) - (forward_flops(shape, tokens, 0) + head if frozen else 0)
 
 
-def step_flops(shape: Shape, tokens: int, pairs: int, targets: int, updates: int = 1, frozen: bool = False) -> int:
-    """FLOP of a step whose batch is split into `updates`: more than one need the log-probs of all targets first."""
-    once = update_flops(shape, tokens, pairs, targets, frozen)
-    return once if updates == 1 else once + forward_flops(shape, tokens, pairs) + head_flops(shape, targets)
+def step_flops(shape: Shape, tokens: int, pairs: int, targets: int, first_pass: bool, frozen: bool = False) -> int:
+    """FLOP of a step's updates. first_pass: the log-probs of all targets come first, as several updates need them, or a
+    correction (`luffy.correction`)."""
+    first = forward_flops(shape, tokens, pairs) + head_flops(shape, targets) if first_pass else 0
+    return first + update_flops(shape, tokens, pairs, targets, frozen)
 
 
 def mfu(flops: float, seconds: float, peak: float, devices: int = 1) -> float:

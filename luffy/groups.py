@@ -7,6 +7,7 @@ A row is one answer, as token ids from sampling to the loss; nothing is decoded 
 from dataclasses import dataclass, field
 
 from luffy.data import Example
+from luffy.rollout.engine import Span
 
 
 @dataclass(slots=True, kw_only=True)
@@ -14,8 +15,8 @@ class Row:
     """One answer to a group's prompt.
 
     `token_ids` ends with the EOS when the answer is finished. `sampler_logp` are the engine's log-probs of the same
-    tokens (nats; empty for a trace). The objective fills `advantage`, `loss_id` and `weight`, which multiplies the
-    policy loss of its tokens.
+    tokens (nats; empty for a trace), `versions` which weights sampled them. The objective fills `advantage`, `loss_id`
+    and `weight`, which multiplies the policy loss of its tokens.
     """
 
     token_ids: tuple[int, ...]
@@ -23,6 +24,7 @@ class Row:
     is_trace: bool = False
     finished: bool = True
     sampler_logp: tuple[float, ...] = ()
+    versions: tuple[Span, ...] = ()
     reward: float = 0.0
     verdict: str = ""
     advantage: float = 0.0

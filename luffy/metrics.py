@@ -17,6 +17,7 @@ from luffy_kernels import PolicyLoss, TokenLoss
 from luffy_kernels.token_losses import encode, evaluate
 from torch import Tensor
 
+from luffy.correction import log_ratios
 from luffy.distributed import World
 from luffy.files import disk_errors, read_jsonl, write_text
 from luffy.flops import Shape, attended_pairs, mfu, step_flops
@@ -26,6 +27,7 @@ from luffy.packing import MicroBatch
 
 SUMS = (
     *("pg_loss", "tokens", "entropy", "drift", "off_shaped", "sampled_tokens", "gap"),
+    *("ratio_tokens", "ratio", "k3", "weight", "masked"),
     *(f"{side}_{what}" for side in ("on", "off") for what in ("tokens", "loss", "clipped", "prob")),
 )
 
@@ -110,7 +112,14 @@ def group_metrics(groups: list[Group], updated: int) -> dict[str, float]:
 
 
 def work_metrics(
-    shape: Shape, groups: list[list[Row]], prompts: list[int], seconds: float, *, updates: int, ranks: int, frozen: bool
+    shape: Shape,
+    groups: list[list[Row]],
+    prompts: list[int],
+    seconds: float,
+    *,
+    ranks: int,
+    first_pass: bool,
+    frozen: bool,
 ) -> dict[str, float]:
     """Model FLOP of an update phase per second and rank, and of a known GPU's peak, by the formulas of `luffy.flops`.
 
@@ -121,7 +130,7 @@ def work_metrics(
     tokens = sum(prompt + sum(rows) for prompt, rows in used)
     pairs = sum(attended_pairs(prompt, rows) for prompt, rows in used)
     targets = count_tokens([row for rows in groups for row in rows])
-    flops = step_flops(shape, tokens, pairs, targets, updates, frozen)
+    flops = step_flops(shape, tokens, pairs, targets, first_pass, frozen)
     found = {"perf/update_tflops_per_rank": flops / seconds / ranks / 1e12}
     peak = peak_of(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
     return found if peak is None else found | {"perf/mfu": mfu(flops, seconds, peak, ranks)}
@@ -135,6 +144,7 @@ class UpdateMetrics:
         self.gamma = gamma
         self.sums: dict[str, float] = defaultdict(float)
         self.gap_max = 0.0
+        self.log_ratio_max, self.log_ratio_min = -math.inf, math.inf
         self.num_updates = 0
         self.bad_updates = 0
         self.grad_norms: list[float] = []
@@ -144,6 +154,8 @@ class UpdateMetrics:
     @torch.no_grad()
     def add(self, micro: MicroBatch, out: PolicyLoss, normalizer: float, first_update: bool) -> None:
         old_logp = out.logp if micro.old_logp is None else micro.old_logp
+        if micro.old_logp is None:  # the step's only pass; elsewhere its first has been counted
+            self.add_ratios(log_ratios(out.logp, micro.sampler_logp), torch.ones_like(out.logp))
         rows = self.table.to(out.logp.device)[micro.loss_id]
         value = evaluate(out.logp, micro.advantages, old_logp, rows).loss
         off, on, prob = micro.is_trace, ~micro.is_trace, out.logp.exp()
@@ -157,12 +169,28 @@ class UpdateMetrics:
             self._sum(f"{side}_clipped", out.clipped[mask])
             self._sum(f"{side}_prob", prob[mask])
         self._sum("off_shaped", (prob / (prob + self.gamma))[off])
-        if first_update:  # the engine sampled with the very weights of this pass
+        if first_update:  # the weights of this pass are those that sampled, unless sampling is ahead
             gap = (out.logp - micro.sampler_logp).abs()
             sampled = ~gap.isnan()
             self._sum("sampled_tokens", sampled)
             self._sum("gap", gap[sampled])
             self.gap_max = max(self.gap_max, gap[sampled].max().item() if sampled.any() else 0.0)
+
+    @torch.no_grad()
+    def add_ratios(self, log_ratio: Tensor, weight: Tensor) -> None:
+        """Trainer against sampler in the first pass of a step. [N] log ratios and weights of `luffy.correction`."""
+        sampled = ~log_ratio.isnan()
+        log_ratio, weight = log_ratio[sampled], weight[sampled]
+        if not log_ratio.numel():
+            return
+        less = log_ratio.expm1()
+        self._sum("ratio_tokens", sampled)
+        self._sum("ratio", less + 1)
+        self._sum("k3", less - log_ratio)
+        self._sum("weight", weight)
+        self._sum("masked", weight == 0)
+        self.log_ratio_max = max(self.log_ratio_max, log_ratio.max().item())
+        self.log_ratio_min = min(self.log_ratio_min, log_ratio.min().item())
 
     def finish_update(self, loss: float, grad_norm: float, lr: float, good: bool) -> None:
         """Close an update; one with a non-finite loss or gradient is counted apart."""
@@ -180,7 +208,8 @@ class UpdateMetrics:
         """Make the sums those of all ranks: each token was counted on one of them."""
         names = sorted(SUMS)
         self.sums |= zip(names, world.sum([self.sums[name] for name in names]), strict=True)
-        [self.gap_max] = world.largest([self.gap_max])
+        extremes = world.largest([self.gap_max, self.log_ratio_max, -self.log_ratio_min])
+        self.gap_max, self.log_ratio_max, self.log_ratio_min = extremes[0], extremes[1], -extremes[2]
 
     def result(self) -> dict[str, float]:
         s = self.sums
@@ -206,6 +235,12 @@ class UpdateMetrics:
             "actor/bad_updates": self.bad_updates,
             "rollout/logp_gap_mean": mean("gap", "sampled_tokens"),
             "rollout/logp_gap_max": self.gap_max if s["sampled_tokens"] else math.nan,
+            "rollout/ratio_mean": mean("ratio", "ratio_tokens"),
+            "rollout/ratio_max": math.exp(self.log_ratio_max) if s["ratio_tokens"] else math.nan,
+            "rollout/ratio_min": math.exp(self.log_ratio_min) if s["ratio_tokens"] else math.nan,
+            "rollout/kl_k3": mean("k3", "ratio_tokens"),
+            "rollout/weight_mean": mean("weight", "ratio_tokens"),
+            "rollout/masked_fraction": mean("masked", "ratio_tokens"),
         }
 
 

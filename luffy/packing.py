@@ -32,6 +32,8 @@ class MicroBatch:
     token_weight: Tensor  # [N] float32
     sampler_logp: Tensor  # [N] float32, NaN where nobody sampled
     old_logp: Tensor | None = None  # [N] float32; None: this pass's own
+    row: Tensor | None = None  # [N] int64, which of the micro-batch's rows; None: not made by `pack`
+    num_rows: int = 0  # of the whole micro-batch, also where ranks share its tokens
 
     @property
     def num_tokens(self) -> int:
@@ -118,4 +120,6 @@ def _assemble(units: Bin) -> MicroBatch:
         sampler_logp=torch.tensor(
             [x for row in rows for x in (row.sampler_logp or [nan] * len(row.token_ids))], dtype=torch.float32
         ),
+        row=per_row(list(range(len(rows))), torch.int64),
+        num_rows=len(rows),
     )

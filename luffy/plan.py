@@ -160,7 +160,9 @@ def ask(
     mean = max(1, sampled // 2) if mean_answer is None else mean_answer
     if not 1 <= mean <= sampled:
         raise UserError(f"plan: --answer-tokens must lie between 1 and {sampled}, the longest rollout, got {mean}")
-    return Asked(config, shape, machine, gpus, prompt, answer, sampled, mean)
+    return Asked(
+        config, shape, machine, gpus, prompt, answer, sampled, mean, engine=config.rollout.engine == "colocated"
+    )
 
 
 def configured(asked: Asked) -> Choice:
@@ -367,6 +369,7 @@ def _work(asked: Asked, choice: Choice, cache: float) -> step_time.Work:
         answer=asked.mean,
         longest=asked.sampled,
         updates=config.train.updates_per_step,
+        first_pass=config.first_pass,
         sequences=config.rollout.max_sequences,
         kv=max(0.0, cache),
         adapters=asked.adapters[0],

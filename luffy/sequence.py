@@ -16,7 +16,7 @@ from luffy.attention import Layout, Segment
 from luffy.errors import UserError
 from luffy.packing import MicroBatch
 
-PER_TARGET = ("source", "targets", "advantages", "loss_id", "is_trace", "token_weight", "sampler_logp")
+PER_TARGET = ("source", "targets", "advantages", "loss_id", "is_trace", "token_weight", "sampler_logp", "row")
 
 
 def check_heads(config: Any, ranks: int) -> None:
@@ -48,5 +48,6 @@ def slice_of(micro: MicroBatch, rank: int, group: dist.ProcessGroup | None) -> M
         token_ids=torch.cat([micro.token_ids, fill])[first:last],
         positions=torch.cat([micro.positions, fill])[first:last],
         layout=Layout(segments, padded, group=group),
+        num_rows=micro.num_rows,
         **per_target,
     )

@@ -23,7 +23,8 @@ from luffy.objectives import Objective, make_objective
 from luffy.process import keep_freed_memory
 from luffy.prompts import PromptTemplate
 from luffy.rewards import VerifierPool
-from luffy.rollout.vllm_engine import VllmEngine
+from luffy.rollout import make_engine
+from luffy.rollout.engine import Engine
 from luffy.run_folder import RunFolder
 from luffy.sequence import check_heads
 from luffy.sources import (
@@ -53,7 +54,7 @@ class Trainer:
     objective: Objective
     policy: Policy
     optimizer: Optimizer
-    engine: VllmEngine
+    engine: Engine
     verifier: VerifierPool
     checkpoints: checkpoint.Checkpointer
     watch: Watchdog
@@ -62,7 +63,8 @@ class Trainer:
     evals: MetricsLog | NoLog
     resources: ExitStack
     """Closes the folder's lock, the logs, the verifier, the engine and the process group, newest first."""
-    engine_is_stale: bool = False
+    version: int = 0
+    """Updates that the policy has seen; the engine may have fewer of them."""
 
     @classmethod
     def bare(cls, config: Config, world: World, policy: Policy, optimizer: Optimizer) -> Self:
@@ -144,26 +146,28 @@ def _set_up(
     adapts = config.model.lora.rank is not None
     weights = base if adapts else path
     policy = Policy(empty_lm(weights, config.model), config.rollout.temperature, config.model.offload_activations)
-    engine = resources.enter_context(
-        VllmEngine(
-            path,
-            config.rollout,
-            dtype=config.rollout.dtype or config.model.dtype,
-            eos_token_id=template.eos_token_id,
-            max_model_len=max_model_len,
-            trust_remote_code=config.model.trust_remote_code,
-            ranks=world.size,
-        )
+    loop: dict[str, Any] = {"step": 0, "saved": 0, "updates": 0, "bad_in_a_row": 0, "train_seconds": 0.0, "tokens": 0}
+    if found:
+        loop = checkpoint.load_loop(found)
+    rounded = adapts and found is not None  # the merged weights in its files
+    engine = make_engine(
+        path,
+        config,
+        eos_token_id=template.eos_token_id,
+        vocabulary=described.vocab_size,
+        max_model_len=max_model_len,
+        folder=run.path,
+        world=world,
+        version=-1 if rounded else loop["updates"],
     )
+    resources.enter_context(engine)
     policy = shard(policy, world.params, optim.dtype_of(config.model.dtype), config.optim.on_cpu)
     masters = torch.device("cpu") if config.optim.on_cpu else world.device
     load_weights(policy.train(), weights, world.device, weights_on=masters)
     if adapts:
         lora.initialise(policy.lm, config.train.seed)
     optimizer = optim.make_optimizer(policy, config.optim)
-    loop: dict[str, Any] = {"step": 0, "saved": 0, "updates": 0, "bad_in_a_row": 0, "train_seconds": 0.0, "tokens": 0}
     if found:
-        loop = checkpoint.load_loop(found)
         if adapts:
             checkpoint.load_adapters(found, policy)
         checkpoint.load_optimizer(found, policy, optimizer)
@@ -199,7 +203,7 @@ def _set_up(
         log=open_log(run.metrics, run.path / "tensorboard", loop["step"], world, resources),
         evals=open_log(run.evals, run.path / "tensorboard" / "evals", loop["step"], world, resources),
         resources=resources,
-        engine_is_stale=adapts and found is not None,  # the merged weights in its files are rounded
+        version=loop["updates"],
     )
     return trainer, loop, batches
 

@@ -46,6 +46,7 @@ class Work:
     longest: int
     """Longest answer."""
     updates: int
+    first_pass: bool
     sequences: int
     """That vLLM decodes at a time, at most."""
     kv: float
@@ -67,7 +68,7 @@ class Work:
         """FLOP of the step's updates, recomputation not counted."""
         pairs = self.prompts * attended_pairs(self.prompt, [self.answer] * self.rows)
         targets = self.prompts * self.rows * self.answer
-        return step_flops(self.shape, self.tokens, pairs, targets, self.updates, frozen=self.adapters > 0)
+        return step_flops(self.shape, self.tokens, pairs, targets, self.first_pass, frozen=self.adapters > 0)
 
 
 def phases(work: Work) -> dict[str, Range]:

@@ -15,15 +15,25 @@ class Phases:
         """entered: told the name of each phase when it begins."""
         self._entered = entered
         self.by_name: dict[str, float] = {}
+        self.idle: dict[str, float] = {}
+        """Seconds that either side waited for the other, where sampling runs ahead of the update."""
+        self.events: list[tuple[str, float, float]] = []
+        """(name, time.time() when it began, seconds)"""
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         self._entered(name)
-        began = time.perf_counter()
+        clock, began = time.time(), time.perf_counter()
         yield
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        self.by_name[name] = self.by_name.get(name, 0.0) + time.perf_counter() - began
+        seconds = time.perf_counter() - began
+        self.by_name[name] = self.by_name.get(name, 0.0) + seconds
+        self.events.append((name, clock, seconds))
+
+    def aside(self, name: str, began: float, seconds: float) -> None:
+        """What went on beside the phases: for the timeline, and in no sum. began: time.time()."""
+        self.events.append((name, began, seconds))
 
     @property
     def total(self) -> float:

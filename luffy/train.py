@@ -8,14 +8,17 @@ talk: each works out the same packing and takes its part. The normaliser of an u
 backward; every micro-batch of every rank divides by the same number, and sums are all that ranks exchange.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
 
 import torch
 
-from luffy import checkpoint, optim
+from luffy import checkpoint, optim, timeline
 from luffy.config import Config
 from luffy.console import StepProgress
+from luffy.correction import correct
 from luffy.data import Batches, Example
 from luffy.errors import UserError
 from luffy.evaluate import Evaluation, evaluate
@@ -24,12 +27,14 @@ from luffy.groups import Group, Row
 from luffy.interrupt import Stopped
 from luffy.metrics import UpdateMetrics, count_tokens, group_metrics, work_metrics
 from luffy.packing import MicroBatch, pack
+from luffy.rollout.ahead import Ahead
 from luffy.run_folder import RunFolder
 from luffy.seeds import derive
 from luffy.sequence import slice_of
 from luffy.setup import Trainer, set_up
 from luffy.timing import Phases, peak_memory_gib
-from luffy.weight_sync import sync_weights
+
+Sampler = Callable[[int, Phases], tuple[list[Group], dict[str, Any]]]
 
 
 def train(config: Config, run: RunFolder, resume: bool = False) -> dict[str, Any]:
@@ -56,35 +61,34 @@ def train_steps(t: Trainer, loop: dict[str, Any], batches: Batches) -> dict[str,
     with t.stop, StepProgress(config.train.steps, loop["step"]) as progress:
         if loop["before"]:
             progress.accuracy(loop["before"][0]["accuracy"])
-        while loop["step"] < config.train.steps and not out_of_time(config, loop) and not must_stop(t):
-            step = loop["step"] = loop["step"] + 1
-            phases = Phases(partial(t.watch.phase, step=step))
-            examples = [t.examples[index] for index in batches.next()]
+        with sampling(t, loop, batches) as sampled:
+            while loop["step"] < config.train.steps and not out_of_time(config, loop) and not must_stop(t):
+                step = loop["step"] = loop["step"] + 1
+                phases = Phases(partial(t.watch.phase, step=step))
+                groups, loop["batches"] = sampled(step, phases)
+                with phases("gather"):
+                    groups = t.world.gather(groups)
+                behind = staleness(groups, t.version)
+                with phases("update"):
+                    rows = {id(group): t.objective.assign(group) for group in groups}
+                    metrics = update(t, groups, rows, loop)
+                if config.rollout.max_staleness:
+                    with phases("sync"):
+                        sync(t)  # what is being sampled goes on with these
 
-            with phases("sync"):
-                if any(t.objective.num_rollouts(example) for example in examples):
-                    sync(t)
-            with phases("rollout"):
-                groups = roll_out(t, examples, step)
-            with phases("verify"):
-                grade(t, groups)
-            with phases("gather"):
-                groups = t.world.gather(groups)
-            with phases("update"):
-                rows = {id(group): t.objective.assign(group) for group in groups}
-                metrics = update(t, groups, rows, loop)
+                record = record_step(t, loop, groups, rows, metrics, phases) | behind
+                if t.world.is_main:
+                    timeline.append(t.run.timeline, step, phases.events)
+                t.log.write(step, record)
+                score, due = None, config.eval.every and step % config.eval.every == 0
+                if due and (t.validation or step < config.train.steps) and not must_stop(t):
+                    score = evaluate_during(t, step, progress)
+                best = is_best(loop, score)
+                if best or (config.checkpoint.every and step % config.checkpoint.every == 0):
+                    save(t, loop, score)
+                progress.step(step, record, share_done(config, loop))
 
-            record = record_step(t, loop, groups, rows, metrics, phases)
-            t.log.write(step, record)
-            score, due = None, config.eval.every and step % config.eval.every == 0
-            if due and (t.validation or step < config.train.steps) and not must_stop(t):
-                score = evaluate_during(t, step, progress)
-            best = is_best(loop, score)
-            if best or (config.checkpoint.every and step % config.checkpoint.every == 0):
-                save(t, loop, batches, score)
-            progress.step(step, record, share_done(config, loop))
-
-        save(t, loop, batches)
+        save(t, loop)
         t.checkpoints.wait()
         t.watch.phase("evaluate", loop["step"])
         after = [] if must_stop(t) else [e.record() for e in evaluate_all(t, loop["step"])]
@@ -111,9 +115,64 @@ def train_steps(t: Trainer, loop: dict[str, Any], batches: Batches) -> dict[str,
 
 def sync(t: Trainer) -> None:
     """Give the engine the policy's weights, if it is about to be asked and has older ones."""
-    if t.engine_is_stale:
-        sync_weights(t.policy, t.engine, optim.dtype_of(t.config.rollout.dtype or t.config.model.dtype))
-        t.engine_is_stale = False
+    if t.engine.version != t.version:
+        t.engine.sync(t.policy, optim.dtype_of(t.config.rollout.dtype or t.config.model.dtype), t.version)
+
+
+@contextmanager
+def sampling(t: Trainer, loop: dict[str, Any], batches: Batches) -> Iterator[Sampler]:
+    """Yields what gives a step its groups, this rank's, sampled and graded, and where in the data the step after it
+    begins: with `rollout.max_staleness` batches are sampled ahead of the update. A checkpoint keeps the place of the
+    last step that was trained on, so that what was sampled ahead is sampled again, and no prompt is lost or used twice.
+    """
+
+    def examples_of(step: int) -> tuple[list[Example], dict[str, Any]]:
+        return [t.examples[index] for index in batches.next()], batches.state_dict()
+
+    def now(step: int, phases: Phases) -> tuple[list[Group], dict[str, Any]]:
+        examples, place = examples_of(step)
+        with phases("sync"):
+            if any(t.objective.num_rollouts(example) for example in examples):
+                sync(t)
+        with phases("rollout"):
+            groups = roll_out(t, examples, step)
+        with phases("verify"):
+            grade(t, groups)
+        return groups, place
+
+    def make(step: int) -> tuple[list[Group], dict[str, Any]]:
+        examples, place = examples_of(step)
+        groups = roll_out(t, examples, step)
+        grade(t, groups)
+        return groups, place
+
+    depth = t.config.rollout.max_staleness
+    if not depth:
+        yield now
+        return
+    with Ahead(make, loop["step"] + 1, t.config.train.steps, depth) as ahead:
+
+        def later(step: int, phases: Phases) -> tuple[list[Group], dict[str, Any]]:
+            with phases("rollout"):
+                made = ahead.next()
+            assert made.step == step
+            phases.aside("ahead", made.began, made.seconds)
+            phases.idle = {"trainer/idle_s": phases.by_name["rollout"], "rollout/idle_s": made.waited}
+            return made.value
+
+        yield later
+    t.engine.abort()
+
+
+def staleness(groups: list[Group], version: int) -> dict[str, float]:
+    """Updates between the weights that sampled a token and those that learn from it, over a step's sampled tokens."""
+    spans = [span for group in groups for row in group.rows for span in row.versions]
+    tokens = sum(span.end - span.begin for span in spans)
+    behind = [version - span.version for span in spans]
+    if not tokens:
+        return {}
+    mean = sum((span.end - span.begin) * n for span, n in zip(spans, behind, strict=True)) / tokens
+    return {"rollout/staleness_mean": mean, "rollout/staleness_max": float(max(behind))}
 
 
 def roll_out(t: Trainer, examples: list[Example], step: int) -> list[Group]:
@@ -130,7 +189,13 @@ def roll_out(t: Trainer, examples: list[Example], step: int) -> list[Group]:
     groups = []
     for example, answers in zip(examples, completions, strict=True):
         rows = [
-            Row(token_ids=a.token_ids, text=t.template.decode(a.token_ids), finished=a.finished, sampler_logp=a.logp)
+            Row(
+                token_ids=a.token_ids,
+                text=t.template.decode(a.token_ids),
+                finished=a.finished,
+                sampler_logp=a.logp,
+                versions=a.versions,
+            )
             for a in answers
         ]
         for trace in example.traces[: t.objective.num_traces(example)]:
@@ -148,16 +213,21 @@ def grade(t: Trainer, groups: list[Group]) -> None:
 
 
 def update(t: Trainer, groups: list[Group], rows: dict[int, list[Row]], loop: dict[str, Any]) -> UpdateMetrics:
-    """`updates_per_step` optimizer updates over the groups of a step, which every rank holds."""
+    """`updates_per_step` optimizer updates over the groups of a step, which every rank holds.
+
+    Several updates need the log-probs of the policy before the first, and so does a correction (`luffy.correction`):
+    either costs one forward pass of body and head over all rows, without a backward.
+    """
     config = t.config
     metrics = UpdateMetrics(t.objective.losses, config.objective.gamma)
     share = len(groups) // config.train.updates_per_step
     parts = [groups[at : at + share] for at in range(0, len(groups), share)]
     packs = [micro_batches(t, part, rows) for part in parts]
-    if len(packs) > 1:  # later updates need the log-probs of the policy that sampled
+    if config.first_pass:
         with torch.no_grad():
             for micro in (m for micros in packs for m in micros):
                 micro.old_logp = t.policy(micro)
+                metrics.add_ratios(*correct(micro, config.correction))
     total = config.train.steps * config.train.updates_per_step
     for number, (part, micros) in enumerate(zip(parts, packs, strict=True)):
         if not micros:
@@ -174,8 +244,8 @@ def update(t: Trainer, groups: list[Group], rows: dict[int, list[Row]], loop: di
         lr = optim.learning_rate(config.optim, loop["updates"], total)
         norm, good = optim.step(t.optimizer, t.policy, config.optim.max_grad_norm, loss, lr)
         metrics.finish_update(loss, norm, lr, good)
-        t.engine_is_stale = True
         loop["updates"] += 1
+        t.version = loop["updates"]
         loop["bad_in_a_row"] = 0 if good else loop["bad_in_a_row"] + 1
         if loop["bad_in_a_row"] >= config.optim.max_bad_steps:
             dump = dump_groups(t.run, groups, loop["step"]) if t.world.is_main else "rank 0's dump"
@@ -250,7 +320,7 @@ def record_step(
     seconds, peak = t.world.largest([phases.total, peak_memory_gib()])
     loop["train_seconds"] += seconds
     loop["tokens"] += tokens
-    active = [rows[id(group)] for group in groups]
+    active, counts = [rows[id(group)] for group in groups], t.engine.metrics()
     work: dict[str, float] = {}
     if t.policy.shape is not None:
         prompts = [len(group.example.prompt_ids) for group in groups]
@@ -259,14 +329,16 @@ def record_step(
             active,
             prompts,
             phases.by_name["update"],
-            updates=t.config.train.updates_per_step,
             ranks=t.world.size,
+            first_pass=t.config.first_pass,
             frozen=t.config.model.lora.rank is not None,
         )
     return {
         **group_metrics(groups, sum(map(len, active))),
+        **dict(zip(counts, t.world.sum(list(counts.values())), strict=True)),
         **metrics.result(),
         **phases.seconds(),
+        **phases.idle,
         **{f"timing_per_token_ms/{name}": 1e3 * s / max(tokens, 1) for name, s in phases.by_name.items()},
         **work,
         "perf/tokens_per_s": tokens / seconds,
@@ -292,12 +364,11 @@ def is_best(loop: dict[str, Any], score: float | None) -> bool:
     return True
 
 
-def save(t: Trainer, loop: dict[str, Any], batches: Batches, score: float | None = None) -> None:
+def save(t: Trainer, loop: dict[str, Any], score: float | None = None) -> None:
     if loop["step"] == loop["saved"]:
         return
     t.watch.phase("save", loop["step"])
     loop["saved"] = loop["step"]
-    loop["batches"] = batches.state_dict()
     t.checkpoints.save(loop["step"], t.policy, t.optimizer, loop, t.template.tokenizer, score)
 
 

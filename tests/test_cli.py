@@ -8,7 +8,7 @@ import pytest
 from tiny import luffy, make_model
 
 from luffy.config import RolloutConfig
-from luffy.rollout.vllm_engine import _kv_cache_bytes
+from luffy.rollout.vllm_engine import kv_cache_bytes
 from luffy.run_folder import RunFolder
 
 GOOD = {
@@ -135,9 +135,9 @@ def test_a_folder_that_another_process_trains_in(home):
 @pytest.mark.parametrize(("gib", "size"), [(None, 2**30), (0.25, 2**28)])
 def test_the_kv_cache_on_a_cpu_has_a_size_of_its_own(gib, size, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert _kv_cache_bytes(RolloutConfig(kv_cache_gib=gib)) == size
+    assert kv_cache_bytes(RolloutConfig(kv_cache_gib=gib)) == size
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    assert _kv_cache_bytes(RolloutConfig(kv_cache_gib=gib)) == (None if gib is None else size)
+    assert kv_cache_bytes(RolloutConfig(kv_cache_gib=gib)) == (None if gib is None else size)
 
 
 def test_vllm_that_does_not_start_is_quoted(home):

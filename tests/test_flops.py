@@ -54,8 +54,8 @@ def test_hand_counts():
     assert forward_flops(shape, 0, 7) == 28 * 4 * 3584 * 7
     assert head_flops(shape, 3) == 2 * 3584 * 152064 * 3
     assert update_flops(shape, 10, 55, 4) == 3 * (forward_flops(shape, 10, 55) + head_flops(shape, 4))
-    assert step_flops(shape, 10, 55, 4) == update_flops(shape, 10, 55, 4)
-    assert step_flops(shape, 10, 55, 4, updates=2) == update_flops(shape, 10, 55, 4) * 4 // 3
+    assert step_flops(shape, 10, 55, 4, first_pass=False) == update_flops(shape, 10, 55, 4)
+    assert step_flops(shape, 10, 55, 4, first_pass=True) == update_flops(shape, 10, 55, 4) * 4 // 3
     frozen = 2 * (forward_flops(shape, 10, 0) + head_flops(shape, 4)) + 3 * forward_flops(shape, 0, 55)
     assert update_flops(shape, 10, 55, 4, frozen=True) == frozen
 

@@ -87,12 +87,12 @@ def test_work_is_counted_by_the_formulas_of_flops():
 
     shape = KNOWN["qwen2.5-0.5b"]
     rows = [[Row(token_ids=(1,) * n, text="") for n in sizes] for sizes in ((5, 9), (), (3,))]
-    found = work_metrics(shape, rows, [10, 100, 7], seconds=2.0, updates=1, ranks=4, frozen=False)
+    found = work_metrics(shape, rows, [10, 100, 7], seconds=2.0, first_pass=False, ranks=4, frozen=False)
     pairs = attended_pairs(10, [4, 8]) + attended_pairs(7, [2])
-    flops = step_flops(shape, 10 + 12 + 7 + 2, pairs, 17)
+    flops = step_flops(shape, 10 + 12 + 7 + 2, pairs, 17, first_pass=False)
     assert found["perf/update_tflops_per_rank"] == pytest.approx(flops / 2 / 4 / 1e12)
-    found = work_metrics(shape, rows, [10, 100, 7], seconds=2.0, updates=1, ranks=4, frozen=True)
-    flops = step_flops(shape, 10 + 12 + 7 + 2, pairs, 17, frozen=True)
+    found = work_metrics(shape, rows, [10, 100, 7], seconds=2.0, first_pass=False, ranks=4, frozen=True)
+    flops = step_flops(shape, 10 + 12 + 7 + 2, pairs, 17, first_pass=False, frozen=True)
     assert found["perf/update_tflops_per_rank"] == pytest.approx(flops / 2 / 4 / 1e12)
     assert peak_of("NVIDIA H100 80GB HBM3") == peak_of("NVIDIA H200") == 989e12
     assert peak_of("NVIDIA A100-SXM4-80GB") == 312e12

@@ -12,7 +12,6 @@ from luffy.load import empty_lm, load_weights
 from luffy.model import Policy, shard
 from luffy.packing import MicroBatch
 from luffy.rollout.vllm_engine import VllmEngine
-from luffy.weight_sync import sync_weights
 from luffy.weights import hf_weights
 
 SEQUENCES = [tuple(range(5, 40)), tuple(range(60, 100, 2)), (3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5)]
@@ -69,7 +68,8 @@ def test_sync_moves_the_engine_from_the_old_weights_to_the_new(parts):
     optimizer.step()
     stale = gap(policy, engine)
     assert stale > 0.05  # the update matters, and nothing reached the engine by itself
-    sent = sync_weights(policy, engine, torch.float32)
+    sent = engine.sync(policy, torch.float32, version=7)
+    assert engine.version == 7
     assert sent == len(list(hf_weights(policy)))
     fresh = gap(policy, engine)
     moved = max((torch.tensor(a) - b).abs().max().item() for a, b in zip(engine.score(SEQUENCES), old, strict=True))
@@ -85,7 +85,7 @@ def test_generation_uses_the_new_weights_too(parts):
     for param in policy.parameters():
         param.grad = torch.randn_like(param)
     optimizer.step()
-    sync_weights(policy, engine, torch.float32)
+    engine.sync(policy, torch.float32, version=8)
     [[answer]] = engine.generate([prompt], [1], temperature=1.0, max_tokens=8, seeds=[3])
     want = trainer_logp(policy, prompt + answer.token_ids)[len(prompt) - 1 :]
     torch.testing.assert_close(torch.tensor(answer.logp), want, atol=1e-3, rtol=0)

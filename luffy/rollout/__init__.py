@@ -1,0 +1,55 @@
+"""Rollout engines: vLLM in this process, vLLM's servers, or what another run has sampled."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from luffy.config import Config
+
+if TYPE_CHECKING:
+    from luffy.distributed import World
+    from luffy.rollout.engine import Engine
+
+
+def make_engine(
+    path: str,
+    config: Config,
+    *,
+    eos_token_id: int,
+    vocabulary: int,
+    max_model_len: int,
+    folder: Path,
+    world: "World",
+    version: int,
+) -> "Engine":
+    """The engine that `config.rollout` asks for, with the weights at `path`, which count as `version`. Collective.
+
+    Args:
+        vocabulary: entries of the model's.
+        max_model_len: longest prompt and answer, tokens.
+        folder: of the run, where servers leave logs and find weights.
+
+    Raises:
+        UserError: it does not start.
+    """
+    rollout = config.rollout
+    options: dict[str, Any] = {
+        "dtype": rollout.dtype or config.model.dtype,
+        "eos_token_id": eos_token_id,
+        "max_model_len": max_model_len,
+        "trust_remote_code": config.model.trust_remote_code,
+        "version": version,
+    }
+    from luffy.rollout.replay import Recorder, Replay
+
+    engine: Engine
+    if rollout.replay is not None:
+        return Replay(Path(rollout.replay), version)
+    if rollout.engine == "server":
+        from luffy.rollout.servers import Servers
+
+        engine = Servers(path, rollout, vocabulary=vocabulary, folder=folder, world=world, **options)
+    else:
+        from luffy.rollout.vllm_engine import VllmEngine
+
+        engine = VllmEngine(path, rollout, ranks=world.size, **options)
+    return Recorder(engine, folder / "rollouts" / f"rank-{world.rank}.jsonl") if rollout.record else engine

@@ -2,17 +2,23 @@
 
 Sampling is a pure function of (weights, prompt, seed): every request carries its own seed, so a resumed run draws what
 the uninterrupted one would have drawn. Log-probs are those of the distribution actually sampled from (temperature
-applied). This file and `luffy.weight_sync` are the only ones that know vLLM.
+applied). This file and `luffy.rollout.worker` are the only ones that know vLLM's insides.
 """
 
 import os
-from dataclasses import dataclass
-from typing import Any, Literal, Self
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 
 from luffy.config import RolloutConfig
 from luffy.errors import UserError
+from luffy.rollout import worker
+from luffy.rollout.engine import Completion, Ids, Span
+from luffy.weights import hf_weights
+
+if TYPE_CHECKING:
+    from luffy.model import Policy
 
 # Read by vLLM when it is imported. One process, no telemetry; torch's own threads, unpinned, shared with the trainer.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -22,16 +28,6 @@ os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 
 Dtype = Literal["bfloat16", "float32"]
-
-
-@dataclass(frozen=True, slots=True)
-class Completion:
-    token_ids: tuple[int, ...]
-    """With the EOS if the answer is finished."""
-    logp: tuple[float, ...]
-    """Log-prob of each token under the sampling distribution, nats."""
-    finished: bool
-    """False where `max_tokens` cut the answer off."""
 
 
 class VllmEngine:
@@ -52,8 +48,9 @@ class VllmEngine:
         max_model_len: int,
         trust_remote_code: bool = False,
         ranks: int = 1,
+        version: int = 0,
     ) -> None:
-        self.eos_token_id = eos_token_id
+        self.eos_token_id, self.version = eos_token_id, version
         # the other ranks' processes are in its process group; each engine is one of its own all the same
         launched: dict[str, Any] = {"distributed_executor_backend": "external_launcher"} if ranks > 1 else {}
         try:
@@ -70,7 +67,7 @@ class VllmEngine:
                 max_model_len=max_model_len,
                 max_num_seqs=config.max_sequences,
                 gpu_memory_utilization=config.memory_fraction,
-                kv_cache_memory_bytes=_kv_cache_bytes(config),
+                kv_cache_memory_bytes=kv_cache_bytes(config),
                 enforce_eager=config.eager,
                 logprobs_mode="processed_logprobs",
                 # vLLM 0.32 rewinds a seeded generator after a partial prefill, which CPU generators cannot do
@@ -87,12 +84,12 @@ class VllmEngine:
 
     def generate(
         self,
-        prompts: list[tuple[int, ...]],
-        counts: list[int],
+        prompts: Sequence[Ids],
+        counts: Sequence[int],
         *,
         temperature: float,
         max_tokens: int,
-        seeds: list[int],
+        seeds: Sequence[int],
     ) -> list[list[Completion]]:
         """`counts[i]` completions of prompt i, drawn with `seeds[i]`; temperature 0 is greedy."""
         from vllm import SamplingParams
@@ -115,10 +112,10 @@ class VllmEngine:
         if not wanted:
             return results
         for i, output in zip(wanted, self.llm.generate(requests, params, use_tqdm=False), strict=True):
-            results[i] = [_completion(o) for o in sorted(output.outputs, key=lambda o: o.index)]
+            results[i] = [_completion(o, self.version) for o in sorted(output.outputs, key=lambda o: o.index)]
         return results
 
-    def score(self, sequences: list[tuple[int, ...]]) -> list[list[float]]:
+    def score(self, sequences: Sequence[Ids]) -> list[list[float]]:
         """Log-prob of every token but the first of each sequence, at temperature 1, nats."""
         from vllm import SamplingParams
 
@@ -130,6 +127,33 @@ class VllmEngine:
             [entry[token].logprob for token, entry in zip(ids[1:], output.prompt_logprobs[1:], strict=True)]
             for ids, output in zip(sequences, outputs, strict=True)
         ]
+
+    def sync(self, policy: "Policy", dtype: torch.dtype, version: int) -> int:
+        """Every weight in place, by its Hugging Face name. The prefix cache is emptied: it belongs to the old ones.
+
+        Raises:
+            UserError: the model has parameters that the policy has nothing for.
+        """
+        sent = 0
+
+        def stream():
+            nonlocal sent
+            for name, tensor in hf_weights(policy, dtype):
+                sent += 1
+                yield name, tensor
+
+        [missing] = self.llm.collective_rpc(worker.load, args=(stream(),))
+        if missing:
+            raise UserError(f"rollout: vLLM has nothing for {missing[0]} ({len(missing)} parameters) after a sync")
+        self.llm.reset_prefix_cache()
+        self.version = version
+        return sent
+
+    def abort(self) -> None:
+        pass
+
+    def metrics(self) -> dict[str, float]:
+        return {}
 
     def __enter__(self) -> Self:
         return self
@@ -145,17 +169,17 @@ class VllmEngine:
             torch.cuda.empty_cache()
 
 
-def _kv_cache_bytes(config: RolloutConfig) -> int | None:
+def kv_cache_bytes(config: RolloutConfig) -> int | None:
     gib = config.kv_cache_gib
     if gib is None and not torch.cuda.is_available():
         gib = 1.0  # vLLM would count the trainer's own memory against its share
     return None if gib is None else int(gib * 2**30)
 
 
-def _completion(output) -> Completion:
+def _completion(output, version: int) -> Completion:
     token_ids = tuple(output.token_ids)
     logp = tuple(entry[token].logprob for token, entry in zip(token_ids, output.logprobs, strict=True))
-    return Completion(token_ids, logp, output.finish_reason == "stop")
+    return Completion(token_ids, logp, output.finish_reason == "stop", (Span(version, 0, len(token_ids)),))
 
 
 def _last_line(error: BaseException) -> str:

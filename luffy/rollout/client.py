@@ -1,0 +1,126 @@
+"""One vLLM server over HTTP, as `luffy.rollout.serve` starts it."""
+
+from typing import Any
+
+import httpx
+
+from luffy.rollout.engine import Completion, Ids, Span
+
+Params = dict[str, Any]
+
+
+class Unreachable(Exception):
+    """The server did not answer, or not with what was asked for: try again, here or elsewhere."""
+
+
+class Refused(Exception):
+    """The server answered that it will not do this, whatever the number of tries."""
+
+
+class Client:
+    """url: http://HOST:PORT. key: sent with every request, never logged."""
+
+    def __init__(self, url: str, key: str | None, connections: int) -> None:
+        self.url = url
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        limits = httpx.Limits(max_connections=connections + 4, max_keepalive_connections=connections + 4)
+        # trust_env: a proxy of the environment has no business between these two
+        self._http = httpx.Client(base_url=url, headers=headers, limits=limits, timeout=None, trust_env=False)
+
+    def close(self) -> None:
+        self._http.close()
+
+    def ready(self) -> bool:
+        try:
+            return self._http.get("/health", timeout=5).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    def generate(self, prompt: Ids, params: Params, salt: str) -> list[Completion]:
+        """salt: requests of another one share no cached prefix with these: the weights were others.
+
+        Raises:
+            Unreachable, Refused.
+        """
+        body = {"token_ids": list(prompt), "sampling_params": params, "cache_salt": salt}
+        answer = self._post("/inference/v1/generate", body)
+        return [_completion(choice) for choice in sorted(answer["choices"], key=lambda choice: choice["index"])]
+
+    def score(self, sequence: Ids, salt: str) -> list[float]:
+        params = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0, "detokenize": False}
+        body = {"token_ids": list(sequence), "sampling_params": params, "cache_salt": salt}
+        entries = self._post("/inference/v1/generate", body)["prompt_logprobs"]
+        pairs = zip(sequence[1:], entries[1:], strict=True)
+        return [entry[str(token)]["logprob"] for token, entry in pairs]
+
+    def describe(self, timeout: float = 60) -> dict[str, Any]:
+        return self._call("luffy_describe", {}, timeout)[0]
+
+    def version(self, timeout: float = 30) -> int | None:
+        """Of its weights, asked of its engine; None where nobody has said yet.
+
+        Raises:
+            Unreachable.
+        """
+        try:
+            said = self._http.get("/weight_info", timeout=timeout).json()["weight_version"]
+        except (httpx.HTTPError, ValueError, KeyError) as error:
+            raise Unreachable(f"{self.url}: {_short(error)}") from error
+        return int(said) if said.lstrip("-").isdecimal() else None
+
+    def update(self, folder: str, version: int, timeout: float) -> list[str]:
+        """Load the weights of a folder; returns the parameters that it has nothing for. Requests in flight wait, and go
+        on with the new weights."""
+        self._post("/pause", {}, timeout, params={"mode": "keep"})
+        try:
+            found = self._call("luffy_load", {"folder": folder}, timeout)
+            self.set_version(version)
+        finally:
+            self._post("/resume", {}, 60)
+        return sorted({name for worker in found for name in worker["missing"]})
+
+    def abort(self) -> None:
+        """Everything that it is generating, for whomever."""
+        self._post("/abort_requests", {}, 60)
+
+    def set_version(self, version: int) -> None:
+        self._post("/update_weight_version", {"new_version": str(version)}, 60)
+
+    def _call(self, method: str, arguments: dict[str, str], timeout: float) -> list[dict[str, Any]]:
+        return self._post("/collective_rpc", {"method": method, "kwargs": arguments}, timeout)["results"]
+
+    def _post(self, path: str, body: Any, timeout: float | None = None, **options: Any) -> Any:
+        try:
+            answer = self._http.post(path, json=body, timeout=timeout, **options)
+        except httpx.HTTPError as error:
+            raise Unreachable(f"{self.url}: {_short(error)}") from error
+        if 400 <= answer.status_code < 500:
+            raise Refused(f"{self.url}{path}: {_reason(answer)}")
+        if answer.status_code >= 500:
+            raise Unreachable(f"{self.url}{path}: {_reason(answer)}")
+        return answer.json()
+
+
+def _completion(choice: dict[str, Any]) -> Completion:
+    spans = tuple(
+        Span(int(span["version"]) if span["version"].lstrip("-").isdecimal() else -1, span["start"], span["end"])
+        for span in choice["weight_versions"] or ()
+    )
+    logp = tuple(entry["logprob"] for entry in choice["logprobs"]["content"])
+    if choice["finish_reason"] not in ("stop", "length"):
+        raise Unreachable(f"the answer ended with {choice['finish_reason']!r}")  # aborted: whoever did it
+    return Completion(tuple(choice["token_ids"]), logp, choice["finish_reason"] == "stop", spans)
+
+
+def _reason(answer: httpx.Response) -> str:
+    try:
+        said = answer.json()
+        text = said.get("error", said.get("detail", said)) if isinstance(said, dict) else said
+        text = text.get("message", text) if isinstance(text, dict) else text
+    except ValueError:
+        text = answer.text
+    return f"{answer.status_code} {str(text).strip().splitlines()[0] if str(text).strip() else ''}".strip()
+
+
+def _short(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

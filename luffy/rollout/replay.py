@@ -1,0 +1,169 @@
+"""Rollouts from files: what another run sampled, without an engine. For debugging an update, offline objectives, and
+benchmarks of everything but sampling.
+
+`rollout.record` makes a run leave what it sampled; `rollout.engine = "replay"` answers from such a folder. An answer is
+found by its prompt and its seed, which differs from step to step, so the same settings see the same rollouts in the
+same order. A line of a file:
+
+    {"prompt": [ids], "seed": 7, "temperature": 1.0, "max_tokens": 64, "answers": [{"ids", "logp", "finished"}, ...]}
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+
+from luffy.errors import UserError
+from luffy.files import disk_errors
+from luffy.rollout.engine import Completion, Engine, Ids, Span
+
+if TYPE_CHECKING:
+    from luffy.model import Policy
+
+Key = tuple[Ids, int]
+
+
+class Recorder:
+    """An engine that writes down what another one samples. file: of this rank; lines are appended."""
+
+    def __init__(self, engine: Engine, file: Path) -> None:
+        self.engine, self.file = engine, file
+        with disk_errors("rollout.record"):
+            file.parent.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def version(self) -> int:
+        return self.engine.version
+
+    def generate(
+        self,
+        prompts: Sequence[Ids],
+        counts: Sequence[int],
+        *,
+        temperature: float,
+        max_tokens: int,
+        seeds: Sequence[int],
+    ) -> list[list[Completion]]:
+        options: dict[str, Any] = {"temperature": temperature, "max_tokens": max_tokens}
+        found = self.engine.generate(prompts, counts, seeds=seeds, **options)
+        with disk_errors("rollout.record"), self.file.open("a") as file:
+            for prompt, seed, answers in zip(prompts, seeds, found, strict=True):
+                if answers:
+                    told = [{"ids": a.token_ids, "logp": a.logp, "finished": a.finished} for a in answers]
+                    file.write(json.dumps({"prompt": prompt, "seed": seed, **options, "answers": told}) + "\n")
+        return found
+
+    def score(self, sequences: Sequence[Ids]) -> list[list[float]]:
+        return self.engine.score(sequences)
+
+    def sync(self, policy: "Policy", dtype: torch.dtype, version: int) -> int:
+        return self.engine.sync(policy, dtype, version)
+
+    def abort(self) -> None:
+        self.engine.abort()
+
+    def metrics(self) -> dict[str, float]:
+        return self.engine.metrics()
+
+    def close(self) -> None:
+        self.engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Replay:
+    """folder: of JSON-lines files as `Recorder` leaves them, whoever wrote them.
+
+    Raises:
+        UserError: there are none, or one is no such file.
+    """
+
+    def __init__(self, folder: Path, version: int = 0) -> None:
+        self.folder, self.version = folder, version
+        self._answers: dict[Key, dict[str, Any]] = {}
+        files = sorted(folder.glob("*.jsonl"))
+        if not files:
+            raise UserError(f"rollout.replay: {folder} has no *.jsonl files; a run with rollout.record leaves them")
+        for file in files:
+            with disk_errors("rollout.replay"):
+                lines = file.read_text().splitlines()
+            for number, line in enumerate(lines, start=1):
+                try:
+                    entry = json.loads(line)
+                    self._answers[tuple(entry["prompt"]), int(entry["seed"])] = entry
+                except (ValueError, KeyError, TypeError) as error:
+                    if number == len(lines):
+                        continue  # a kill may cut the last line off
+                    raise UserError(
+                        f"rollout.replay: line {number} of {file} is no recorded rollout: {error}"
+                    ) from error
+
+    def generate(
+        self,
+        prompts: Sequence[Ids],
+        counts: Sequence[int],
+        *,
+        temperature: float,
+        max_tokens: int,
+        seeds: Sequence[int],
+    ) -> list[list[Completion]]:
+        """
+        Raises:
+            UserError: a prompt was not asked with this seed, or fewer answers to it, or otherwise.
+        """
+        asked = {"temperature": temperature, "max_tokens": max_tokens}
+        return [
+            self._find(prompt, seed, count, asked) if count else []
+            for prompt, seed, count in zip(prompts, seeds, counts, strict=True)
+        ]
+
+    def _find(self, prompt: Ids, seed: int, count: int, asked: dict[str, float]) -> list[Completion]:
+        entry = self._answers.get((tuple(prompt), seed))
+        if entry is None:
+            raise UserError(
+                f"rollout.replay: {self.folder} has no answers to a prompt of {len(prompt)} tokens with seed {seed}; "
+                f"it was recorded with other data, another train.seed or fewer steps"
+            )
+        for name, value in asked.items():
+            if entry[name] != value:
+                raise UserError(
+                    f"rollout.replay: {self.folder} was recorded with {name} {entry[name]}, asked for {value}"
+                )
+        if len(entry["answers"]) < count:
+            raise UserError(
+                f"rollout.replay: {self.folder} has {len(entry['answers'])} answers to a prompt, and {count} are asked "
+                f"for"
+            )
+        return [
+            Completion(tuple(a["ids"]), tuple(a["logp"]), a["finished"], (Span(self.version, 0, len(a["ids"])),))
+            for a in entry["answers"][:count]
+        ]
+
+    def score(self, sequences: Sequence[Ids]) -> list[list[float]]:
+        raise UserError("rollout.replay: recorded rollouts cannot score other tokens; choose another rollout.engine")
+
+    def sync(self, policy: "Policy", dtype: torch.dtype, version: int) -> int:
+        """Nothing to do: what was sampled was sampled."""
+        self.version = version
+        return 0
+
+    def abort(self) -> None:
+        pass
+
+    def metrics(self) -> dict[str, float]:
+        return {}
+
+    def close(self) -> None:
+        pass
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

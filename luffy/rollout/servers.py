@@ -1,0 +1,346 @@
+"""Rollouts from any number of vLLM servers, started here or given as addresses.
+
+Every rank asks the servers for its own prompts, from one queue: whoever is free takes the next, and what a server that
+died or hangs had taken goes back into the queue. Rank 0 starts the servers, watches them and starts them again, with
+the newest weights. An answer counts only if the weights that sampled it are those that were asked for.
+"""
+
+import os
+import shutil
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING, Any, Self
+from urllib.parse import urlparse
+
+import torch
+import torch.distributed as dist
+
+from luffy.config import RolloutConfig
+from luffy.console import say
+from luffy.distributed import World
+from luffy.errors import UserError
+from luffy.rollout.client import Client, Params, Refused, Unreachable
+from luffy.rollout.engine import Completion, Ids
+from luffy.rollout.server import Server, options_of
+from luffy.rollout.transport import version_folder, write_version
+from luffy.weights import hf_weights
+
+if TYPE_CHECKING:
+    from luffy.model import Policy
+
+DEATHS = 3
+"""Times in a row that a server may end before it has answered once."""
+PAUSE_S = 0.5  # before a server that did not answer is asked again
+
+
+class Aborted(Exception):
+    """What was asked for is not wanted any more."""
+
+
+class Servers:
+    """path: model folder or hub id of the weights that count as `version`. folder: of this run, for weights and logs.
+
+    Raises:
+        UserError: a server does not start, cannot be reached, or has another model.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        config: RolloutConfig,
+        *,
+        dtype: str,
+        eos_token_id: int,
+        vocabulary: int,
+        max_model_len: int,
+        folder: Path,
+        world: World,
+        version: int = 0,
+        trust_remote_code: bool = False,
+    ) -> None:
+        self.config, self.world, self.version = config, world, version
+        self.eos_token_id, self.max_model_len, self.vocabulary = eos_token_id, max_model_len, vocabulary
+        self.folder = folder
+        self._model, self._known = path, version  # what a server is started with, and the version that this is
+        self._own: list[Server] = []
+        self._counts: Counter[str] = Counter()
+        self._changing = threading.RLock()  # of weights and of servers
+        self._closing = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, name="servers", daemon=True)
+        self._fatal: str | None = None
+        self._era = 0  # goes up when what is being generated is let go of
+        if world.is_main:  # what a kill has left
+            shutil.rmtree(folder / "weights", ignore_errors=True)
+        try:
+            self.clients = self._connect(options_of(
+                config, dtype=dtype, max_model_len=max_model_len, trust_remote_code=trust_remote_code
+            ))  # fmt: skip
+        except BaseException:
+            self.close()
+            raise
+        if self.world.is_main:
+            self._watcher.start()
+
+    # --- rollouts --------------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Sequence[Ids],
+        counts: Sequence[int],
+        *,
+        temperature: float,
+        max_tokens: int,
+        seeds: Sequence[int],
+    ) -> list[list[Completion]]:
+        wanted = [i for i, count in enumerate(counts) if count]
+        at_least = self.version
+
+        def ask(client: Client, i: int) -> list[Completion]:
+            params: Params = {"n": counts[i], "temperature": temperature, "max_tokens": max_tokens, "logprobs": 0}
+            params |= {"stop_token_ids": [self.eos_token_id], "detokenize": False}
+            params |= {"seed": seeds[i]} if temperature else {}
+            found = client.generate(prompts[i], params, salt=str(self.version))
+            if any(span.version < at_least for completion in found for span in completion.versions):
+                raise Unreachable(f"{client.url} has older weights than version {at_least}")
+            return found
+
+        most = max((counts[i] for i in wanted), default=1)
+        answers = self._everywhere(wanted, ask, at_once=max(1, self.config.max_sequences // most))
+        return [answers.get(i) or [] for i in range(len(prompts))]
+
+    def score(self, sequences: Sequence[Ids]) -> list[list[float]]:
+        answers = self._everywhere(range(len(sequences)), lambda c, i: c.score(sequences[i], str(self.version)), 8)
+        return [answers[i] for i in range(len(sequences))]
+
+    def _everywhere(self, tasks: Sequence[int], ask: Any, at_once: int) -> dict[int, Any]:
+        """task -> what a server answered; those that are refused are left out, and counted."""
+        waiting: SimpleQueue[int] = SimpleQueue()
+        for task in tasks:
+            waiting.put(task)
+        answers: dict[int, Any] = {}
+        refused: dict[int, str] = {}
+        given_up = threading.Event()
+        heard = time.monotonic()  # when any server answered last
+
+        era = self._era
+
+        def serve(client: Client) -> None:
+            nonlocal heard
+            while not given_up.is_set() and era == self._era and len(answers) + len(refused) < len(tasks):
+                try:
+                    task = waiting.get(timeout=PAUSE_S)
+                except Empty:
+                    continue  # others may give theirs back
+                try:
+                    answers[task] = ask(client, task)
+                    heard = time.monotonic()
+                except Refused as error:
+                    refused[task] = str(error)
+                    heard = time.monotonic()
+                except Unreachable:
+                    waiting.put(task)
+                    self._counts["rollout/asked_again"] += 1
+                    if self._fatal or time.monotonic() - heard > self.config.server_wait_s:
+                        given_up.set()
+                    time.sleep(PAUSE_S)
+
+        self._together(serve, [client for client in self.clients for _ in range(max(1, min(at_once, len(tasks))))])
+        given_up.set()
+        if era != self._era:
+            raise Aborted
+        if len(answers) + len(refused) < len(tasks):
+            raise UserError(
+                f"rollout: {self._fatal or f'no server has answered for {self.config.server_wait_s:.0f} s'}; "
+                f"logs are in {self.folder}"
+            )
+        if refused:
+            self._counts["rollout/refused"] += len(refused)
+            say(f"rollout: {len(refused)} prompts were refused and are skipped: {next(iter(refused.values()))}")
+        return answers
+
+    @staticmethod
+    def _together(serve: Callable[[Client], None], clients: list[Client]) -> None:
+        """serve(client) of all at once; threads that an interrupt leaves behind end with the process."""
+        failed: list[BaseException] = []
+
+        def run(client: Client) -> None:
+            try:
+                serve(client)
+            except BaseException as error:
+                failed.append(error)
+
+        threads = [threading.Thread(target=run, args=(client,), name="rollout", daemon=True) for client in clients]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            while thread.is_alive() and not failed:
+                thread.join(timeout=0.2)
+        if failed:
+            raise failed[0]
+
+    # --- weights ---------------------------------------------------------------------------------------------------
+
+    def sync(self, policy: "Policy", dtype: torch.dtype, version: int) -> int:
+        target = version_folder(self.folder / "weights", version)
+        sent = write_version(target, hf_weights(policy, dtype), policy.lm.config, write=self.world.is_main)
+        if self.world.is_main:
+            with self._changing:
+                before, self._model, self._known = self._model, str(target), version
+                with ThreadPoolExecutor(len(self.clients)) as pool:
+                    list(pool.map(self._bring_up_to_date, self.clients))
+            if Path(before).parent == target.parent and before != str(target):
+                shutil.rmtree(before, ignore_errors=True)
+        self.world.barrier()
+        self.version = version
+        return sent
+
+    def _bring_up_to_date(self, client: Client) -> None:
+        """One that does not answer is left to the watcher, which gives it the newest weights when it does."""
+        try:
+            missing = client.update(self._model, self._known, self.config.server_wait_s)
+        except Unreachable:
+            self._counts["rollout/updates_missed"] += 1
+            return
+        except Refused as error:
+            raise UserError(f"rollout: a server does not take weights: {error}") from error
+        if missing:
+            raise UserError(
+                f"rollout: {client.url} has nothing for {missing[0]} ({len(missing)} parameters) after a sync"
+            )
+
+    # --- servers ---------------------------------------------------------------------------------------------------
+
+    def _connect(self, options: list[str]) -> list[Client]:
+        """Clients of all servers, on every rank."""
+        found: list[Any] = [None]
+        if self.world.is_main:
+            urls = list(self.config.urls)
+            key = os.environ.get("LUFFY_API_KEY")
+            for url in urls:
+                if urlparse(url).hostname not in ("localhost", "127.0.0.1", "::1") and not key:
+                    say(f"rollout: {url} is on another machine and LUFFY_API_KEY is not set: anybody there may use it")
+            if not urls:
+                logs = self.folder / "servers"
+                self._own = [
+                    Server(n, options, self.config, logs / f"server-{n}.log") for n in range(self.config.servers)
+                ]
+                for server in self._own:
+                    server.start(self._model)
+                for server in self._own:
+                    server.wait_ready()
+            found = [[(s.client.url, s.key) for s in self._own] or [(url, key) for url in urls]]
+        if self.world.size > 1:
+            dist.broadcast_object_list(found)
+        connections = self.config.max_sequences
+        clients = [s.client for s in self._own] or [Client(url, key, connections) for url, key in found[0]]
+        if self.world.is_main:
+            for client in clients:
+                self._check(client)
+                client.set_version(self.version)
+        self.world.barrier()
+        return clients
+
+    def _check(self, client: Client) -> None:
+        try:
+            about = client.describe()
+        except Unreachable as error:
+            raise UserError(
+                f"rollout: no server answers at {client.url} ({error}); start it, or mend rollout.urls"
+            ) from error
+        except Refused as error:
+            raise UserError(
+                f"rollout: {client.url} is no server of this trainer ({error}); start it by "
+                f"python -m luffy.rollout.serve"
+            ) from error
+        if about["vocabulary"] != self.vocabulary:
+            raise UserError(
+                f"rollout: {client.url} has another model: its vocabulary has {about['vocabulary']} entries, and the "
+                f"trainer's {self.vocabulary}"
+            )
+        if about["positions"] < self.max_model_len:
+            raise UserError(
+                f"rollout: {client.url} takes sequences of {about['positions']} tokens, and this run needs "
+                f"{self.max_model_len}; start it with --max-model-len {self.max_model_len}"
+            )
+
+    def _watch(self) -> None:
+        """Of the thread on rank 0: servers that died, hang or have older weights."""
+        deaths: Counter[int] = Counter()
+        asked = dict.fromkeys(self.clients, time.monotonic())
+        while not self._closing.wait(1.0):
+            with self._changing:
+                for server in self._own:
+                    if server.alive and self._answers(server.client, asked):
+                        continue
+                    if self._closing.is_set():
+                        return
+                    deaths[server.number] += 1
+                    self._counts["rollout/server_restarts"] += 1
+                    how = f"hangs (no word within {self.config.probe_s:g} s)" if server.alive else "has died"
+                    say(f"rollout: server {server.number} {how}; it is started again")
+                    server.kill()
+                    if deaths[server.number] > DEATHS:
+                        self._fatal = f"server {server.number} ended {DEATHS} times: {server.last_error()}"
+                        return
+                    try:
+                        server.start(self._model)
+                        server.wait_ready(self._closing.is_set)
+                        server.client.set_version(self._known)
+                        deaths[server.number] = 0
+                    except (UserError, Unreachable) as error:
+                        say(str(error))
+                    asked[server.client] = time.monotonic()
+                if not self._own:
+                    self._refresh()
+
+    def _answers(self, client: Client, asked: dict[Client, float]) -> bool:
+        """Asks its engine now and then: a server may be alive and hang. Between two steps of decoding an engine
+        answers, however many requests it has."""
+        if time.monotonic() - asked[client] < self.config.probe_s / 2:
+            return True
+        asked[client] = time.monotonic()
+        try:
+            client.version(self.config.probe_s)
+        except Unreachable:
+            return False
+        return True
+
+    def _refresh(self) -> None:
+        """Servers of others that were started again: the newest weights, once they answer."""
+        for client in self.clients:
+            try:
+                if client.version() != self._known:
+                    self._bring_up_to_date(client)
+            except Unreachable:
+                continue
+
+    def abort(self) -> None:
+        self._era += 1
+        for client in self.clients:
+            with suppress(Unreachable, Refused):
+                client.abort()
+
+    def metrics(self) -> dict[str, float]:
+        counts, self._counts = self._counts, Counter()
+        names = ("rollout/asked_again", "rollout/refused", "rollout/server_restarts", "rollout/updates_missed")
+        return {name: float(counts[name]) for name in names}
+
+    def close(self) -> None:
+        self._closing.set()
+        for server in self._own:
+            server.close()
+        if self._watcher.is_alive():
+            self._watcher.join(timeout=10)
+        shutil.rmtree(self.folder / "weights", ignore_errors=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,349 @@
+"""Rollouts from real vLLM servers: the same answers as in the trainer's process, with the weights that were asked for,
+whatever happens to the servers meanwhile."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from test_train import arguments, records, without_times
+from test_weight_sync import SEQUENCES, trainer_logp
+from tiny import ROOT, luffy, make_model
+
+from luffy import distributed, optim
+from luffy.config import MeshConfig, ModelConfig, OptimConfig, RolloutConfig
+from luffy.errors import UserError
+from luffy.load import empty_lm, load_weights
+from luffy.model import Policy, shard
+from luffy.rollout.serve import arguments as serve_arguments
+from luffy.rollout.servers import Aborted, Servers
+from luffy.rollout.transport import version_folder, write_version
+from luffy.rollout.vllm_engine import VllmEngine
+from luffy.shards import fill
+from luffy.weights import hf_weights, weights_of
+
+PROMPTS = [tuple(5 + (7 * i + j) % 200 for j in range(9 + i)) for i in range(6)]
+
+
+def options(**changes) -> RolloutConfig:
+    given = {"engine": "server", "kv_cache_gib": 0.25, "max_sequences": 16, "probe_s": 6.0, "server_wait_s": 120.0}
+    return RolloutConfig(**given | changes)
+
+
+def connect(path: str, folder: Path, config: RolloutConfig, **changes) -> Servers:
+    given = {"dtype": "float32", "eos_token_id": 2, "vocabulary": 259, "max_model_len": 256}
+    return Servers(path, config, **given | changes, folder=folder, world=distributed.start(MeshConfig()))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    return str(make_model(tmp_path_factory.mktemp("m") / "model"))
+
+
+@pytest.fixture(scope="module")
+def servers(model, tmp_path_factory):
+    with connect(model, tmp_path_factory.mktemp("run"), options(servers=2)) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def policy(model):
+    world = distributed.start(MeshConfig())
+    policy = shard(Policy(empty_lm(model, ModelConfig()), 1.0), world.params, torch.float32)
+    load_weights(policy, model, world.device)
+    return policy
+
+
+def move(policy: Policy) -> None:
+    """One update that matters."""
+    optimizer = optim.make_optimizer(policy, OptimConfig(lr=0.02))
+    for param in policy.parameters():
+        param.grad = torch.randn_like(param)
+    optimizer.step()
+
+
+def gap(policy: Policy, scores: list[list[float]]) -> float:
+    return max((trainer_logp(policy, s) - torch.tensor(x)).abs().max().item() for s, x in zip(SEQUENCES, scores))  # noqa: B905
+
+
+def ask(engine, prompts=PROMPTS, each: int = 3, tokens: int = 12):
+    seeds = list(range(100, 100 + len(prompts)))
+    return engine.generate(prompts, [each] * len(prompts), temperature=1.0, max_tokens=tokens, seeds=seeds)
+
+
+def wait_for(what, seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline, "not in time"
+        time.sleep(0.1)
+
+
+def healthy(engine: Servers) -> bool:
+    with engine._changing:  # the watcher holds it while it starts one again
+        return all(server.alive and server.client.version() == engine._known for server in engine._own)
+
+
+def assert_whole(engine: Servers, answers, each: int, tokens: int) -> None:
+    """Nothing lost, nothing twice, all of it by the weights that were asked for."""
+    for found in answers:
+        assert len(found) == each
+        for completion in found:
+            assert len(completion.token_ids) == len(completion.logp)
+            assert len(completion.token_ids) == tokens or completion.finished
+            assert [span.version for span in completion.versions] == [engine.version]
+            assert completion.versions[0].end == len(completion.token_ids)
+
+
+def test_servers_answer_as_an_engine_in_this_process_does(model, servers):
+    found = ask(servers)
+    assert_whole(servers, found, 3, 12)
+    config = RolloutConfig(kv_cache_gib=0.25, max_sequences=16)
+    with VllmEngine(model, config, dtype="float32", eos_token_id=2, max_model_len=256) as engine:
+        want, scores = ask(engine), engine.score(SEQUENCES)
+    distributed.start(MeshConfig())  # the engine took the process group with it
+    for ours, theirs in zip(found, want, strict=True):
+        assert [c.token_ids for c in ours] == [c.token_ids for c in theirs]
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(torch.tensor(a.logp), torch.tensor(b.logp), atol=1e-4, rtol=0)
+            assert a.finished == b.finished
+    for a, b in zip(servers.score(SEQUENCES), scores, strict=True):
+        torch.testing.assert_close(torch.tensor(a), torch.tensor(b), atol=1e-4, rtol=0)
+    assert servers.generate([PROMPTS[0]], [0], temperature=1.0, max_tokens=3, seeds=[1]) == [[]]
+
+
+def test_a_sync_gives_every_server_the_new_weights(policy, servers):
+    prompt = tuple(5 + i % 90 for i in range(150))  # longer than a block of the prefix cache
+    ask(servers, [prompt] * 8, each=1, tokens=1)  # both servers know it
+    move(policy)
+    assert gap(policy, servers.score(SEQUENCES)) > 0.05
+    for version in (1, 2):
+        sent = servers.sync(policy, torch.float32, version)
+        assert sent == len(list(hf_weights(policy)))
+    for client in servers.clients:
+        assert client.version() == 2
+        assert gap(policy, [client.score(s, "2") for s in SEQUENCES]) < 1e-3
+    answers = ask(servers, [prompt] * 8, each=2)
+    assert_whole(servers, answers, 2, 12)
+    for found in answers:
+        for completion in found:
+            want = trainer_logp(policy, prompt + completion.token_ids)[len(prompt) - 1 :]
+            torch.testing.assert_close(torch.tensor(completion.logp), want, atol=1e-3, rtol=0)
+    assert [path.name for path in (servers.folder / "weights").iterdir()] == ["version-000002"]
+
+
+def test_a_server_that_is_killed_while_it_generates_costs_nothing(servers):
+    servers.metrics()
+    found = []
+    prompts = PROMPTS * 10
+    asking = threading.Thread(target=lambda: found.extend(ask(servers, prompts, each=2, tokens=200)))
+    asking.start()
+    time.sleep(1.0)
+    assert asking.is_alive()
+    os.kill(servers._own[0].pid, signal.SIGKILL)
+    asking.join(timeout=200)
+    assert_whole(servers, found, 2, 200)
+    wait_for(lambda: healthy(servers))
+    counts = servers.metrics()
+    assert counts["rollout/server_restarts"] == 1
+    assert counts["rollout/asked_again"] >= 1
+    assert servers.metrics()["rollout/server_restarts"] == 0  # counted once
+    assert_whole(servers, ask(servers), 3, 12)
+
+
+def test_a_server_that_is_killed_before_an_update_comes_back_with_the_new_weights(policy, servers):
+    servers.metrics()
+    move(policy)
+    with servers._changing:  # the watcher does not see it before the update does
+        os.kill(servers._own[1].pid, signal.SIGKILL)
+        wait_for(lambda: not servers._own[1].alive, 10)
+        servers.sync(policy, torch.float32, 3)
+    assert servers.metrics()["rollout/updates_missed"] == 1
+    wait_for(lambda: healthy(servers))
+    for client in servers.clients:
+        assert gap(policy, [client.score(s, "3") for s in SEQUENCES]) < 1e-3
+
+
+def test_answers_under_way_go_on_with_new_weights_and_say_so(policy, servers):
+    """Each token's log-prob is that of the weights that sampled it."""
+    before, found = servers.version, []
+    prompt = PROMPTS[3]
+    asking = threading.Thread(target=lambda: found.extend(ask(servers, [prompt] * 24, each=2, tokens=240)))
+    asking.start()
+    time.sleep(0.7)
+    assert asking.is_alive()
+    kept = {name: tensor.clone() for name, tensor in hf_weights(policy)}
+    move(policy)
+    servers.sync(policy, torch.float32, before + 1)
+    asking.join(timeout=200)
+    answers = [completion for answers in found for completion in answers]
+    assert len(answers) == 48
+    both = [a for a in answers if len(a.versions) == 2]
+    assert both
+    old = shard(
+        Policy(empty_lm(servers._model, ModelConfig()), 1.0), distributed.start(MeshConfig()).params, torch.float32
+    )
+    load_weights(old, servers._model, torch.device("cpu"))
+    with torch.no_grad():
+        for name, tensor in weights_of(old).items():
+            fill(tensor, kept[name])
+    for answer in both:
+        first, second = answer.versions
+        assert (first.version, second.version) == (before, before + 1)
+        assert (first.begin, first.end, second.end) == (0, second.begin, len(answer.token_ids))
+        want = trainer_logp(old, prompt + answer.token_ids)[len(prompt) - 1 :][: first.end]
+        torch.testing.assert_close(torch.tensor(answer.logp[: first.end]), want, atol=1e-3, rtol=0)
+
+
+def test_what_nobody_wants_any_more_is_let_go_of(servers):
+    ended = []
+
+    def asks():
+        try:
+            ask(servers, PROMPTS * 9, each=4, tokens=240)
+        except Aborted:
+            ended.append(True)
+
+    asking = threading.Thread(target=asks)
+    asking.start()
+    time.sleep(0.7)
+    servers.abort()
+    asking.join(timeout=10)
+    assert ended
+    assert_whole(servers, ask(servers), 3, 12)
+
+
+def test_a_server_that_hangs_is_replaced(servers):
+    servers.metrics()
+    hanging = servers._own[0].pid
+    os.kill(hanging, signal.SIGSTOP)
+    assert_whole(servers, ask(servers, PROMPTS * 2), 3, 12)
+    wait_for(lambda: servers._own[0].pid != hanging)
+    wait_for(lambda: healthy(servers))
+    assert servers.metrics()["rollout/server_restarts"] == 1
+
+
+def test_a_prompt_that_is_refused_is_skipped_and_counted(servers, capsys):
+    servers.metrics()
+    answers = ask(servers, [PROMPTS[0], tuple([5] * 300), PROMPTS[1]])
+    assert [len(found) for found in answers] == [3, 0, 3]
+    assert servers.metrics()["rollout/refused"] == 1
+    assert "1 prompts were refused and are skipped" in capsys.readouterr().out
+
+
+def test_servers_of_others_are_checked_before_they_are_trusted(model, servers, tmp_path):
+    key, url = servers._own[0].key, servers.clients[0].url
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("LUFFY_API_KEY", key)
+        with connect(model, tmp_path, options(urls=[url]), version=servers.version) as other:
+            assert_whole(other, ask(other, each=1), 1, 12)
+        with pytest.raises(UserError, match=r"its vocabulary has 259 entries, and the trainer's 300"):
+            connect(model, tmp_path, options(urls=[url]), vocabulary=300)
+        with pytest.raises(
+            UserError, match=r"takes sequences of 256 tokens, and this run needs 999; .*--max-model-len 999"
+        ):
+            connect(model, tmp_path, options(urls=[url]), max_model_len=999)
+        with pytest.raises(
+            UserError, match=r"no server answers at http://127.0.0.1:1 .*; start it, or mend rollout.urls"
+        ):
+            connect(model, tmp_path, options(urls=["http://127.0.0.1:1"]))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("LUFFY_API_KEY", "not the key")
+        with connect(model, tmp_path, options(urls=[url]), version=servers.version) as other:
+            assert ask(other, each=1) == [[]] * len(PROMPTS)  # refused, and counted
+            assert other.metrics()["rollout/refused"] == len(PROMPTS)
+
+
+def test_what_keeps_a_server_from_starting_is_said(model, tmp_path):
+    with pytest.raises(UserError, match=r"server 0 did not start: .*(KV cache|memory|max_model_len|max seq len).*see "):
+        connect(model, tmp_path, options(kv_cache_gib=1e-5))
+
+
+CHILD = """
+import sys, time
+from pathlib import Path
+import test_server_rollout as t
+engine = t.connect(sys.argv[1], Path(sys.argv[2]), t.options())
+print(engine._own[0].pid, flush=True)
+time.sleep(600)
+"""
+
+
+def test_servers_do_not_outlive_a_trainer_that_is_killed(model, tmp_path):
+    env = os.environ | {"PYTHONPATH": str(ROOT / "tests")}
+    command = [sys.executable, "-c", CHILD, model, str(tmp_path)]
+    trainer = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
+    session = int(next(line for line in trainer.stdout if line.strip().isdecimal()))
+    assert len(in_session(session)) >= 2  # the server and its engine
+    trainer.kill()
+    trainer.wait()
+    wait_for(lambda: not in_session(session), 20)
+
+
+def in_session(session: int) -> list[int]:
+    """Processes of a session that are not dead yet."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rsplit(")", 1)[1].split()
+        except OSError:
+            continue
+        if int(fields[3]) == session and fields[0] != "Z":
+            found.append(int(stat.parent.name))
+    return found
+
+
+def test_keys_stay_out_of_logs_and_commands(servers):
+    key = servers._own[0].key
+    assert key not in servers._own[0].log.read_text()
+    assert key not in Path(f"/proc/{servers._own[0].pid}/cmdline").read_text()
+    assert serve_arguments(["--model", "m"])[:2] == ["--host", "127.0.0.1"]
+    assert "127.0.0.1" not in serve_arguments(["--model", "m", "--host", "10.0.0.7"])
+
+
+def test_weights_are_written_a_block_at_a_time(policy, tmp_path):
+    held = []
+
+    def stream():
+        for name, tensor in hf_weights(policy):
+            held.append(len(list(tmp_path.rglob("*.safetensors"))))
+            yield name, tensor
+
+    folder = version_folder(tmp_path, 5)
+    count = write_version(folder, stream(), policy.lm.config, write=True)
+    names = sorted(path.name for path in folder.glob("*.safetensors"))
+    assert len(names) == 2 + 2  # embedding, two blocks, norm
+    assert held[-1] == 2  # when the last tensor was asked for, only the block before it was not on the disk yet
+    assert count == len(held)
+    again = shard(
+        Policy(empty_lm(str(folder), ModelConfig()), 1.0), distributed.start(MeshConfig()).params, torch.float32
+    )
+    load_weights(again, str(folder), torch.device("cpu"))  # a model folder like any other
+    for (name, one), other in zip(hf_weights(policy), dict(hf_weights(again)).values(), strict=True):
+        assert torch.equal(one, other), name
+    other = version_folder(tmp_path / "elsewhere", 5)
+    assert write_version(other, stream(), policy.lm.config, write=False) == count  # another rank takes part
+    assert not other.exists()
+
+
+def test_a_run_of_two_ranks_with_servers_is_a_run_without(tmp_path):
+    model = make_model(tmp_path / "model")
+    found = {}
+    for engine, more in (("colocated", {}), ("server", {"rollout__servers": 2, "mesh__sequence": 2})):
+        run = tmp_path / engine
+        ranks = ["--nproc-per-node", "2"] if engine == "server" else []
+        given = {"rollout__engine": engine, "train__steps": 3} | more
+        done = luffy(*arguments(run, model, *ranks, **given), cwd=tmp_path)
+        assert done.returncode == 0, done.stderr[-3000:]
+        found[engine] = without_times(records(run))
+        if engine == "server":
+            assert not list(run.glob("weights/*"))
+            assert sorted(path.name for path in (run / "servers").iterdir()) == ["server-0.log", "server-1.log"]
+    for ours, theirs in zip(found["server"], found["colocated"], strict=True):
+        for key, value in theirs.items():
+            if isinstance(value, float):
+                assert ours[key] == pytest.approx(value, rel=1e-3, abs=1e-4), (key, ours["step"])
