@@ -155,6 +155,7 @@ def test_a_server_that_is_killed_while_it_generates_costs_nothing(servers):
     assert_whole(servers, ask(servers), 3, 12)
 
 
+@pytest.mark.slow
 def test_a_server_that_is_killed_before_an_update_comes_back_with_the_new_weights(policy, servers):
     servers.metrics()
     move(policy)
@@ -217,6 +218,7 @@ def test_what_nobody_wants_any_more_is_let_go_of(servers):
     assert_whole(servers, ask(servers), 3, 12)
 
 
+@pytest.mark.slow
 def test_a_server_that_hangs_is_replaced(servers):
     servers.metrics()
     hanging = servers._own[0].pid
@@ -258,6 +260,7 @@ def test_servers_of_others_are_checked_before_they_are_trusted(model, servers, t
             assert other.metrics()["rollout/refused"] == len(PROMPTS)
 
 
+@pytest.mark.slow
 def test_what_keeps_a_server_from_starting_is_said(model, tmp_path):
     with pytest.raises(UserError, match=r"server 0 did not start: .*(KV cache|memory|max_model_len|max seq len).*see "):
         connect(model, tmp_path, options(kv_cache_gib=1e-5))
@@ -330,6 +333,7 @@ def test_weights_are_written_a_block_at_a_time(policy, tmp_path):
     assert not other.exists()
 
 
+@pytest.mark.slow
 def test_a_run_of_two_ranks_with_servers_is_a_run_without(tmp_path):
     model = make_model(tmp_path / "model")
     found = {}
