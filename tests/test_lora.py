@@ -214,6 +214,7 @@ def test_what_cannot_be_adapted_is_refused(folder, tmp_path, monkeypatch):
         adapted(folder)
 
 
+@pytest.mark.slow
 def test_a_run_with_adapters_is_resumed_bit_for_bit(tmp_path):
     model = make_model(tmp_path / "model")
     options = {"model__lora__rank": 4, "checkpoint__every": 1, "train__steps": 4, "rollout__dtype": "float32"}

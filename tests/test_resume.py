@@ -124,6 +124,7 @@ def test_a_run_of_two_ranks_goes_on_with_other_numbers(home, alone, two, ranks):
     assert_same_curve(run, alone)
 
 
+@pytest.mark.slow
 def test_many_ranks_survive_a_kill_and_a_pre_emption(home, two):
     """A rank is killed: all start again from the newest checkpoint. SIGTERM: the step is finished and saved, exit 0."""
     run, options = home / "survivor", {**RANKS, "checkpoint__every": 1}

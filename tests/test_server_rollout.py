@@ -276,6 +276,7 @@ time.sleep(600)
 """
 
 
+@pytest.mark.slow
 def test_servers_do_not_outlive_a_trainer_that_is_killed(model, tmp_path):
     env = os.environ | {"PYTHONPATH": str(ROOT / "tests")}
     command = [sys.executable, "-c", CHILD, model, str(tmp_path)]
