@@ -52,7 +52,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--rdzv-endpoint", metavar="HOST[:PORT]", help="where the nodes meet: at one of them")
     group.add_argument("--rdzv-id", metavar="ID", help="name of the job, the same on all nodes (default: luffy)")
     group.add_argument("--rdzv-backend", choices=("c10d",), help="torch's own, which needs no other service")
-    group.add_argument("--node-rank", type=int, metavar="R", help="node 0 is the one at --rdzv-endpoint")
+    group.add_argument(
+        "--node-rank", type=int, metavar="R", help="node 0 is the one at --rdzv-endpoint (default: SLURM's)"
+    )
     group.add_argument("--local-addr", metavar="HOST", help="this node's address for the others (default: its name)")
     group.add_argument("--max-restarts", type=int, metavar="K", help="start again after a failure, K times at most")
     group.add_argument(
@@ -224,8 +226,10 @@ def _rendezvous(launch: Launch):
     if launch.nodes[1] == 1:
         return Loopback()
     options: dict[str, Any] = {"timeout": JOIN_TIMEOUT_S}
-    if launch.node_rank is not None:
-        options["is_host"] = launch.node_rank == 0
+    # left to find out by their names which of them hosts the rendezvous, two that start at once may both wait
+    node = os.environ.get("SLURM_NODEID") if launch.node_rank is None else launch.node_rank
+    if node is not None:
+        options["is_host"] = int(node) == 0
     return get_rendezvous_handler(
         RendezvousParameters(
             backend="c10d",

@@ -151,13 +151,13 @@ def listening(pid: int) -> set[str]:
     return found
 
 
-@pytest.mark.slow  # once in two full runs the two launchers did not meet within a minute; not yet explained
+@pytest.mark.slow  # two launchers on one host: a minute where they do not meet
 def test_slurm_script_starts_a_launcher_on_each_node_and_requeues_what_was_stopped(tmp_path):
     """The script, the parser and the launcher are the real ones; srun, scontrol and the ranks' work are stand-ins."""
     (tmp_path / "job").mkdir()
     tools = {
         "scontrol": f'[ "$1" = show ] && printf "127.0.0.1\\n127.0.0.1\\n" || echo "$@" >>{tmp_path}/scontrol.log',
-        "srun": 'set -e; "$@" & one=$!; "$@" & two=$!; wait $one; wait $two',
+        "srun": 'set -e; SLURM_NODEID=1 "$@" & one=$!; SLURM_NODEID=0 "$@" & two=$!; wait $one; wait $two',
         "python": f'shift 2; exec {sys.executable} {tmp_path}/train.py "$@"',
     }
     for name, text in tools.items():

@@ -203,6 +203,9 @@ class Servers:
     def _bring_up_to_date(self, client: Client) -> None:
         """One that does not answer is left to the watcher, which gives it the newest weights when it does."""
         try:
+            if not Path(self._model).is_dir():  # of the hub: nothing has been written yet, and it was started with that
+                client.set_version(self._known)
+                return
             missing = client.update(self._model, self._known, self.config.server_wait_s)
         except Unreachable:
             self._counts["rollout/updates_missed"] += 1
@@ -242,7 +245,10 @@ class Servers:
         if self.world.is_main:
             for client in clients:
                 self._check(client)
-                client.set_version(self.version)
+                if self._own:
+                    client.set_version(self.version)
+                else:  # a resumed run goes on from other weights than its owner started it with
+                    self._bring_up_to_date(client)
         self.world.barrier()
         return clients
 
@@ -270,34 +276,38 @@ class Servers:
             )
 
     def _watch(self) -> None:
-        """Of the thread on rank 0: servers that died, hang or have older weights."""
+        """Of the thread on rank 0: servers that died, hang or have older weights. What goes wrong here ends the run,
+        for nobody would look after the servers any more."""
         deaths: Counter[int] = Counter()
         asked = dict.fromkeys(self.clients, time.monotonic())
-        while not self._closing.wait(1.0):
-            with self._changing:
-                for server in self._own:
-                    if server.alive and self._answers(server.client, asked):
-                        continue
-                    if self._closing.is_set():
-                        return
-                    deaths[server.number] += 1
-                    self._counts["rollout/server_restarts"] += 1
-                    how = f"hangs (no word within {self.config.probe_s:g} s)" if server.alive else "has died"
-                    say(f"rollout: server {server.number} {how}; it is started again")
-                    server.kill()
-                    if deaths[server.number] > DEATHS:
-                        self._fatal = f"server {server.number} ended {DEATHS} times: {server.last_error()}"
-                        return
-                    try:
-                        server.start(self._model)
-                        server.wait_ready(self._closing.is_set)
-                        server.client.set_version(self._known)
-                        deaths[server.number] = 0
-                    except (UserError, Unreachable) as error:
-                        say(str(error))
-                    asked[server.client] = time.monotonic()
-                if not self._own:
-                    self._refresh()
+        try:
+            while not self._closing.wait(1.0) and not self._fatal:
+                with self._changing:
+                    for server in self._own:
+                        if not self._closing.is_set() and not (server.alive and self._answers(server.client, asked)):
+                            self._start_again(server, deaths)
+                            asked[server.client] = time.monotonic()
+                    if not self._own:
+                        self._refresh()
+        except Exception as error:
+            self._fatal = str(error) or type(error).__name__
+
+    def _start_again(self, server: Server, deaths: Counter[int]) -> None:
+        deaths[server.number] += 1
+        self._counts["rollout/server_restarts"] += 1
+        how = f"hangs (no word within {self.config.probe_s:g} s)" if server.alive else "has died"
+        say(f"rollout: server {server.number} {how}; it is started again")
+        server.kill()
+        if deaths[server.number] > DEATHS:
+            self._fatal = f"server {server.number} ended {DEATHS} times: {server.last_error()}"
+            return
+        try:
+            server.start(self._model)
+            server.wait_ready(self._closing.is_set)
+            server.client.set_version(self._known)
+            deaths[server.number] = 0
+        except (UserError, Unreachable) as error:
+            say(str(error))
 
     def _answers(self, client: Client, asked: dict[Client, float]) -> bool:
         """Asks its engine now and then: a server may be alive and hang. Between two steps of decoding an engine
@@ -334,9 +344,11 @@ class Servers:
     def close(self) -> None:
         self._closing.set()
         for server in self._own:
-            server.close()
+            server.kill()
         if self._watcher.is_alive():
             self._watcher.join(timeout=10)
+        for server in self._own:  # the watcher may have been starting one
+            server.close()
         shutil.rmtree(self.folder / "weights", ignore_errors=True)
 
     def __enter__(self) -> Self:
