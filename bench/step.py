@@ -37,6 +37,7 @@ from bench.ops import RESULTS, machine
 from luffy import distributed, model, optim
 from luffy.config import Config, load_config
 from luffy.data import Example
+from luffy.dtypes import dtype_of
 from luffy.files import write_json
 from luffy.groups import Group, Row
 from luffy.load import empty_lm, load_weights
@@ -88,7 +89,7 @@ class Bench:
         if attention is not None:  # padded rows have no layout
             lm.set_attn_implementation(attention)
         policy = kind(lm, self.config.rollout.temperature)
-        policy = shard(policy, self.world.params, optim.dtype_of(self.config.model.dtype)).train()
+        policy = shard(policy, self.world.params, dtype_of(self.config.model.dtype)).train()
         load_weights(policy, self.path, self.world.device)
         optimizer = optim.make_optimizer(policy, self.config.optim)
         return Trainer.bare(self.config, self.world, policy, optimizer)

@@ -206,15 +206,15 @@ def run_eval(args: argparse.Namespace, _: list[str]) -> int:
 
 
 def run_generate(args: argparse.Namespace, _: list[str]) -> int:
+    from luffy.rollout.engine import Request, generate
+
     _quiet()
     path, template, config = _open_model(args)
     prompt = tuple(template.encode_prompt([{"role": "user", "content": args.question}]))
     if len(prompt) > args.max_prompt_tokens:
         raise UserError(f"generate: the question has {len(prompt)} tokens, more than --max-prompt-tokens")
     with _start_engine(args, path, config, template) as engine:
-        [[answer]] = engine.generate(
-            [prompt], [1], temperature=args.temperature, max_tokens=args.max_tokens, seeds=[args.seed]
-        )
+        [[answer]] = generate(engine, [Request(prompt, 1, args.max_tokens, args.seed)], args.temperature)
     print(template.decode(answer.token_ids))
     return 0
 
@@ -246,12 +246,13 @@ def _open_model(args: argparse.Namespace):
 
 
 def _start_engine(args: argparse.Namespace, path: str, config, template):
+    from luffy import dtypes
     from luffy.rollout.vllm_engine import VllmEngine
 
     return VllmEngine(
         path,
         config.rollout,
-        dtype=config.rollout.dtype or config.model.dtype,
+        dtype=dtypes.resolve(config.rollout.dtype or config.model.dtype),
         eos_token_id=template.eos_token_id,
         max_model_len=args.max_prompt_tokens + args.max_tokens,
         trust_remote_code=config.model.trust_remote_code,

@@ -40,8 +40,9 @@ class LoraConfig(Section):
 class ModelConfig(Section):
     name: str = "embedded:smollm2-135m-instruct"
     """Local folder, Hugging Face id, or `embedded:smollm2-135m-instruct` (needs no hub)."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Compute type of the trainer and of the rollout engine. Master weights and reductions are always float32."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Compute type of the trainer and of the rollout engine; `auto`: bfloat16 where the machine multiplies it (a GPU, a
+    CPU with AVX-512), else float32. Master weights and reductions are always float32."""
     prompt_style: Literal["chat", "luffy", "plain"] = "chat"
     """`chat`: the tokenizer's template; `luffy`: the paper's plain-text template; `plain`: the user's text alone."""
     system: str | None = None
@@ -125,6 +126,12 @@ class RolloutConfig(Section):
     max_staleness: Annotated[int, Field(ge=0)] = 0
     """Batches that may be sampled ahead of the update, and so steps that lie between the weights that sample and those
     that learn; 0: strictly on-policy. Needs `engine = "server"`; see `correction` for what it does to the gradient."""
+    oversample: Annotated[float, Field(ge=1, le=8)] = 1.0
+    """Prompts to begin, as a multiple of those that a step needs. Sampling ends when enough are done; the others go on
+    in the next step, with its weights."""
+    refill: Annotated[int, Field(ge=0)] = 0
+    """Rounds of further prompts in place of those whose rows all have the same reward, and so no gradient (dynamic
+    sampling); 0: such prompts stay in the batch."""
     probe_s: Positive = 120.0
     """A server whose engine says nothing for so long hangs, and is started again."""
     server_wait_s: Positive = 1800.0
@@ -307,6 +314,9 @@ class Config(BaseSettings):
             raise ValueError('rollout.max_staleness needs rollout.engine = "server": one process samples or trains')
         if (rollout.engine == "replay") != (rollout.replay is not None):
             raise ValueError('rollout.engine = "replay" and rollout.replay, the folder, need each other')
+        sampled_by_need = [name for name in ("oversample", "refill") if getattr(rollout, name) > (name == "oversample")]
+        if sampled_by_need and (rollout.engine == "replay" or self.objective.name == "sft"):
+            raise ValueError(f"rollout.{sampled_by_need[0]} needs an objective and an engine that sample")
         if rollout.engine != "server" and (rollout.urls or rollout.tensor_parallel > 1):
             raise ValueError('rollout.urls and rollout.tensor_parallel need rollout.engine = "server"')
         if self.objective.name != "sft" and self.objective.rows < 2:

@@ -64,13 +64,20 @@ class World:
         """This rank's part of what all ranks hold."""
         return items[self.rank :: self.size]
 
-    def gather(self, items: list[T]) -> list[T]:
-        """The inverse of `share`: everything, in its order, on every rank. The items travel between our own processes
-        alone, and as pickles."""
+    def everyone(self, mine: T) -> list[T]:
+        """What each rank has, by rank, on every rank. It travels between our own processes alone, and as a pickle."""
         if self.size == 1:
-            return items
+            return [mine]
         parts: list[Any] = [None] * self.size
-        dist.all_gather_object(parts, items)
+        dist.all_gather_object(parts, mine)
+        return parts
+
+    def gather(self, items: list[T]) -> list[T]:
+        """The inverse of `share`: everything, in its order, on every rank."""
+        return self.whole(self.everyone(items))
+
+    def whole(self, parts: list[list[T]]) -> list[T]:
+        """The inverse of `share`, from the parts of all ranks."""
         return [parts[i % self.size][i // self.size] for i in range(sum(map(len, parts)))]
 
     def sum(self, values: list[float]) -> list[float]:

@@ -11,7 +11,7 @@ from luffy.distributed import World
 from luffy.files import write_text
 from luffy.prompts import PromptTemplate
 from luffy.rewards import VerifierPool
-from luffy.rollout.engine import Engine
+from luffy.rollout.engine import Completion, Engine, Request, generate
 from luffy.seeds import derive
 
 
@@ -59,13 +59,12 @@ def evaluate(
     """One answer to each problem; greedy at temperature 0. With a `world` every rank answers its share of them."""
     seeds = [derive(seed, "eval", index) for index in range(len(examples))]
     mine = examples if world is None else world.share(examples)
-    completions = engine.generate(
-        [example.prompt_ids for example in mine],
-        [1] * len(mine),
-        temperature=temperature,
-        max_tokens=max_tokens,
-        seeds=seeds if world is None else world.share(seeds),
-    )
+    requests = [
+        Request(example.prompt_ids, 1, max_tokens, seed)
+        for example, seed in zip(mine, seeds if world is None else world.share(seeds), strict=True)
+    ]
+    # a problem that the engine refuses has no answer, which is not a right one
+    completions = [found or [Completion((), (), False)] for found in generate(engine, requests, temperature)]
     texts = [template.decode(answer.token_ids) for [answer] in completions]
     verdicts = verifier.grade([(text, ex.problem.answer) for text, ex in zip(texts, mine, strict=True)])
     judged = [(answer, text, verdict) for [answer], text, verdict in zip(completions, texts, verdicts, strict=True)]

@@ -41,6 +41,8 @@ class Row:
 class Group:
     example: Example
     rows: list[Row] = field(default_factory=list)
+    position: int = -1
+    """Of its prompt in the stream (`luffy.data.batches`)."""
 
     @property
     def traces(self) -> list[Row]:

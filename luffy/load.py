@@ -34,9 +34,9 @@ from luffy import activations, attention, body_kernels, lora
 from luffy.config import ModelConfig
 from luffy.console import say
 from luffy.consolidate import read_header
+from luffy.dtypes import dtype_of
 from luffy.errors import UserError, user_errors
 from luffy.files import DISK_ERRORS
-from luffy.optim import dtype_of
 from luffy.shards import fill
 from luffy.weights import weights_of
 

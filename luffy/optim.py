@@ -2,7 +2,6 @@
 
 import math
 
-import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
@@ -39,7 +38,3 @@ def step(optimizer: Optimizer, model: nn.Module, max_grad_norm: float, loss: flo
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm, good
-
-
-def dtype_of(name: str) -> torch.dtype:
-    return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]

@@ -209,8 +209,8 @@ def evaluate(asked: Asked, choice: Choice) -> Plan:
 def load_of(asked: Asked, choice: Choice) -> tuple[Load, float]:
     """The load of a rank, and the bytes of its engine's cache alone (negative where its weights leave no room)."""
     config, shape = asked.config, asked.shape
-    dtype = 2 if config.model.dtype == "bfloat16" else 4
-    weights = (2 if (config.rollout.dtype or config.model.dtype) == "bfloat16" else 4) * float(shape.parameters)
+    dtype = 4 if config.model.dtype == "float32" else 2
+    weights = (4 if (config.rollout.dtype or config.model.dtype) == "float32" else 2) * float(shape.parameters)
     if not asked.engine:
         weights = cache = share = 0.0
     elif choice.memory_fraction is not None:

@@ -12,8 +12,9 @@ from luffy import checkpoint, distributed, lora, optim
 from luffy.checks import check_body, check_lengths
 from luffy.config import Config
 from luffy.console import say
-from luffy.data import Batches, Example
+from luffy.data import Example, Ledger, Stream
 from luffy.distributed import World
+from luffy.dtypes import dtype_of
 from luffy.errors import UserError, user_errors
 from luffy.interrupt import StopOnInterrupt
 from luffy.load import empty_lm, identity, load_weights, read_config
@@ -80,17 +81,17 @@ class Trainer:
         self.resources.__exit__(*exception)
 
 
-def set_up(config: Config, run: RunFolder, resume: bool) -> tuple[Trainer, dict[str, Any], Batches]:
-    """Check everything cheap first, then load; returns the trainer, the loop's state and the stream of batches."""
+def set_up(config: Config, run: RunFolder, resume: bool) -> tuple[Trainer, dict[str, Any], Ledger]:
+    """Check everything cheap first, then load; returns the trainer, the loop's state and the ledger of prompts."""
     with ExitStack() as resources:
         world = distributed.start(config.mesh)
         resources.callback(distributed.close)
         stop, hang_s = StopOnInterrupt(), 60 * config.train.hang_minutes or None
         watch = resources.enter_context(Watchdog(world.store, world.rank, world.size, stop, hang_s=hang_s))
         with watch.together():
-            trainer, loop, batches = _set_up(config, run, resume, world, watch, stop, resources)
+            trainer, loop, ledger = _set_up(config, run, resume, world, watch, stop, resources)
         trainer.resources = resources.pop_all()  # what fails before this line is closed here, the rest by the trainer
-        return trainer, loop, batches
+        return trainer, loop, ledger
 
 
 def _set_up(
@@ -101,7 +102,7 @@ def _set_up(
     watch: Watchdog,
     stop: StopOnInterrupt,
     resources: ExitStack,
-) -> tuple[Trainer, dict[str, Any], Batches]:
+) -> tuple[Trainer, dict[str, Any], Ledger]:
     if world.is_main:
         run.check(config, resume)
     path = base = resolve(config.model)
@@ -120,7 +121,7 @@ def _set_up(
     if not heldout and not validation:
         say("no held-out problems: set eval.path to measure accuracy before, during and after")
     with user_errors("train"):
-        batches = Batches(len(training.examples), config.train.prompts_per_step, config.train.seed)
+        ledger = Ledger(Stream(len(training.examples), config.train.prompts_per_step, config.train.seed))
         verifier = resources.enter_context(
             VerifierPool(config.reward.grader, config.reward.workers, config.reward.timeout_s)
         )
@@ -161,7 +162,7 @@ def _set_up(
         version=-1 if rounded else loop["updates"],
     )
     resources.enter_context(engine)
-    policy = shard(policy, world.params, optim.dtype_of(config.model.dtype), config.optim.on_cpu)
+    policy = shard(policy, world.params, dtype_of(config.model.dtype), config.optim.on_cpu)
     masters = torch.device("cpu") if config.optim.on_cpu else world.device
     load_weights(policy.train(), weights, world.device, weights_on=masters)
     if adapts:
@@ -172,7 +173,7 @@ def _set_up(
             checkpoint.load_adapters(found, policy)
         checkpoint.load_optimizer(found, policy, optimizer)
         with user_errors("resume"):
-            batches.load_state_dict(loop["batches"])
+            ledger.load_state_dict(loop["ledger"])
     if adapts:
         mine = identity(base)
         if loop.setdefault("base", mine) != mine:
@@ -205,7 +206,7 @@ def _set_up(
         resources=resources,
         version=loop["updates"],
     )
-    return trainer, loop, batches
+    return trainer, loop, ledger
 
 
 def open_log(path: Path, tensorboard: Path, step: int, world: World, resources: ExitStack) -> MetricsLog | NoLog:

@@ -8,8 +8,7 @@ talk: each works out the same packing and takes its part. The normaliser of an u
 backward; every micro-batch of every rank divides by the same number, and sums are all that ranks exchange.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections import Counter
 from functools import partial
 from typing import Any, cast
 
@@ -19,7 +18,7 @@ from luffy import checkpoint, optim, timeline
 from luffy.config import Config
 from luffy.console import StepProgress
 from luffy.correction import correct
-from luffy.data import Batches, Example
+from luffy.data import Example, Ledger
 from luffy.errors import UserError
 from luffy.evaluate import Evaluation, evaluate
 from luffy.files import write_json
@@ -27,14 +26,11 @@ from luffy.groups import Group, Row
 from luffy.interrupt import Stopped
 from luffy.metrics import UpdateMetrics, count_tokens, group_metrics, work_metrics
 from luffy.packing import MicroBatch, pack
-from luffy.rollout.ahead import Ahead
 from luffy.run_folder import RunFolder
-from luffy.seeds import derive
+from luffy.sampling import Batch, sampling, sync
 from luffy.sequence import slice_of
 from luffy.setup import Trainer, set_up
 from luffy.timing import Phases, peak_memory_gib
-
-Sampler = Callable[[int, Phases], tuple[list[Group], dict[str, Any]]]
 
 
 def train(config: Config, run: RunFolder, resume: bool = False) -> dict[str, Any]:
@@ -45,14 +41,14 @@ def train(config: Config, run: RunFolder, resume: bool = False) -> dict[str, Any
     """
     if resume and run.is_complete(config):
         return cast(dict[str, Any], run.result)
-    t, loop, batches = set_up(config, run, resume)
+    t, loop, ledger = set_up(config, run, resume)
     with t, t.watch.together():
-        result = train_steps(t, loop, batches)
+        result = train_steps(t, loop, ledger)
         t.watch.close()  # what follows takes each rank its own time
         return result
 
 
-def train_steps(t: Trainer, loop: dict[str, Any], batches: Batches) -> dict[str, Any]:
+def train_steps(t: Trainer, loop: dict[str, Any], ledger: Ledger) -> dict[str, Any]:
     """Evaluate, train until the steps, the minutes or the user's patience are used up, evaluate again."""
     config, run = t.config, t.run
     if loop["step"] == 0:
@@ -61,13 +57,14 @@ def train_steps(t: Trainer, loop: dict[str, Any], batches: Batches) -> dict[str,
     with t.stop, StepProgress(config.train.steps, loop["step"]) as progress:
         if loop["before"]:
             progress.accuracy(loop["before"][0]["accuracy"])
-        with sampling(t, loop, batches) as sampled:
+        with sampling(t, ledger, loop["step"] + 1) as sampled:
             while loop["step"] < config.train.steps and not out_of_time(config, loop) and not must_stop(t):
                 step = loop["step"] = loop["step"] + 1
                 phases = Phases(partial(t.watch.phase, step=step))
-                groups, loop["batches"] = sampled(step, phases)
+                mine = sampled(step, phases)
                 with phases("gather"):
-                    groups = t.world.gather(groups)
+                    groups, counts = gather(t, mine, ledger)
+                    loop["ledger"] = ledger.state_dict()
                 behind = staleness(groups, t.version)
                 with phases("update"):
                     rows = {id(group): t.objective.assign(group) for group in groups}
@@ -76,7 +73,7 @@ def train_steps(t: Trainer, loop: dict[str, Any], batches: Batches) -> dict[str,
                     with phases("sync"):
                         sync(t)  # what is being sampled goes on with these
 
-                record = record_step(t, loop, groups, rows, metrics, phases) | behind
+                record = record_step(t, loop, groups, rows, metrics, phases) | behind | counts
                 if t.world.is_main:
                     timeline.append(t.run.timeline, step, phases.events)
                 t.log.write(step, record)
@@ -113,55 +110,13 @@ def train_steps(t: Trainer, loop: dict[str, Any], batches: Batches) -> dict[str,
     return result
 
 
-def sync(t: Trainer) -> None:
-    """Give the engine the policy's weights, if it is about to be asked and has older ones."""
-    if t.engine.version != t.version:
-        t.engine.sync(t.policy, optim.dtype_of(t.config.rollout.dtype or t.config.model.dtype), t.version)
-
-
-@contextmanager
-def sampling(t: Trainer, loop: dict[str, Any], batches: Batches) -> Iterator[Sampler]:
-    """Yields what gives a step its groups, this rank's, sampled and graded, and where in the data the step after it
-    begins: with `rollout.max_staleness` batches are sampled ahead of the update. A checkpoint keeps the place of the
-    last step that was trained on, so that what was sampled ahead is sampled again, and no prompt is lost or used twice.
-    """
-
-    def examples_of(step: int) -> tuple[list[Example], dict[str, Any]]:
-        return [t.examples[index] for index in batches.next()], batches.state_dict()
-
-    def now(step: int, phases: Phases) -> tuple[list[Group], dict[str, Any]]:
-        examples, place = examples_of(step)
-        with phases("sync"):
-            if any(t.objective.num_rollouts(example) for example in examples):
-                sync(t)
-        with phases("rollout"):
-            groups = roll_out(t, examples, step)
-        with phases("verify"):
-            grade(t, groups)
-        return groups, place
-
-    def make(step: int) -> tuple[list[Group], dict[str, Any]]:
-        examples, place = examples_of(step)
-        groups = roll_out(t, examples, step)
-        grade(t, groups)
-        return groups, place
-
-    depth = t.config.rollout.max_staleness
-    if not depth:
-        yield now
-        return
-    with Ahead(make, loop["step"] + 1, t.config.train.steps, depth) as ahead:
-
-        def later(step: int, phases: Phases) -> tuple[list[Group], dict[str, Any]]:
-            with phases("rollout"):
-                made = ahead.next()
-            assert made.step == step
-            phases.aside("ahead", made.began, made.seconds)
-            phases.idle = {"trainer/idle_s": phases.by_name["rollout"], "rollout/idle_s": made.waited}
-            return made.value
-
-        yield later
-    t.engine.abort()
+def gather(t: Trainer, mine: Batch, ledger: Ledger) -> tuple[list[Group], dict[str, float]]:
+    """The groups of all ranks, and what happened while they were sampled; their prompts are used up now. Collective."""
+    batches = t.world.everyone(mine)
+    groups = t.world.whole([batch.groups for batch in batches])
+    ledger.use([group.position for group in groups] + [position for batch in batches for position in batch.given_up])
+    counts = sum((batch.counts for batch in batches), Counter[str]())
+    return groups, {name: float(counts[name]) for name in mine.counts}
 
 
 def staleness(groups: list[Group], version: int) -> dict[str, float]:
@@ -173,43 +128,6 @@ def staleness(groups: list[Group], version: int) -> dict[str, float]:
         return {}
     mean = sum((span.end - span.begin) * n for span, n in zip(spans, behind, strict=True)) / tokens
     return {"rollout/staleness_mean": mean, "rollout/staleness_max": float(max(behind))}
-
-
-def roll_out(t: Trainer, examples: list[Example], step: int) -> list[Group]:
-    """This rank's groups: fresh rollouts plus the stored traces. Nothing is generated after a trace."""
-    seeds = t.world.share([derive(t.config.train.seed, "rollout", step, index) for index in range(len(examples))])
-    examples = t.world.share(examples)
-    completions = t.engine.generate(
-        [example.prompt_ids for example in examples],
-        [t.objective.num_rollouts(example) for example in examples],
-        temperature=t.config.rollout.temperature,
-        max_tokens=t.config.rollout.max_tokens,
-        seeds=seeds,
-    )
-    groups = []
-    for example, answers in zip(examples, completions, strict=True):
-        rows = [
-            Row(
-                token_ids=a.token_ids,
-                text=t.template.decode(a.token_ids),
-                finished=a.finished,
-                sampler_logp=a.logp,
-                versions=a.versions,
-            )
-            for a in answers
-        ]
-        for trace in example.traces[: t.objective.num_traces(example)]:
-            rows.append(Row(token_ids=trace, text=t.template.decode(trace), is_trace=True))
-        groups.append(Group(example=example, rows=rows))
-    return groups
-
-
-def grade(t: Trainer, groups: list[Group]) -> None:
-    """Rewards of rollouts and traces alike: a trace is verified, never assumed right."""
-    pairs = [(row, group.example.problem.answer) for group in groups for row in group.rows]
-    verdicts = t.verifier.grade([(row.text, answer) for row, answer in pairs])
-    for (row, _), verdict in zip(pairs, verdicts, strict=True):
-        row.reward, row.verdict = verdict.reward, verdict.status
 
 
 def update(t: Trainer, groups: list[Group], rows: dict[int, list[Row]], loop: dict[str, Any]) -> UpdateMetrics:

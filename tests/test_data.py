@@ -1,13 +1,15 @@
 """Loading, tokenising and batching problems; every refusal says what is wrong and where."""
 
+import itertools
 import json
 import sys
 import types
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from luffy.data import Batches, DataError, Problem, load_problems, tokenize
+from luffy.data import DataError, Ledger, Problem, Stream, load_problems, tokenize
 from luffy.problems import ProblemSpec, write_splits
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -279,47 +281,61 @@ def test_nothing_left_is_an_error_that_says_why():
         tokenize([problem("a")], Letters(), max_prompt_tokens=2, max_trace_tokens=5)
 
 
-def test_batches_are_permutations_that_differ_by_epoch_and_seed():
-    batches = Batches(10, 3, seed=47)
-    epochs = [[batches.next() for _ in range(3)] for _ in range(3)]
-    for epoch in epochs:
-        seen = [index for batch in epoch for index in batch]
-        assert len(seen) == len(set(seen)) == 9, "no index twice in an epoch, and the partial batch is dropped"
+def indices(stream: Stream, first: int, count: int) -> list[int]:
+    return [stream.index(first + i) for i in range(count)]
+
+
+def test_epochs_are_permutations_that_differ_by_epoch_and_seed():
+    stream = Stream(10, 3, seed=47)
+    epochs = [indices(stream, 9 * epoch, 9) for epoch in range(3)]
+    for seen in epochs:
+        assert len(set(seen)) == 9, "no index twice in an epoch, and the partial batch is dropped"
         assert set(seen) <= set(range(10))
     assert epochs[0] != epochs[1] != epochs[2]
-    assert [Batches(10, 3, seed=47).batch(1, i) for i in range(3)] == epochs[1]
-    assert Batches(10, 3, seed=48).next() != epochs[0][0]
+    assert indices(Stream(10, 3, seed=47), 9, 9) == epochs[1]
+    assert [stream.index(p) for p in (18, 8, 9, 17, 8)] == [epochs[2][0], epochs[0][8], *epochs[1][::8], epochs[0][8]]
+    assert indices(Stream(10, 3, seed=48), 0, 9) != epochs[0]
     # Pinned, because a resumed run must see the same batches under every Python version.
-    assert Batches(5, 5, seed=0).next() == PINNED_ORDER
+    assert indices(Stream(5, 5, seed=0), 0, 5) == PINNED_ORDER
 
 
 PINNED_ORDER = [1, 0, 4, 3, 2]
 
 
-def test_batches_resume_at_every_position():
-    straight = Batches(7, 2, seed=1)
-    for taken in range(8):
-        resumed, whole = Batches(7, 2, seed=1), Batches(7, 2, seed=1)
-        for _ in range(taken):
-            whole.next()
-        resumed.load_state_dict(json.loads(json.dumps(whole.state_dict())))
-        assert [resumed.next() for _ in range(5)] == [whole.next() for _ in range(5)]
-    assert straight.state_dict() == {"n": 7, "batch_size": 2, "seed": 1, "epoch": 0, "cursor": 0}
+def take(positions: Iterator[int], count: int) -> list[int]:
+    return list(itertools.islice(positions, count))
 
 
-def test_batches_refuse_what_cannot_work():
+def test_a_ledger_gives_every_position_to_one_rank_and_once():
+    ledger = Ledger(Stream(100, 5, seed=1))
+    two = [ledger.unused(rank, 2) for rank in range(2)]
+    assert [take(two[0], 6), take(two[1], 4)] == [[0, 2, 4, 5, 7, 9], [1, 3, 6, 8]]  # 3 and 2 of a batch of 5
+    ledger.use([0, 2, 4, 7, 1])
+    assert (ledger.low, ledger.beyond) == (3, {4, 7})
+    with pytest.raises(ValueError, match="position 4 is used twice"):
+        ledger.use([4])
+    with pytest.raises(ValueError, match="position 2 is used twice"):
+        ledger.use([2])
+    resumed = Ledger(Stream(100, 5, seed=1))
+    resumed.load_state_dict(json.loads(json.dumps(ledger.state_dict())))
+    assert take(resumed.unused(0, 1), 5) == [3, 5, 6, 8, 9]  # what was under way, and what nobody began
+    assert [take(resumed.unused(rank, 2), 3) for rank in range(2)] == [[5, 9, 10], [3, 6, 8]]
+    assert ledger.state_dict() == {"n": 100, "batch_size": 5, "seed": 1, "low": 3, "beyond": [4, 7]}
+
+
+def test_streams_and_ledgers_refuse_what_cannot_work():
     with pytest.raises(ValueError, match=r"batch_size must be at most the number of examples \(3\), got 4"):
-        Batches(3, 4, seed=0)
+        Stream(3, 4, seed=0)
     with pytest.raises(ValueError, match="batch_size must be at least 1"):
-        Batches(3, 0, seed=0)
-    state = Batches(8, 2, seed=0).state_dict()
+        Stream(3, 0, seed=0)
+    state = Ledger(Stream(8, 2, seed=0)).state_dict()
     for other, name in (
-        (Batches(9, 2, seed=0), "n"),
-        (Batches(8, 4, seed=0), "batch_size"),
-        (Batches(8, 2, seed=1), "seed"),
+        (Stream(9, 2, seed=0), "n"),
+        (Stream(8, 4, seed=0), "batch_size"),
+        (Stream(8, 2, seed=1), "seed"),
     ):
-        with pytest.raises(ValueError, match=f"Batches: {name} must be"):
-            other.load_state_dict(state)
+        with pytest.raises(ValueError, match=f"Ledger: {name} must be"):
+            Ledger(other).load_state_dict(state)
 
 
 def test_importing_stays_light():

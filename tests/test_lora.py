@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from luffy import checkpoint, distributed, lora, optim
 from luffy.config import Config, LoraConfig, MeshConfig, ModelConfig
+from luffy.dtypes import dtype_of
 from luffy.errors import UserError
 from luffy.load import empty_lm, load_weights
 from luffy.model import Policy, shard
@@ -32,7 +33,7 @@ def adapted(folder: Path, dtype: str = "float32", world=None, **options) -> Poli
     config = ModelConfig(name=str(folder), dtype=dtype, lora=LoraConfig(rank=RANK, alpha=ALPHA, **options))
     policy = Policy(empty_lm(str(folder), config), 1.0)
     if world is not None:
-        policy = shard(policy, world.params, optim.dtype_of(dtype))
+        policy = shard(policy, world.params, dtype_of(dtype))
     load_weights(policy.train(), str(folder), CPU)
     lora.initialise(policy.lm, seed=5)
     return policy

@@ -5,12 +5,12 @@ import json
 import pytest
 import torch
 from test_train import arguments, records, without_times
-from tiny import luffy, make_model
+from tiny import luffy, make_model, sample
 
 from luffy.config import Config, RolloutConfig
 from luffy.errors import UserError
 from luffy.rollout.engine import Completion, Span
-from luffy.rollout.replay import Recorder, Replay
+from luffy.rollout.replay import Recorder, Replay, Told
 
 
 class Fixed:
@@ -18,11 +18,13 @@ class Fixed:
 
     version = 3
 
-    def generate(self, prompts, counts, *, temperature, max_tokens, seeds):
-        return [
-            [Completion((seed, n), (-0.5, -0.25), n % 2 == 0, (Span(3, 0, 2),)) for n in range(count)]
-            for seed, count in zip(seeds, counts, strict=True)
-        ]
+    def begin(self, requests, temperature):
+        return Told(
+            [
+                [Completion((r.seed, n), (-0.5, -0.25), n % 2 == 0, (Span(3, 0, 2),)) for n in range(r.count)]
+                for r in requests
+            ]
+        )
 
 
 ASK = {"temperature": 0.7, "max_tokens": 5}
@@ -30,19 +32,19 @@ ASK = {"temperature": 0.7, "max_tokens": 5}
 
 def test_what_was_sampled_is_found_by_prompt_and_seed(tmp_path):
     recorder = Recorder(Fixed(), tmp_path / "rollouts" / "rank-0.jsonl")
-    prompts = [(1, 2), (1, 2), (3,)]
-    want = recorder.generate(prompts, [2, 3, 0], seeds=[7, 8, 9], **ASK)
-    recorder.generate([(1, 2)], [1], seeds=[10], **ASK)
+    prompts = [(1, 2), (1, 2)]
+    want = sample(recorder, prompts, [2, 3], seeds=[7, 8], **ASK)
+    sample(recorder, [(1, 2)], [1], seeds=[10], **ASK)
     engine = Replay(tmp_path / "rollouts", version=3)
-    assert engine.generate(prompts, [2, 3, 0], seeds=[7, 8, 9], **ASK) == want
-    assert engine.generate([(1, 2)], [1], seeds=[8], **ASK) == [want[1][:1]]
+    assert sample(engine, prompts, [2, 3], seeds=[7, 8], **ASK) == want
+    assert sample(engine, [(1, 2)], [1], seeds=[8], **ASK) == [want[1][:1]]
     assert engine.sync(None, torch.float32, 4) == 0
-    assert engine.generate([(1, 2)], [1], seeds=[7], **ASK)[0][0].versions == (Span(4, 0, 2),)
+    assert sample(engine, [(1, 2)], [1], seeds=[7], **ASK)[0][0].versions == (Span(4, 0, 2),)
 
 
 def test_what_was_not_sampled_is_refused(tmp_path):
     file = tmp_path / "r.jsonl"
-    Recorder(Fixed(), file).generate([(1, 2)], [2], seeds=[7], **ASK)
+    sample(Recorder(Fixed(), file), [(1, 2)], [2], seeds=[7], **ASK)
     file.write_text(file.read_text() + '{"prompt": [1')  # a kill
     engine = Replay(tmp_path)
     for prompts, count, seed, changes, words in (
@@ -52,7 +54,7 @@ def test_what_was_not_sampled_is_refused(tmp_path):
         ([(1, 2)], 2, 7, {"max_tokens": 9}, "was recorded with max_tokens 5, asked for 9"),
     ):
         with pytest.raises(UserError, match=words):
-            engine.generate(prompts, [count], seeds=[seed], **ASK | changes)
+            sample(engine, prompts, [count], seeds=[seed], **ASK | changes)
     with pytest.raises(UserError, match="cannot score other tokens"):
         engine.score([(1, 2)])
     file.write_text("no json\n" + file.read_text())

@@ -13,15 +13,16 @@ import pytest
 import torch
 from test_train import arguments, records, without_times
 from test_weight_sync import SEQUENCES, trainer_logp
-from tiny import ROOT, luffy, make_model
+from tiny import ROOT, luffy, make_model, sample
 
 from luffy import distributed, optim
 from luffy.config import MeshConfig, ModelConfig, OptimConfig, RolloutConfig
 from luffy.errors import UserError
 from luffy.load import empty_lm, load_weights
 from luffy.model import Policy, shard
+from luffy.rollout.asking import Aborted
 from luffy.rollout.serve import arguments as serve_arguments
-from luffy.rollout.servers import Aborted, Servers
+from luffy.rollout.servers import Servers
 from luffy.rollout.transport import version_folder, write_version
 from luffy.rollout.vllm_engine import VllmEngine
 from luffy.shards import fill
@@ -73,7 +74,7 @@ def gap(policy: Policy, scores: list[list[float]]) -> float:
 
 def ask(engine, prompts=PROMPTS, each: int = 3, tokens: int = 12):
     seeds = list(range(100, 100 + len(prompts)))
-    return engine.generate(prompts, [each] * len(prompts), temperature=1.0, max_tokens=tokens, seeds=seeds)
+    return sample(engine, prompts, [each] * len(prompts), temperature=1.0, max_tokens=tokens, seeds=seeds)
 
 
 def wait_for(what, seconds: float = 90) -> None:
@@ -113,7 +114,7 @@ def test_servers_answer_as_an_engine_in_this_process_does(model, servers):
             assert a.finished == b.finished
     for a, b in zip(servers.score(SEQUENCES), scores, strict=True):
         torch.testing.assert_close(torch.tensor(a), torch.tensor(b), atol=1e-4, rtol=0)
-    assert servers.generate([PROMPTS[0]], [0], temperature=1.0, max_tokens=3, seeds=[1]) == [[]]
+    assert sample(servers, [], [], temperature=1.0, max_tokens=3, seeds=[]) == []
 
 
 def test_a_sync_gives_every_server_the_new_weights(policy, servers):

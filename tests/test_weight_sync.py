@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import make_model
+from tiny import make_model, sample
 from torch.distributed.fsdp import FSDPModule
 
 from luffy import distributed, optim
@@ -80,16 +80,16 @@ def test_sync_moves_the_engine_from_the_old_weights_to_the_new(parts):
 def test_generation_uses_the_new_weights_too(parts):
     policy, engine = parts
     prompt = tuple(5 + i % 90 for i in range(150))  # longer than a block of the prefix cache, which must be emptied
-    engine.generate([prompt], [1], temperature=1.0, max_tokens=1, seeds=[3])
+    sample(engine, [prompt], [1], temperature=1.0, max_tokens=1, seeds=[3])
     optimizer = optim.make_optimizer(policy, OptimConfig(lr=0.02))
     for param in policy.parameters():
         param.grad = torch.randn_like(param)
     optimizer.step()
     engine.sync(policy, torch.float32, version=8)
-    [[answer]] = engine.generate([prompt], [1], temperature=1.0, max_tokens=8, seeds=[3])
+    [[answer]] = sample(engine, [prompt], [1], temperature=1.0, max_tokens=8, seeds=[3])
     want = trainer_logp(policy, prompt + answer.token_ids)[len(prompt) - 1 :]
     torch.testing.assert_close(torch.tensor(answer.logp), want, atol=1e-3, rtol=0)
-    [[again]] = engine.generate([prompt], [1], temperature=1.0, max_tokens=8, seeds=[3])
+    [[again]] = sample(engine, [prompt], [1], temperature=1.0, max_tokens=8, seeds=[3])
     assert again == answer  # a pure function of weights, prompt and seed
 
 
@@ -97,10 +97,10 @@ def test_an_answer_ends_at_the_token_it_is_told_to_end_at(parts, monkeypatch):
     """Base models' tokenizers name another EOS than their chat template closes a turn with."""
     _, engine = parts
     ask = {"temperature": 1.0, "max_tokens": 8, "seeds": [5]}
-    [[whole]] = engine.generate([SEQUENCES[0]], [1], **ask)
+    [[whole]] = sample(engine, [SEQUENCES[0]], [1], **ask)
     last = next(i for i, token in enumerate(whole.token_ids) if i and token not in whole.token_ids[:i])
     monkeypatch.setattr(engine, "eos_token_id", whole.token_ids[last])
-    [[cut]] = engine.generate([SEQUENCES[0]], [1], **ask)
+    [[cut]] = sample(engine, [SEQUENCES[0]], [1], **ask)
     assert cut.token_ids == whole.token_ids[: last + 1]
     assert cut.finished
     assert not whole.finished

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from luffy.prompts import CHATML
+from luffy.rollout.engine import Request, generate
 
 ROOT = Path(__file__).resolve().parent.parent
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -48,6 +49,12 @@ def make_model(folder: Path, seed: int = 0) -> Path:
     AutoModelForCausalLM.from_config(config).to(torch.float32).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def sample(engine, prompts, counts, *, temperature: float, max_tokens: int, seeds) -> list:
+    """Completions of each prompt."""
+    asked = zip(prompts, counts, seeds, strict=True)
+    return generate(engine, [Request(p, count, max_tokens, seed) for p, count, seed in asked], temperature)
 
 
 def luffy(*args: str | Path, cwd: Path, timeout: int = 240, **env: str) -> subprocess.CompletedProcess[str]:

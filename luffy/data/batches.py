@@ -1,63 +1,82 @@
-"""Which examples make up each batch: a pure function of (seed, epoch, position).
+"""Which examples are trained on, in which order: a stream of positions without an end, and a ledger of those used up.
 
-Every epoch is a new permutation without replacement; its last partial batch is dropped. Deliberately absent: workers,
-prefetching, sharding.
+Position p is an example: a pure function of (seed, p). Every epoch is a new permutation without replacement, less its
+last partial batch. Deliberately absent: workers, prefetching.
 """
 
 import random
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 
-class Batches:
-    """An endless sequence of index batches that resumes exactly.
+class Stream:
+    """An endless sequence of example indices.
 
-    n: number of examples. batch_size: indices a batch. Raises ValueError when a batch is larger than the data.
+    n: number of examples. batch_size: positions a step. Raises ValueError when a batch is larger than the data.
     """
 
     def __init__(self, n: int, batch_size: int, seed: int) -> None:
         if batch_size < 1:
-            raise ValueError(f"Batches: batch_size must be at least 1, got {batch_size}")
+            raise ValueError(f"Stream: batch_size must be at least 1, got {batch_size}")
         if n < batch_size:
-            raise ValueError(f"Batches: batch_size must be at most the number of examples ({n}), got {batch_size}")
+            raise ValueError(f"Stream: batch_size must be at most the number of examples ({n}), got {batch_size}")
         self.n, self.batch_size, self.seed = n, batch_size, seed
-        self.epoch, self.cursor = 0, 0
-        self._order: tuple[int, list[int]] | None = None
+        self._orders: dict[int, list[int]] = {}
 
     @property
-    def batches_per_epoch(self) -> int:
-        """Number of whole batches in an epoch."""
-        return self.n // self.batch_size
+    def per_epoch(self) -> int:
+        """Positions of an epoch: whole batches."""
+        return self.n - self.n % self.batch_size
 
-    def batch(self, epoch: int, position: int) -> list[int]:
-        """Batch `position` of `epoch`, both counted from 0; changes nothing that a caller can see."""
-        if not 0 <= position < self.batches_per_epoch:
-            raise ValueError(f"Batches: position must be in [0, {self.batches_per_epoch}), got {position}")
-        if self._order is None or self._order[0] != epoch:
+    def index(self, position: int) -> int:
+        """Of the example at `position`, from 0."""
+        epoch, place = divmod(position, self.per_epoch)
+        if epoch not in self._orders:
             rng = random.Random(f"luffy batches {self.seed} {epoch}")
             # Sorting by random keys, because only random() is promised to stay the same across Python versions.
             keys = [rng.random() for _ in range(self.n)]
-            self._order = epoch, sorted(range(self.n), key=keys.__getitem__)
-        start = position * self.batch_size
-        return self._order[1][start : start + self.batch_size]
+            newest = list(self._orders.items())[-1:]  # prompts may be carried over the end of an epoch
+            self._orders = dict(newest) | {epoch: sorted(range(self.n), key=keys.__getitem__)}
+        return self._orders[epoch][place]
 
-    def next(self) -> list[int]:
-        """The next batch's indices; starts the next epoch when this one has no whole batch left."""
-        if self.cursor >= self.batches_per_epoch:
-            self.epoch, self.cursor = self.epoch + 1, 0
-        indices = self.batch(self.epoch, self.cursor)
-        self.cursor += 1
-        return indices
+
+class Ledger:
+    """Positions of a stream that are used up: trained on, or given up for want of a signal. Everything below `low` is,
+    and what is in `beyond`. Ranks take positions each for itself; the ledger is what they agree on after a step, and
+    what a checkpoint keeps, so that no prompt is lost or used twice, whatever was under way."""
+
+    def __init__(self, stream: Stream) -> None:
+        self.stream, self.low, self.beyond = stream, 0, set[int]()
+
+    def use(self, positions: Iterable[int]) -> None:
+        """Raises ValueError where one is used up already."""
+        for position in positions:
+            if position < self.low or position in self.beyond:
+                raise ValueError(f"Ledger: position {position} is used twice")
+            self.beyond.add(position)
+        while self.low in self.beyond:
+            self.beyond.remove(self.low)
+            self.low += 1
+
+    def unused(self, rank: int, ranks: int) -> Iterator[int]:
+        """Positions that are this rank's to take, in order, as the ledger is now; without an end. A batch is dealt to
+        the ranks in turn, so that each goes through the stream at the pace of its share."""
+        position, beyond = self.low, set(self.beyond)
+        while True:
+            if (position % self.stream.batch_size) % ranks == rank and position not in beyond:
+                yield position
+            position += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that `load_state_dict` needs to continue with the same batches."""
-        names = ("n", "batch_size", "seed", "epoch", "cursor")
-        return {name: getattr(self, name) for name in names}
+        """Everything that `load_state_dict` needs to go on."""
+        stream = {name: getattr(self.stream, name) for name in ("n", "batch_size", "seed")}
+        return stream | {"low": self.low, "beyond": sorted(self.beyond)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state` was taken. Raises ValueError when the data, batch size or seed is another."""
         for name in ("n", "batch_size", "seed"):
-            if state[name] != getattr(self, name):
+            if state[name] != getattr(self.stream, name):
                 raise ValueError(
-                    f"Batches: {name} must be {state[name]} as in the saved state, got {getattr(self, name)}"
+                    f"Ledger: {name} must be {state[name]} as in the saved state, got {getattr(self.stream, name)}"
                 )
-        self.epoch, self.cursor = int(state["epoch"]), int(state["cursor"])
+        self.low, self.beyond = int(state["low"]), set(map(int, state["beyond"]))

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from luffy import dtypes
 from luffy.config import Config
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def make_engine(
     """
     rollout = config.rollout
     options: dict[str, Any] = {
-        "dtype": rollout.dtype or config.model.dtype,
+        "dtype": dtypes.resolve(rollout.dtype or config.model.dtype),
         "eos_token_id": eos_token_id,
         "max_model_len": max_model_len,
         "trust_remote_code": config.model.trust_remote_code,

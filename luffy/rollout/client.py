@@ -17,6 +17,14 @@ class Refused(Exception):
     """The server answered that it will not do this, whatever the number of tries."""
 
 
+class Cut(Exception):
+    """Sampling was ended before the answers were; `completions` has what there is."""
+
+    def __init__(self, completions: list[Completion]) -> None:
+        super().__init__()
+        self.completions = completions
+
+
 class Client:
     """url: http://HOST:PORT. key: sent with every request, never logged."""
 
@@ -36,15 +44,19 @@ class Client:
         except httpx.HTTPError:
             return False
 
-    def generate(self, prompt: Ids, params: Params, salt: str) -> list[Completion]:
-        """salt: requests of another one share no cached prefix with these: the weights were others.
+    def generate(self, prompt: Ids, params: Params, salt: str, name: str) -> list[Completion]:
+        """salt: requests of another one share no cached prefix with these: the weights were others. name: of this
+        request, to `abort` it by.
 
         Raises:
-            Unreachable, Refused.
+            Unreachable, Refused; Cut when it was aborted.
         """
-        body = {"token_ids": list(prompt), "sampling_params": params, "cache_salt": salt}
-        answer = self._post("/inference/v1/generate", body)
-        return [_completion(choice) for choice in sorted(answer["choices"], key=lambda choice: choice["index"])]
+        body = {"token_ids": list(prompt), "sampling_params": params, "cache_salt": salt, "request_id": name}
+        choices = sorted(self._post("/inference/v1/generate", body)["choices"], key=lambda choice: choice["index"])
+        found = [_completion(choice) for choice in choices]
+        if any(choice["finish_reason"] not in ("stop", "length") for choice in choices):
+            raise Cut(found)
+        return found
 
     def score(self, sequence: Ids, salt: str) -> list[float]:
         params = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0, "detokenize": False}
@@ -79,9 +91,8 @@ class Client:
             self._post("/resume", {}, 60)
         return sorted({name for worker in found for name in worker["missing"]})
 
-    def abort(self) -> None:
-        """Everything that it is generating, for whomever."""
-        self._post("/abort_requests", {}, 60)
+    def abort(self, names: list[str]) -> None:
+        self._post("/abort_requests", {"request_ids": names}, 60)
 
     def set_version(self, version: int) -> None:
         self._post("/update_weight_version", {"new_version": str(version)}, 60)
@@ -106,10 +117,8 @@ def _completion(choice: dict[str, Any]) -> Completion:
         Span(int(span["version"]) if span["version"].lstrip("-").isdecimal() else -1, span["start"], span["end"])
         for span in choice["weight_versions"] or ()
     )
-    logp = tuple(entry["logprob"] for entry in choice["logprobs"]["content"])
-    if choice["finish_reason"] not in ("stop", "length"):
-        raise Unreachable(f"the answer ended with {choice['finish_reason']!r}")  # aborted: whoever did it
-    return Completion(tuple(choice["token_ids"]), logp, choice["finish_reason"] == "stop", spans)
+    logp = tuple(entry["logprob"] for entry in (choice["logprobs"] or {"content": ()})["content"])
+    return Completion(tuple(choice["token_ids"] or ()), logp, choice["finish_reason"] == "stop", spans)
 
 
 def _reason(answer: httpx.Response) -> str:

@@ -17,7 +17,7 @@ import torch
 
 from luffy.errors import UserError
 from luffy.files import disk_errors
-from luffy.rollout.engine import Completion, Engine, Ids, Span
+from luffy.rollout.engine import Completion, Engine, Generation, Ids, Request, Span
 
 if TYPE_CHECKING:
     from luffy.model import Policy
@@ -37,23 +37,8 @@ class Recorder:
     def version(self) -> int:
         return self.engine.version
 
-    def generate(
-        self,
-        prompts: Sequence[Ids],
-        counts: Sequence[int],
-        *,
-        temperature: float,
-        max_tokens: int,
-        seeds: Sequence[int],
-    ) -> list[list[Completion]]:
-        options: dict[str, Any] = {"temperature": temperature, "max_tokens": max_tokens}
-        found = self.engine.generate(prompts, counts, seeds=seeds, **options)
-        with disk_errors("rollout.record"), self.file.open("a") as file:
-            for prompt, seed, answers in zip(prompts, seeds, found, strict=True):
-                if answers:
-                    told = [{"ids": a.token_ids, "logp": a.logp, "finished": a.finished} for a in answers]
-                    file.write(json.dumps({"prompt": prompt, "seed": seed, **options, "answers": told}) + "\n")
-        return found
+    def begin(self, requests: Sequence[Request], temperature: float) -> "Recording":
+        return Recording(self.engine.begin(requests, temperature), requests, temperature, self.file)
 
     def score(self, sequences: Sequence[Ids]) -> list[list[float]]:
         return self.engine.score(sequences)
@@ -75,6 +60,51 @@ class Recorder:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class Recording:
+    """A generation whose answers are written down as they are taken."""
+
+    def __init__(self, generation: Generation, requests: Sequence[Request], temperature: float, file: Path) -> None:
+        self._generation, self._requests, self._temperature, self._file = generation, requests, temperature, file
+
+    @property
+    def waiting(self) -> int:
+        return self._generation.waiting
+
+    def take(self, timeout: float) -> list[tuple[int, list[Completion]]]:
+        found = self._generation.take(timeout)
+        with disk_errors("rollout.record"), self._file.open("a") as file:
+            for index, answers in found:
+                if answers:
+                    file.write(json.dumps(self._line(self._requests[index], answers)) + "\n")
+        return found
+
+    def _line(self, request: Request, answers: list[Completion]) -> dict[str, Any]:
+        told = [{"ids": a.token_ids, "logp": a.logp, "finished": a.finished} for a in answers]
+        asked = {"prompt": request.prompt, "seed": request.seed, "max_tokens": request.max_tokens}
+        return asked | {"temperature": self._temperature, "answers": told}
+
+    def stop(self) -> dict[int, list[Completion]]:
+        return self._generation.stop()
+
+
+class Told:
+    """A generation that is finished when it begins."""
+
+    def __init__(self, answers: list[list[Completion]]) -> None:
+        self._answers = dict(enumerate(answers))
+
+    @property
+    def waiting(self) -> int:
+        return len(self._answers)
+
+    def take(self, timeout: float) -> list[tuple[int, list[Completion]]]:
+        found, self._answers = list(self._answers.items()), {}
+        return found
+
+    def stop(self) -> dict[int, list[Completion]]:
+        return dict(self.take(0))
 
 
 class Replay:
@@ -104,45 +134,33 @@ class Replay:
                         f"rollout.replay: line {number} of {file} is no recorded rollout: {error}"
                     ) from error
 
-    def generate(
-        self,
-        prompts: Sequence[Ids],
-        counts: Sequence[int],
-        *,
-        temperature: float,
-        max_tokens: int,
-        seeds: Sequence[int],
-    ) -> list[list[Completion]]:
+    def begin(self, requests: Sequence[Request], temperature: float) -> "Told":
         """
         Raises:
             UserError: a prompt was not asked with this seed, or fewer answers to it, or otherwise.
         """
-        asked = {"temperature": temperature, "max_tokens": max_tokens}
-        return [
-            self._find(prompt, seed, count, asked) if count else []
-            for prompt, seed, count in zip(prompts, seeds, counts, strict=True)
-        ]
+        return Told([self._find(request, temperature) for request in requests])
 
-    def _find(self, prompt: Ids, seed: int, count: int, asked: dict[str, float]) -> list[Completion]:
-        entry = self._answers.get((tuple(prompt), seed))
+    def _find(self, request: Request, temperature: float) -> list[Completion]:
+        entry = self._answers.get((tuple(request.prompt), request.seed))
         if entry is None:
             raise UserError(
-                f"rollout.replay: {self.folder} has no answers to a prompt of {len(prompt)} tokens with seed {seed}; "
-                f"it was recorded with other data, another train.seed or fewer steps"
+                f"rollout.replay: {self.folder} has no answers to a prompt of {len(request.prompt)} tokens with seed "
+                f"{request.seed}; it was recorded with other data, another train.seed or fewer steps"
             )
-        for name, value in asked.items():
+        for name, value in (("temperature", temperature), ("max_tokens", request.max_tokens)):
             if entry[name] != value:
                 raise UserError(
                     f"rollout.replay: {self.folder} was recorded with {name} {entry[name]}, asked for {value}"
                 )
-        if len(entry["answers"]) < count:
+        if len(entry["answers"]) < request.count:
             raise UserError(
-                f"rollout.replay: {self.folder} has {len(entry['answers'])} answers to a prompt, and {count} are asked "
-                f"for"
+                f"rollout.replay: {self.folder} has {len(entry['answers'])} answers to a prompt, and {request.count} "
+                f"are asked for"
             )
         return [
             Completion(tuple(a["ids"]), tuple(a["logp"]), a["finished"], (Span(self.version, 0, len(a["ids"])),))
-            for a in entry["answers"][:count]
+            for a in entry["answers"][: request.count]
         ]
 
     def score(self, sequences: Sequence[Ids]) -> list[list[float]]:

@@ -10,13 +10,12 @@ import shutil
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
-from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 from urllib.parse import urlparse
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -25,8 +24,9 @@ from luffy.config import RolloutConfig
 from luffy.console import say
 from luffy.distributed import World
 from luffy.errors import UserError
+from luffy.rollout.asking import Ask, Asking, Counts
 from luffy.rollout.client import Client, Params, Refused, Unreachable
-from luffy.rollout.engine import Completion, Ids
+from luffy.rollout.engine import Completion, Ids, Request
 from luffy.rollout.server import Server, options_of
 from luffy.rollout.transport import version_folder, write_version
 from luffy.weights import hf_weights
@@ -34,13 +34,9 @@ from luffy.weights import hf_weights
 if TYPE_CHECKING:
     from luffy.model import Policy
 
+T = TypeVar("T")
 DEATHS = 3
 """Times in a row that a server may end before it has answered once."""
-PAUSE_S = 0.5  # before a server that did not answer is asked again
-
-
-class Aborted(Exception):
-    """What was asked for is not wanted any more."""
 
 
 class Servers:
@@ -69,12 +65,14 @@ class Servers:
         self.folder = folder
         self._model, self._known = path, version  # what a server is started with, and the version that this is
         self._own: list[Server] = []
-        self._counts: Counter[str] = Counter()
+        self._counts = Counts(
+            *(f"rollout/{what}" for what in ("asked_again", "refused", "server_restarts", "updates_missed"))
+        )
         self._changing = threading.RLock()  # of weights and of servers
         self._closing = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="servers", daemon=True)
         self._fatal: str | None = None
-        self._era = 0  # goes up when what is being generated is let go of
+        self._active: WeakSet[Asking[Completion]] = WeakSet()
         if world.is_main:  # what a kill has left
             shutil.rmtree(folder / "weights", ignore_errors=True)
         try:
@@ -89,100 +87,58 @@ class Servers:
 
     # --- rollouts --------------------------------------------------------------------------------------------------
 
-    def generate(
-        self,
-        prompts: Sequence[Ids],
-        counts: Sequence[int],
-        *,
-        temperature: float,
-        max_tokens: int,
-        seeds: Sequence[int],
-    ) -> list[list[Completion]]:
-        wanted = [i for i, count in enumerate(counts) if count]
+    def begin(self, requests: Sequence[Request], temperature: float) -> Asking[Completion]:
         at_least = self.version
 
-        def ask(client: Client, i: int) -> list[Completion]:
-            params: Params = {"n": counts[i], "temperature": temperature, "max_tokens": max_tokens, "logprobs": 0}
-            params |= {"stop_token_ids": [self.eos_token_id], "detokenize": False}
-            params |= {"seed": seeds[i]} if temperature else {}
-            found = client.generate(prompts[i], params, salt=str(self.version))
+        def ask(client: Client, i: int, name: str) -> list[Completion]:
+            request = requests[i]
+            params: Params = {"n": request.count, "temperature": temperature, "max_tokens": request.max_tokens}
+            params |= {"stop_token_ids": [self.eos_token_id], "detokenize": False, "logprobs": 0}
+            params |= {"seed": request.seed} if temperature else {}
+            found = client.generate(request.prompt, params, str(self.version), name)
             if any(span.version < at_least for completion in found for span in completion.versions):
                 raise Unreachable(f"{client.url} has older weights than version {at_least}")
             return found
 
-        most = max((counts[i] for i in wanted), default=1)
-        answers = self._everywhere(wanted, ask, at_once=max(1, self.config.max_sequences // most))
-        return [answers.get(i) or [] for i in range(len(prompts))]
+        most = max((request.count for request in requests), default=1)
+        asking = self._ask(range(len(requests)), ask, max(1, self.config.max_sequences // most))
+        self._active.add(asking)
+        return asking
 
     def score(self, sequences: Sequence[Ids]) -> list[list[float]]:
-        answers = self._everywhere(range(len(sequences)), lambda c, i: c.score(sequences[i], str(self.version)), 8)
-        return [answers[i] for i in range(len(sequences))]
+        def ask(client: Client, i: int, name: str) -> list[float]:
+            return client.score(sequences[i], str(self.version))
 
-    def _everywhere(self, tasks: Sequence[int], ask: Any, at_once: int) -> dict[int, Any]:
-        """task -> what a server answered; those that are refused are left out, and counted."""
-        waiting: SimpleQueue[int] = SimpleQueue()
-        for task in tasks:
-            waiting.put(task)
-        answers: dict[int, Any] = {}
-        refused: dict[int, str] = {}
-        given_up = threading.Event()
-        heard = time.monotonic()  # when any server answered last
+        found: dict[int, list[float]] = {}
+        asking = self._ask(range(len(sequences)), ask, 8)
+        while asking.waiting:
+            found.update(asking.take(timeout=60))
+        return [found[i] for i in range(len(sequences))]
 
-        era = self._era
+    def _ask(self, tasks: Sequence[int], ask: Ask[T], at_once: int) -> Asking[T]:
+        return Asking(
+            tasks,
+            ask,
+            self.clients,
+            at_once=at_once,
+            trouble=self._trouble,
+            counts=self._counts,
+        )
 
-        def serve(client: Client) -> None:
-            nonlocal heard
-            while not given_up.is_set() and era == self._era and len(answers) + len(refused) < len(tasks):
-                try:
-                    task = waiting.get(timeout=PAUSE_S)
-                except Empty:
-                    continue  # others may give theirs back
-                try:
-                    answers[task] = ask(client, task)
-                    heard = time.monotonic()
-                except Refused as error:
-                    refused[task] = str(error)
-                    heard = time.monotonic()
-                except Unreachable:
-                    waiting.put(task)
-                    self._counts["rollout/asked_again"] += 1
-                    if self._fatal or time.monotonic() - heard > self.config.server_wait_s:
-                        given_up.set()
-                    time.sleep(PAUSE_S)
-
-        self._together(serve, [client for client in self.clients for _ in range(max(1, min(at_once, len(tasks))))])
-        given_up.set()
-        if era != self._era:
-            raise Aborted
-        if len(answers) + len(refused) < len(tasks):
-            raise UserError(
-                f"rollout: {self._fatal or f'no server has answered for {self.config.server_wait_s:.0f} s'}; "
-                f"logs are in {self.folder}"
-            )
-        if refused:
-            self._counts["rollout/refused"] += len(refused)
-            say(f"rollout: {len(refused)} prompts were refused and are skipped: {next(iter(refused.values()))}")
-        return answers
+    def _trouble(self, silence_s: float) -> str | None:
+        """What ends the run. A server may take long over long answers: then its engine says that it is there."""
+        why = self._fatal
+        if not why and silence_s > self.config.server_wait_s and not any(map(self._is_there, self.clients)):
+            why = f"no server has answered for {self.config.server_wait_s:.0f} s"
+        return f"rollout: {why}; logs are in {self.folder}" if why else None
 
     @staticmethod
-    def _together(serve: Callable[[Client], None], clients: list[Client]) -> None:
-        """serve(client) of all at once; threads that an interrupt leaves behind end with the process."""
-        failed: list[BaseException] = []
-
-        def run(client: Client) -> None:
-            try:
-                serve(client)
-            except BaseException as error:
-                failed.append(error)
-
-        threads = [threading.Thread(target=run, args=(client,), name="rollout", daemon=True) for client in clients]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            while thread.is_alive() and not failed:
-                thread.join(timeout=0.2)
-        if failed:
-            raise failed[0]
+    def _is_there(client: Client) -> bool:
+        try:
+            client.version()
+        except Unreachable:
+            return False
+        return True
 
     # --- weights ---------------------------------------------------------------------------------------------------
 
@@ -208,7 +164,7 @@ class Servers:
                 return
             missing = client.update(self._model, self._known, self.config.server_wait_s)
         except Unreachable:
-            self._counts["rollout/updates_missed"] += 1
+            self._counts.add("rollout/updates_missed")
             return
         except Refused as error:
             raise UserError(f"rollout: a server does not take weights: {error}") from error
@@ -294,7 +250,7 @@ class Servers:
 
     def _start_again(self, server: Server, deaths: Counter[int]) -> None:
         deaths[server.number] += 1
-        self._counts["rollout/server_restarts"] += 1
+        self._counts.add("rollout/server_restarts")
         how = f"hangs (no word within {self.config.probe_s:g} s)" if server.alive else "has died"
         say(f"rollout: server {server.number} {how}; it is started again")
         server.kill()
@@ -331,15 +287,11 @@ class Servers:
                 continue
 
     def abort(self) -> None:
-        self._era += 1
-        for client in self.clients:
-            with suppress(Unreachable, Refused):
-                client.abort()
+        for asking in list(self._active):
+            asking.abort()
 
     def metrics(self) -> dict[str, float]:
-        counts, self._counts = self._counts, Counter()
-        names = ("rollout/asked_again", "rollout/refused", "rollout/server_restarts", "rollout/updates_missed")
-        return {name: float(counts[name]) for name in names}
+        return self._counts.drain()
 
     def close(self) -> None:
         self._closing.set()

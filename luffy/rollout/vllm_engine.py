@@ -2,7 +2,7 @@
 
 Sampling is a pure function of (weights, prompt, seed): every request carries its own seed, so a resumed run draws what
 the uninterrupted one would have drawn. Log-probs are those of the distribution actually sampled from (temperature
-applied). This file and `luffy.rollout.worker` are the only ones that know vLLM's insides.
+applied). This file, `stepping.py` and `worker.py` are the only ones that know vLLM's insides.
 """
 
 import os
@@ -14,7 +14,8 @@ import torch
 from luffy.config import RolloutConfig
 from luffy.errors import UserError
 from luffy.rollout import worker
-from luffy.rollout.engine import Completion, Ids, Span
+from luffy.rollout.engine import Ids, Request
+from luffy.rollout.stepping import Stepping
 from luffy.weights import hf_weights
 
 if TYPE_CHECKING:
@@ -82,38 +83,9 @@ class VllmEngine:
         except Exception as error:  # vLLM raises anything here; whatever it is, its last line is what helps
             raise UserError(f"rollout: vLLM failed to start: {_last_line(error)}") from error
 
-    def generate(
-        self,
-        prompts: Sequence[Ids],
-        counts: Sequence[int],
-        *,
-        temperature: float,
-        max_tokens: int,
-        seeds: Sequence[int],
-    ) -> list[list[Completion]]:
-        """`counts[i]` completions of prompt i, drawn with `seeds[i]`; temperature 0 is greedy."""
-        from vllm import SamplingParams
-
-        wanted = [i for i, count in enumerate(counts) if count]
-        requests: Any = [{"prompt_token_ids": list(prompts[i])} for i in wanted]
-        params = [
-            SamplingParams(
-                n=counts[i],
-                temperature=temperature,
-                max_tokens=max_tokens,
-                stop_token_ids=[self.eos_token_id],  # the checkpoint's own EOS may be another token
-                logprobs=0,
-                seed=seeds[i] if temperature else None,
-                detokenize=False,
-            )
-            for i in wanted
-        ]
-        results: list[list[Completion]] = [[] for _ in prompts]
-        if not wanted:
-            return results
-        for i, output in zip(wanted, self.llm.generate(requests, params, use_tqdm=False), strict=True):
-            results[i] = [_completion(o, self.version) for o in sorted(output.outputs, key=lambda o: o.index)]
-        return results
+    def begin(self, requests: Sequence[Request], temperature: float) -> Stepping:
+        engine: Any = self.llm.llm_engine
+        return Stepping(engine, requests, temperature, eos_token_id=self.eos_token_id, version=self.version)
 
     def score(self, sequences: Sequence[Ids]) -> list[list[float]]:
         """Log-prob of every token but the first of each sequence, at temperature 1, nats."""
@@ -174,12 +146,6 @@ def kv_cache_bytes(config: RolloutConfig) -> int | None:
     if gib is None and not torch.cuda.is_available():
         gib = 1.0  # vLLM would count the trainer's own memory against its share
     return None if gib is None else int(gib * 2**30)
-
-
-def _completion(output, version: int) -> Completion:
-    token_ids = tuple(output.token_ids)
-    logp = tuple(entry[token].logprob for token, entry in zip(token_ids, output.logprobs, strict=True))
-    return Completion(token_ids, logp, output.finish_reason == "stop", (Span(version, 0, len(token_ids)),))
 
 
 def _last_line(error: BaseException) -> str:

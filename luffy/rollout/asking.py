@@ -1,0 +1,191 @@
+"""Tasks from one queue, asked of all servers at once: whoever is free takes the next, and what a server that died or
+hangs had taken goes back into the queue.
+"""
+
+import threading
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from queue import Empty, SimpleQueue
+from typing import Generic, TypeVar
+
+from luffy.console import say
+from luffy.errors import UserError
+from luffy.rollout.client import Client, Cut, Refused, Unreachable
+from luffy.rollout.engine import Completion
+
+T = TypeVar("T")
+PAUSE_S = 0.5  # before a server that did not answer is asked again
+Ask = Callable[[Client, int, str], list[T]]
+"""(server, number of the task, id of this request) -> the answer."""
+
+
+class Aborted(Exception):
+    """What was asked for is not wanted any more."""
+
+
+class Counts:
+    """What happened how often, told by any thread."""
+
+    def __init__(self, *names: str) -> None:
+        self._counts, self._lock = Counter(dict.fromkeys(names, 0)), threading.Lock()
+
+    def add(self, name: str) -> None:
+        with self._lock:
+            self._counts[name] += 1
+
+    def drain(self) -> dict[str, float]:
+        """Since the last time."""
+        with self._lock:
+            found = dict(self._counts)
+            self._counts = Counter(dict.fromkeys(found, 0))
+        return {name: float(count) for name, count in found.items()}
+
+
+class Asking(Generic[T]):
+    """Asks at once; `take` has the answers.
+
+    Args:
+        tasks: their numbers, in the order in which they are begun.
+        ask: raises Unreachable (asked again), Refused (answered with []) or Cut (sampling was ended).
+        at_once: requests that a server may have.
+        trouble: given the seconds since any server has answered, what ends the run, if anything does.
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[int],
+        ask: Ask[T],
+        clients: Sequence[Client],
+        *,
+        at_once: int,
+        trouble: Callable[[float], str | None],
+        counts: Counts,
+    ) -> None:
+        self._ask, self._trouble = ask, trouble
+        self._counts = counts
+        self._open = set(tasks)  # neither taken nor given back
+        self._queue: SimpleQueue[int] = SimpleQueue()
+        for task in tasks:
+            self._queue.put(task)
+        self._answered: SimpleQueue[tuple[int, list[T]] | BaseException] = SimpleQueue()
+        self._heard = time.monotonic()  # when any server answered last
+        self._flying: dict[str, Client] = {}
+        self._cut: dict[int, list[Completion]] = {}
+        self._ended = threading.Event()
+        self._aborted = False
+        self._refusals: list[str] = []
+        share = max(1, min(at_once, len(self._open)))
+        self._threads = [
+            threading.Thread(target=self._serve, args=(client,), name="rollout", daemon=True)
+            for client in clients
+            for _ in range(share if tasks else 0)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def waiting(self) -> int:
+        return len(self._open)
+
+    def take(self, timeout: float) -> list[tuple[int, list[T]]]:
+        """(task, answer) of those answered by now; waits up to `timeout` seconds for one.
+
+        Raises:
+            UserError: `trouble`.
+            Aborted.
+        """
+        found: list[tuple[int, list[T]]] = []
+        deadline = time.monotonic() + timeout
+        while self._open and not self._aborted:
+            try:
+                answer = self._answered.get(timeout=0 if found else min(0.2, max(0.0, deadline - time.monotonic())))
+            except Empty:
+                if found or time.monotonic() >= deadline:
+                    break
+                continue
+            if isinstance(answer, BaseException):
+                self._ended.set()
+                raise answer
+            self._open.discard(answer[0])
+            found.append(answer)
+        if self._aborted:
+            raise Aborted
+        if not self._open and not self._ended.is_set():
+            self._ended.set()
+            if said := self._refusals:
+                say(f"rollout: {len(said)} prompts were refused and are skipped: {said[0]}")
+        return found
+
+    def stop(self) -> dict[int, list[Completion]]:
+        """End what is under way; each task that was not taken, with what had been sampled for it."""
+        self._ended.set()
+        while any(thread.is_alive() for thread in self._threads):
+            self._cut_off()  # again: a request may have been on its way to the server
+            for thread in self._threads:
+                thread.join(timeout=PAUSE_S / len(self._threads))
+        left: dict[int, list[Completion]] = {task: self._cut.get(task, []) for task in self._open}
+        while not self._answered.empty():
+            answer = self._answered.get()
+            if not isinstance(answer, BaseException):
+                left[answer[0]] = answer[1]  # type: ignore[assignment]  # only completions are ever stopped
+        self._open.clear()
+        return left
+
+    def abort(self) -> None:
+        """Whoever takes is told that nothing more comes."""
+        self._aborted = True
+        self._ended.set()
+        self._cut_off()
+
+    def _cut_off(self) -> None:
+        flying: dict[Client, list[str]] = {}
+        for name, client in list(self._flying.items()):
+            flying.setdefault(client, []).append(name)
+        for client, names in flying.items():
+            with suppress(Unreachable, Refused):
+                client.abort(names)
+
+    def _serve(self, client: Client) -> None:
+        try:
+            while not self._ended.is_set():
+                try:
+                    task = self._queue.get(timeout=PAUSE_S)
+                except Empty:
+                    continue  # others may give theirs back
+                if not self._ended.is_set():
+                    self._serve_one(client, task)
+        except BaseException as error:
+            self._answered.put(error)
+
+    def _serve_one(self, client: Client, task: int) -> None:
+        name = uuid.uuid4().hex
+        self._flying[name] = client
+        try:
+            answer = self._ask(client, task, name)
+        except Refused as error:
+            answer = []
+            self._refusals.append(str(error))
+            self._counts.add("rollout/refused")
+        except Cut as cut:
+            self._cut[task] = cut.completions
+            if not self._ended.is_set():
+                self._again(task)
+            return
+        except Unreachable:
+            if not self._ended.is_set():
+                self._again(task)
+            return
+        finally:
+            del self._flying[name]
+        self._heard = time.monotonic()
+        self._answered.put((task, answer))
+
+    def _again(self, task: int) -> None:
+        self._queue.put(task)
+        self._counts.add("rollout/asked_again")
+        if trouble := self._trouble(time.monotonic() - self._heard):
+            self._answered.put(UserError(trouble))
+        self._ended.wait(PAUSE_S)

@@ -1,0 +1,218 @@
+"""A step's groups: prompts drawn from the stream, sampled, graded while others are still being sampled.
+
+`rollout.oversample` begins more prompts than a step needs and ends sampling when enough are done; what has been sampled
+of the others is carried on with in the next step. `rollout.refill` draws further prompts for those whose rows all have
+the same reward: their gradient is zero. Every rank does so for its share of the step and asks nobody; what all have
+taken is told when the groups are gathered, and goes into the ledger (`luffy.data.batches`).
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+
+from luffy.data import Example
+from luffy.data.batches import Ledger
+from luffy.dtypes import dtype_of
+from luffy.groups import Group, Row
+from luffy.rollout.ahead import Ahead
+from luffy.rollout.engine import Completion, Request
+from luffy.seeds import derive
+from luffy.setup import Trainer
+from luffy.timing import Phases
+
+Phase = Callable[[str], AbstractContextManager[None]]
+POLL_S = 0.2
+"""How often what has been graded is looked at while sampling goes on."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Batch:
+    """What one rank has for a step."""
+
+    groups: list[Group]
+    given_up: list[int]
+    """Positions of prompts that were sampled and had no signal."""
+    counts: Counter[str]
+
+
+@dataclass(slots=True, kw_only=True)
+class Work:
+    """A prompt and what there is of its answers."""
+
+    position: int
+    example: Example
+    count: int
+    answers: list[Completion] = field(default_factory=list)
+    open: int = 0
+    """Requests that are not answered."""
+
+
+def sync(t: Trainer) -> None:
+    """Give the engine the policy's weights, if it is about to be asked and has older ones."""
+    if t.engine.version != t.version:
+        t.engine.sync(t.policy, dtype_of(t.config.rollout.dtype or t.config.model.dtype), t.version)
+
+
+class Sampler:
+    """One rank's. before: called when the engine is about to be asked."""
+
+    def __init__(self, t: Trainer, ledger: Ledger, before: Callable[[], None] = lambda: None) -> None:
+        self.t, self._before, self._stream = t, before, ledger.stream
+        self._fresh = ledger.unused(t.world.rank, t.world.size)
+        self._carried: list[Work] = []
+        self._ready: list[Group] = []  # graded, and more than the step needed
+        self._grader = ThreadPoolExecutor(1, thread_name_prefix="grade")
+        self._needs = len(t.world.share(list(range(t.config.train.prompts_per_step))))
+
+    def batch(self, phases: Phase) -> Batch:
+        """This rank's groups of the next step, in the order of their prompts."""
+        dull: list[Group] = []
+        counts: Counter[str] = Counter()
+        kept, self._ready = self._ready[: self._needs], self._ready[self._needs :]
+        for number in range(1 + self.t.config.rollout.refill):
+            if len(kept) == self._needs:
+                break
+            counts["batch/refills"] += number > 0
+            found = self._sample(self._needs - len(kept), phases, counts)
+            for group in found:
+                (kept if self._is_wanted(group) else dull).append(group)
+        kept += [dull.pop() for _ in range(self._needs - len(kept))]  # the last ones: there will be no other
+        kept, more = kept[: self._needs], kept[self._needs :]
+        self._ready += more
+        counts["batch/groups_given_up"] = len(dull)
+        return Batch(
+            groups=sorted(kept, key=lambda group: group.position),
+            given_up=[group.position for group in dull],
+            counts=counts,
+        )
+
+    def __enter__(self) -> "Sampler":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._grader.shutdown(wait=False, cancel_futures=True)
+
+    def _is_wanted(self, group: Group) -> bool:
+        return not self.t.config.rollout.refill or len({row.reward for row in group.rows}) > 1
+
+    def _sample(self, wanted: int, phases: Phase, counts: Counter[str]) -> list[Group]:
+        """Graded groups: `wanted` of them with a signal, or else all that were drawn for this many."""
+        works = self._draw(math.ceil(wanted * self.t.config.rollout.oversample))
+        graded: list[Future[Group]] = []
+        asked = [(work, request) for work in works for request in self._requests(work)]
+        with phases("sync"):
+            if asked:
+                self._before()
+        with phases("rollout"):
+            graded += [self._grader.submit(self._grade, work) for work in works if not work.open]
+            generation = self.t.engine.begin([request for _, (_, request) in asked], self.t.config.rollout.temperature)
+            while generation.waiting and self._with_signal(graded) < wanted:
+                for index, found in generation.take(POLL_S):
+                    work, (slot, _) = asked[index]
+                    self._put(work, slot, found)
+                    if not work.open:
+                        graded.append(self._grader.submit(self._grade, work))
+            if generation.waiting:
+                for index, found in generation.stop().items():
+                    work, (slot, _) = asked[index]
+                    if not found:
+                        continue  # it was not begun
+                    self._put(work, slot, found)
+                    counts["rollout/answers_cut"] += sum(map(self._is_open, found))
+                    if not work.open:
+                        graded.append(self._grader.submit(self._grade, work))
+                self._carried += [work for work in works if work.open]
+        with phases("verify"):
+            return [future.result() for future in graded]
+
+    def _with_signal(self, graded: list[Future[Group]]) -> int:
+        return sum(future.done() and self._is_wanted(future.result()) for future in graded)
+
+    def _draw(self, number: int) -> list[Work]:
+        """Carried prompts, then fresh ones, those with long traces first: a step ends with its longest answer, which
+        should not be the last to begin."""
+        works, self._carried = self._carried[:number], self._carried[number:]
+        fresh = []
+        for _ in range(number - len(works)):
+            position = next(self._fresh)
+            example = self.t.examples[self._stream.index(position)]
+            fresh.append(Work(position=position, example=example, count=self.t.objective.num_rollouts(example)))
+        return works + sorted(fresh, key=lambda work: -max(map(len, work.example.traces), default=0))
+
+    def _requests(self, work: Work) -> list[tuple[int, Request]]:
+        """(which answer, or -1 for all, request) of what is left to sample."""
+        most, prompt = self.t.config.rollout.max_tokens, work.example.prompt_ids
+        seed = (self.t.config.train.seed, "rollout", work.position)
+        found = []
+        if not work.answers and work.count:
+            found = [(-1, Request(prompt, work.count, most, derive(*seed)))]
+        for slot, answer in enumerate(work.answers):
+            if self._is_open(answer):
+                begun = len(answer.token_ids)
+                more = Request(prompt + answer.token_ids, 1, most - begun, derive(*seed, slot, begun))
+                found.append((slot, more))
+        work.open = len(found)
+        return found
+
+    def _put(self, work: Work, slot: int, found: list[Completion]) -> None:
+        """Answers of a request, whole or cut off; none of them: the engine refuses it."""
+        if slot < 0:
+            work.answers = found
+        elif found:
+            work.answers[slot] = work.answers[slot].then(found[0])
+        work.open -= not (found and any(map(self._is_open, found)))
+
+    def _is_open(self, answer: Completion) -> bool:
+        return not answer.finished and len(answer.token_ids) < self.t.config.rollout.max_tokens
+
+    def _grade(self, work: Work) -> Group:
+        """Fresh rollouts plus stored traces, verified alike: a trace is never assumed right. Nothing is generated after
+        a trace."""
+        decode = self.t.template.decode
+        rows = [
+            Row(
+                token_ids=answer.token_ids,
+                text=decode(answer.token_ids),
+                finished=answer.finished,
+                sampler_logp=answer.logp,
+                versions=answer.versions,
+            )
+            for answer in work.answers
+        ]
+        for trace in work.example.traces[: self.t.objective.num_traces(work.example)]:
+            rows.append(Row(token_ids=trace, text=decode(trace), is_trace=True))
+        verdicts = self.t.verifier.grade([(row.text, work.example.problem.answer) for row in rows])
+        for row, verdict in zip(rows, verdicts, strict=True):
+            row.reward, row.verdict = verdict.reward, verdict.status
+        return Group(example=work.example, rows=rows, position=work.position)
+
+
+@contextmanager
+def sampling(t: Trainer, ledger: Ledger, first: int) -> Iterator[Callable[[int, Phases], Batch]]:
+    """Yields what gives a step, from `first` on, this rank's batch: sampled then and there, or with
+    `rollout.max_staleness` ahead of the update. What was sampled ahead and not trained on stays out of the ledger, so
+    that a resumed run samples it again."""
+    depth = t.config.rollout.max_staleness
+    if not depth:
+        with Sampler(t, ledger, before=lambda: sync(t)) as sampler:
+            yield lambda step, phases: sampler.batch(phases)
+        return
+    with (
+        Sampler(t, ledger) as sampler,
+        Ahead(lambda step: sampler.batch(lambda name: nullcontext()), first, t.config.train.steps, depth) as ahead,
+    ):
+
+        def later(step: int, phases: Phases) -> Batch:
+            with phases("rollout"):
+                made = ahead.next()
+            assert made.step == step
+            phases.aside("ahead", made.began, made.seconds)
+            phases.idle = {"trainer/idle_s": phases.by_name["rollout"], "rollout/idle_s": made.waited}
+            return made.value
+
+        yield later
+        ahead.close()
+        t.engine.abort()

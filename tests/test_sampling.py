@@ -1,0 +1,286 @@
+"""A step's prompts: none lost, none twice; what is cut off goes on; verdicts while others are being sampled."""
+
+import json
+import threading
+import time
+from collections import Counter
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_train import arguments, records
+from test_weight_sync import trainer_logp
+from tiny import luffy, make_model
+
+from luffy import distributed, optim
+from luffy.config import Config, MeshConfig, ModelConfig, ObjectiveConfig, OptimConfig, RolloutConfig, TrainConfig
+from luffy.data import Example, Ledger, Problem, Stream
+from luffy.load import empty_lm, load_weights
+from luffy.model import Policy, shard
+from luffy.objectives import make_objective
+from luffy.rewards.pool import Verdict
+from luffy.rollout.engine import Completion, Request, Span, generate
+from luffy.rollout.vllm_engine import VllmEngine
+from luffy.sampling import Sampler
+
+MOST = 8
+
+
+class Scripted:
+    """An engine that answers one token of every request a call, until the prompt's first number of tokens is reached;
+    a prompt that ends with 0 is answered wrong."""
+
+    version = 0
+
+    def __init__(self) -> None:
+        self.asked: list[Request] = []
+
+    def begin(self, requests, temperature):
+        self.asked += requests
+        return Steps(self, list(requests))
+
+
+class Steps:
+    def __init__(self, engine, requests) -> None:
+        self.version, self.left = engine.version, dict(enumerate(requests))
+        self.tokens = dict.fromkeys(self.left, 0)
+
+    @property
+    def waiting(self) -> int:
+        return len(self.left)
+
+    def answer(self, index: int) -> list[Completion]:
+        request, size = self.left[index], self.tokens[index]
+        done = len(request.prompt) - 3 + size >= request.prompt[0]
+        ids = tuple(request.prompt[2] for _ in range(size))
+        return [Completion(ids, (-0.5,) * size, done, (Span(self.version, 0, size),))] * request.count
+
+    def take(self, timeout: float):
+        time.sleep(0.001)
+        found = []
+        for index, request in list(self.left.items()):
+            self.tokens[index] += 1
+            if len(request.prompt) - 3 + self.tokens[index] >= request.prompt[0]:
+                found.append((index, self.answer(index)))
+                del self.left[index]
+        return found
+
+    def stop(self):
+        return {index: self.answer(index) if self.tokens[index] else [] for index in self.left}
+
+
+class Verifier:
+    """Right where the text has a 1; takes its time."""
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.seconds, self.when = seconds, []
+
+    def grade(self, pairs):
+        time.sleep(self.seconds)
+        self.when.append(time.monotonic())
+        return [Verdict(float("1" in text), "ok") for text, _ in pairs]
+
+
+def trainer(examples, *, prompts: int, verifier=None, rank: int = 0, ranks: int = 1, **rollout):
+    config = Config(
+        rollout=RolloutConfig(max_tokens=MOST, **rollout),
+        objective=ObjectiveConfig(name="grpo", rows=2),
+        train=TrainConfig(prompts_per_step=prompts),
+    )
+    share = lambda items: items[rank::ranks]  # noqa: E731
+    return SimpleNamespace(
+        config=config,
+        engine=Scripted(),
+        world=SimpleNamespace(rank=rank, size=ranks, share=share),
+        examples=examples,
+        objective=make_objective(config.objective),
+        template=SimpleNamespace(decode=lambda ids: "".join(map(str, ids))),
+        verifier=verifier or Verifier(),
+    )
+
+
+def example(number: int, length: int, word: int = 1, trace: int = 0) -> Example:
+    problem = Problem(id=str(number), messages=[{"role": "user", "content": "?"}], answer="1", data_source="s")
+    return Example(problem, (length, number, word), [tuple([5] * trace)] if trace else [])
+
+
+def a_step(sampler: Sampler):
+    return sampler.batch(lambda name: nullcontext())
+
+
+def names(batch) -> list[int]:
+    return [group.position for group in batch.groups]
+
+
+def test_a_step_has_its_prompts_in_order_with_all_their_answers():
+    t = trainer([example(i, 1 + i % 5) for i in range(12)], prompts=4)
+    ledger = Ledger(Stream(12, 4, seed=3))
+    with Sampler(t, ledger) as sampler:
+        for step in range(3):
+            batch = a_step(sampler)
+            assert names(batch) == list(range(4 * step, 4 * step + 4))
+            for group in batch.groups:
+                assert group.example is t.examples[ledger.stream.index(group.position)]
+                assert [len(row.token_ids) for row in group.rows] == [group.example.prompt_ids[0]] * 2
+            ledger.use(names(batch))
+    assert (ledger.low, ledger.beyond) == (12, set())
+    assert len({request.seed for request in t.engine.asked}) == 12
+
+
+def test_long_traces_begin_first():
+    t = trainer([example(i, 2, trace=10 * (i % 3)) for i in range(6)], prompts=6)
+    with Sampler(t, Ledger(Stream(6, 6, seed=3))) as sampler:
+        a_step(sampler)
+    traces = [
+        len(t.examples[request.prompt[1]].traces[0]) if request.prompt[1] % 3 else 0 for request in t.engine.asked
+    ]
+    assert traces == sorted(traces, reverse=True)
+
+
+def test_what_is_cut_off_goes_on_in_the_next_step_with_its_weights():
+    lengths = [1, 6, 2, 7, 1, 2, 1, 2, 1, 2, 1, 2]
+    stream = Stream(12, 2, seed=3)
+    examples = [example(index, 0) for index in range(12)]
+    for position, length in enumerate(lengths):
+        index = stream.index(position)
+        examples[index] = example(index, length)
+    t = trainer(examples, prompts=2, oversample=2.0)
+    ledger, seen, counts = Ledger(stream), [], Counter()
+    with Sampler(t, ledger) as sampler:
+        for step in range(4):
+            t.engine.version = step
+            batch = a_step(sampler)
+            counts += batch.counts
+            ledger.use(names(batch))
+            for group in batch.groups:
+                seen.append(group.position)
+                for row in group.rows:
+                    assert len(row.token_ids) == lengths[group.position] == len(row.sampler_logp)
+                    assert row.finished
+                    assert row.versions[0].begin == 0
+                    assert row.versions[-1].end == len(row.token_ids)
+                    assert all(a.end == b.begin for a, b in zip(row.versions, row.versions[1:], strict=False))
+                    versions = [span.version for span in row.versions]
+                    assert versions == sorted(set(versions))
+                    assert versions[-1] <= step
+                    assert (len(versions) > 1) == (group.position in (1, 3))
+    assert len(seen) == len(set(seen)) == 8
+    assert {1, 3} <= set(seen)  # the long ones were not starved
+    assert counts["rollout/answers_cut"] >= 4
+    assert len({r.seed for r in t.engine.asked}) == len(t.engine.asked)
+
+
+def test_groups_without_a_signal_are_replaced_within_bounds():
+    stream = Stream(40, 4, seed=3)
+    examples = [example(index, 0) for index in range(40)]
+    for position in range(40):
+        index = stream.index(position)
+        examples[index] = example(index, 2, word=int(position % 4 == 3))  # three of four prompts: all rows wrong
+    t = trainer(examples, prompts=4, refill=5)
+    # a right answer among wrong ones: the signal
+    grade = lambda pairs: [Verdict(float("1" in text and n == 0), "ok") for n, (text, _) in enumerate(pairs)]  # noqa: E731
+    t.verifier.grade = grade
+    ledger = Ledger(stream)
+    with Sampler(t, ledger) as sampler:
+        batch = a_step(sampler)
+        assert len(batch.groups) == 4
+        assert batch.counts["batch/refills"] == 5
+        signals = [any(row.reward for row in group.rows) for group in batch.groups]
+        assert sum(signals) == 3  # of 4, 3, 3, 2, 1 and 1 prompts, every fourth: the bound holds
+        assert sorted([*names(batch), *batch.given_up]) == list(range(14))
+        ledger.use([*names(batch), *batch.given_up])
+        assert ledger.low == 14
+        assert min(names(a_step(sampler))) >= 14
+
+
+def test_two_ranks_share_a_step_and_the_ledger_has_them_all():
+    examples = [example(i, 1 + i % 4) for i in range(20)]
+    ledger = Ledger(Stream(20, 5, seed=3))
+    samplers = [Sampler(trainer(examples, prompts=5, rank=rank, ranks=2, oversample=1.5), ledger) for rank in range(2)]
+    seen = []
+    for _ in range(3):
+        batches = [a_step(sampler) for sampler in samplers]
+        assert [len(batch.groups) for batch in batches] == [3, 2]
+        ledger.use(found := [position for batch in batches for position in names(batch)])
+        seen += found
+    assert len(seen) == len(set(seen)) == 15
+    assert ledger.low + len(ledger.beyond) == 15
+
+
+def test_verdicts_come_while_others_are_being_sampled():
+    t = trainer([example(i, 1 if i % 2 else 8) for i in range(6)], prompts=6, verifier=Verifier(0.01))
+    last = []
+    stepping = Steps.take
+
+    def slow(self, timeout):
+        time.sleep(0.02)
+        last.append(time.monotonic())
+        return stepping(self, timeout)
+
+    with pytest.MonkeyPatch.context() as patched, Sampler(t, Ledger(Stream(6, 6, seed=3))) as sampler:
+        patched.setattr(Steps, "take", slow)
+        a_step(sampler)
+    assert sum(when < last[-1] for when in t.verifier.when) >= 3
+    assert threading.active_count() < 20
+
+
+def test_only_what_samples_can_be_refilled():
+    for given in ({"oversample": 1.5}, {"refill": 1}):
+        with pytest.raises(ValueError, match="needs an objective and an engine that sample"):
+            Config(rollout=RolloutConfig(**given), objective=ObjectiveConfig(name="sft"))
+
+
+def test_vllm_in_this_process_gives_back_what_it_has_when_it_is_stopped(tmp_path):
+    """And goes on from there with other weights: each token has the log-prob of the weights that sampled it."""
+    path = str(make_model(tmp_path / "model"))
+    world = distributed.start(MeshConfig())
+    policy = shard(Policy(empty_lm(path, ModelConfig()), 1.0), world.params, torch.float32)
+    load_weights(policy, path, world.device)
+    prompts = [tuple(5 + (3 * i + j) % 90 for j in range(20)) for i in range(3)]
+    with VllmEngine(
+        path, RolloutConfig(kv_cache_gib=0.25), dtype="float32", eos_token_id=2, max_model_len=256
+    ) as engine:
+        requests = [Request(prompt, 2, tokens, 7) for prompt, tokens in zip(prompts, (4, 200, 200), strict=True)]
+        generation = engine.begin(requests, 1.0)
+        [(first, short)] = generation.take(60)
+        assert (first, generation.waiting) == (0, 2)
+        assert [len(answer.token_ids) for answer in short] == [4, 4] or any(answer.finished for answer in short)
+        left = generation.stop()
+        assert sorted(left) == [1, 2]
+        assert generation.waiting == 0
+        assert engine.llm.llm_engine.has_unfinished_requests() is False
+        optimizer = optim.make_optimizer(policy, OptimConfig(lr=0.02))
+        before = [trainer_logp(policy, prompts[1] + answer.token_ids)[19:] for answer in left[1]]
+        for param in policy.parameters():
+            param.grad = torch.randn_like(param)
+        optimizer.step()
+        engine.sync(policy, torch.float32, version=1)
+        for answer, want in zip(left[1], before, strict=True):
+            assert 3 <= len(answer.token_ids) < 200
+            torch.testing.assert_close(torch.tensor(answer.logp), want, atol=1e-3, rtol=0)
+            [[more]] = generate(engine, [Request(prompts[1] + answer.token_ids, 1, 9, 5)], 1.0)
+            whole = answer.then(more)
+            size = len(answer.token_ids)
+            assert whole.versions == (Span(0, 0, size), Span(1, size, len(whole.token_ids)))
+            want = trainer_logp(policy, prompts[1] + whole.token_ids)[19 + size :]
+            torch.testing.assert_close(torch.tensor(whole.logp[size:]), want, atol=1e-3, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["colocated", "server"])
+def test_a_run_that_begins_more_than_it_needs_loses_nothing(tmp_path, engine):
+    model = make_model(tmp_path / "model")
+    given = {"rollout__engine": engine, "rollout__oversample": 1.5, "rollout__refill": 1, "train__steps": 4}
+    given |= {"eval__every": 0, "checkpoint__every": 2, "correction__kind": "truncate", "train__updates_per_step": 1}
+    done = luffy(*arguments(tmp_path / "run", model, **given), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    steps = records(tmp_path / "run")
+    ledgers = sorted((tmp_path / "run").rglob("loop.json")) or sorted((tmp_path / "run").rglob("*.json"))
+    states = [
+        s["ledger"] for s in (json.loads(f.read_text()) for f in ledgers) if isinstance(s, dict) and "ledger" in s
+    ]
+    assert states
+    used = max(state["low"] + len(state["beyond"]) for state in states)
+    assert used == sum(4 + record["batch/groups_given_up"] for record in steps)
+    assert all("batch/refills" in record for record in steps)
