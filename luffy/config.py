@@ -132,6 +132,11 @@ class RolloutConfig(Section):
     refill: Annotated[int, Field(ge=0)] = 0
     """Rounds of further prompts in place of those whose rows all have the same reward, and so no gradient (dynamic
     sampling); 0: such prompts stay in the batch."""
+    transport: Literal["files", "broadcast"] = "files"
+    """How weights reach servers: `files` in the run folder, or `broadcast` into their memory (NCCL on GPUs, gloo on
+    CPUs), with files where that fails."""
+    address: str = "127.0.0.1"
+    """Of the trainer's machine, where servers on others join a broadcast."""
     probe_s: Positive = 120.0
     """A server whose engine says nothing for so long hangs, and is started again."""
     server_wait_s: Positive = 1800.0

@@ -42,6 +42,11 @@ def model_weights(policy: "Policy", dtype: torch.dtype | None = None) -> Iterato
         yield name, tensor.to(dtype or weight.dtype)
 
 
+def described(policy: "Policy", dtype: torch.dtype) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+    """(name, type, shape) of what `hf_weights` gives, without gathering anything."""
+    return [(name, dtype, tuple(weight.shape)) for name, weight in weights_of(policy).items()]
+
+
 def hf_weights(policy: "Policy", dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
     """`model_weights`, each gathered whole after the conversion."""
     for name, tensor in model_weights(policy, dtype):

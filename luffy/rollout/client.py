@@ -83,13 +83,45 @@ class Client:
     def update(self, folder: str, version: int, timeout: float) -> list[str]:
         """Load the weights of a folder; returns the parameters that it has nothing for. Requests in flight wait, and go
         on with the new weights."""
-        self._post("/pause", {}, timeout, params={"mode": "keep"})
+        self.pause(timeout)
         try:
             found = self._call("luffy_load", {"folder": folder}, timeout)
             self.set_version(version)
         finally:
-            self._post("/resume", {}, 60)
-        return sorted({name for worker in found for name in worker["missing"]})
+            self.resume()
+        return _missing(found)
+
+    def pause(self, timeout: float = 60) -> None:
+        """Requests in flight wait."""
+        self._post("/pause", {}, timeout, params={"mode": "keep"})
+
+    def resume(self) -> None:
+        self._post("/resume", {}, 60)
+
+    # A broadcast (luffy.rollout.broadcast), in the order of its calls.
+
+    def workers(self) -> int:
+        """Processes that hold a share of the model."""
+        return len(self._call("luffy_group", {}, 60))
+
+    def group(self) -> str | None:
+        """The group that broadcasts to all of its workers."""
+        names = {worker["group"] for worker in self._call("luffy_group", {}, 60)}
+        return names.pop() if len(names) == 1 else None
+
+    def join(self, about: dict[str, Any], timeout: float) -> None:
+        self._post("/init_weight_transfer_engine", {"init_info": about}, timeout)
+
+    def start_update(self) -> None:
+        self._post("/start_weight_update", {}, 60)
+
+    def receive(self, described: dict[str, Any], timeout: float) -> None:
+        self._post("/update_weights", {"update_info": described}, timeout)
+
+    def finish_update(self, version: int) -> list[str]:
+        """The parameters that it has nothing for."""
+        self._post("/finish_weight_update", {"weight_version": str(version)}, 60)
+        return _missing(self._call("luffy_group", {}, 60))
 
     def abort(self, names: list[str]) -> None:
         self._post("/abort_requests", {"request_ids": names}, 60)
@@ -110,6 +142,10 @@ class Client:
         if answer.status_code >= 500:
             raise Unreachable(f"{self.url}{path}: {_reason(answer)}")
         return answer.json()
+
+
+def _missing(workers: list[dict[str, Any]]) -> list[str]:
+    return sorted({name for worker in workers for name in worker["missing"]})
 
 
 def _completion(choice: dict[str, Any]) -> Completion:

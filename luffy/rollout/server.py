@@ -1,5 +1,6 @@
 """A vLLM server that this process has started: its command, its life, its last words."""
 
+import json
 import os
 import re
 import secrets
@@ -118,6 +119,9 @@ def options_of(config: RolloutConfig, *, dtype: str, max_model_len: int, trust_r
     options += ["--gpu-memory-utilization", str(config.memory_fraction)]
     if (cache := kv_cache_bytes(config)) is not None:
         options += ["--kv-cache-memory-bytes", str(cache)]
+    if config.transport == "broadcast":
+        backend = "luffy-nccl" if torch.cuda.is_available() else "luffy-gloo"
+        options += ["--weight-transfer-config", json.dumps({"backend": backend})]
     options += ["--enforce-eager"] if config.eager else []
     # vLLM 0.32 rewinds a seeded generator after a partial prefill, which CPU generators cannot do
     options += [] if torch.cuda.is_available() else ["--no-enable-chunked-prefill"]

@@ -10,7 +10,7 @@ import shutil
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
@@ -25,16 +25,18 @@ from luffy.console import say
 from luffy.distributed import World
 from luffy.errors import UserError
 from luffy.rollout.asking import Ask, Asking, Counts
+from luffy.rollout.broadcast import Broadcast, Described, Failed
 from luffy.rollout.client import Client, Params, Refused, Unreachable
 from luffy.rollout.engine import Completion, Ids, Request
 from luffy.rollout.server import Server, options_of
-from luffy.rollout.transport import version_folder, write_version
-from luffy.weights import hf_weights
+from luffy.rollout.transport import Named, drain, version_folder, write_version
+from luffy.weights import described, hf_weights
 
 if TYPE_CHECKING:
     from luffy.model import Policy
 
 T = TypeVar("T")
+COUNTED = ("asked_again", "refused", "server_restarts", "updates_missed", "broadcasts_failed")
 DEATHS = 3
 """Times in a row that a server may end before it has answered once."""
 
@@ -63,11 +65,10 @@ class Servers:
         self.config, self.world, self.version = config, world, version
         self.eos_token_id, self.max_model_len, self.vocabulary = eos_token_id, max_model_len, vocabulary
         self.folder = folder
-        self._model, self._known = path, version  # what a server is started with, and the version that this is
+        self._model, self._written = path, version  # what a server is started with, and the version that this is
+        self._known = version  # the newest, which servers may have from a broadcast alone
         self._own: list[Server] = []
-        self._counts = Counts(
-            *(f"rollout/{what}" for what in ("asked_again", "refused", "server_restarts", "updates_missed"))
-        )
+        self._counts = Counts(*(f"rollout/{what}" for what in COUNTED))
         self._changing = threading.RLock()  # of weights and of servers
         self._closing = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="servers", daemon=True)
@@ -82,6 +83,9 @@ class Servers:
         except BaseException:
             self.close()
             raise
+        self._broadcast = Broadcast(
+            self.clients, world.device, config.address, silence_s=config.probe_s, timeout_s=config.server_wait_s
+        )
         if self.world.is_main:
             self._watcher.start()
 
@@ -95,6 +99,8 @@ class Servers:
             params: Params = {"n": request.count, "temperature": temperature, "max_tokens": request.max_tokens}
             params |= {"stop_token_ids": [self.eos_token_id], "detokenize": False, "logprobs": 0}
             params |= {"seed": request.seed} if temperature else {}
+            if self.config.transport == "broadcast" and (client.version() or 0) < at_least:
+                raise Unreachable(f"{client.url} was started again and waits for the next version")
             found = client.generate(request.prompt, params, str(self.version), name)
             if any(span.version < at_least for completion in found for span in completion.versions):
                 raise Unreachable(f"{client.url} has older weights than version {at_least}")
@@ -143,31 +149,57 @@ class Servers:
     # --- weights ---------------------------------------------------------------------------------------------------
 
     def sync(self, policy: "Policy", dtype: torch.dtype, version: int) -> int:
-        target = version_folder(self.folder / "weights", version)
-        sent = write_version(target, hf_weights(policy, dtype), policy.lm.config, write=self.world.is_main)
-        if self.world.is_main:
-            with self._changing:
-                before, self._model, self._known = self._model, str(target), version
-                with ThreadPoolExecutor(len(self.clients)) as pool:
-                    list(pool.map(self._bring_up_to_date, self.clients))
-            if Path(before).parent == target.parent and before != str(target):
-                shutil.rmtree(before, ignore_errors=True)
+        names = described(policy, dtype)
+        if self.config.transport == "files" or not self._send(hf_weights(policy, dtype), names, version):
+            self._write(hf_weights(policy, dtype), policy, version)
         self.world.barrier()
         self.version = version
-        return sent
+        return len(names)
+
+    def _send(self, weights: Iterator[Named], names: Sequence[Described], version: int) -> bool:
+        """By broadcast; whether everybody has them. Collective."""
+        sent = False
+        if self.world.is_main:
+            with self._changing:
+                try:
+                    for client, missing in self._broadcast.send(weights, names, version).items():
+                        self._refuse_missing(client, missing)
+                    self._known, sent = version, True
+                except Failed as error:
+                    self._counts.add("rollout/broadcasts_failed")
+                    say(f"rollout: weights could not be broadcast ({error}); they are written to files")
+        drain(weights)
+        return bool(self.world.largest([sent])[0])
+
+    def _write(self, weights: Iterator[Named], policy: "Policy", version: int) -> None:
+        target = version_folder(self.folder / "weights", version)
+        write_version(target, weights, policy.lm.config, write=self.world.is_main)
+        if not self.world.is_main:
+            return
+        with self._changing:
+            before, self._model = self._model, str(target)
+            self._known = self._written = version
+            with ThreadPoolExecutor(len(self.clients)) as pool:
+                list(pool.map(self._bring_up_to_date, self.clients))
+        if Path(before).parent == target.parent and before != str(target):
+            shutil.rmtree(before, ignore_errors=True)
 
     def _bring_up_to_date(self, client: Client) -> None:
         """One that does not answer is left to the watcher, which gives it the newest weights when it does."""
         try:
             if not Path(self._model).is_dir():  # of the hub: nothing has been written yet, and it was started with that
-                client.set_version(self._known)
+                client.set_version(self._written)
                 return
-            missing = client.update(self._model, self._known, self.config.server_wait_s)
+            missing = client.update(self._model, self._written, self.config.server_wait_s)
         except Unreachable:
             self._counts.add("rollout/updates_missed")
             return
         except Refused as error:
             raise UserError(f"rollout: a server does not take weights: {error}") from error
+        self._refuse_missing(client, missing)
+
+    @staticmethod
+    def _refuse_missing(client: Client, missing: list[str]) -> None:
         if missing:
             raise UserError(
                 f"rollout: {client.url} has nothing for {missing[0]} ({len(missing)} parameters) after a sync"
@@ -260,7 +292,7 @@ class Servers:
         try:
             server.start(self._model)
             server.wait_ready(self._closing.is_set)
-            server.client.set_version(self._known)
+            server.client.set_version(self._written)
             deaths[server.number] = 0
         except (UserError, Unreachable) as error:
             say(str(error))
@@ -278,10 +310,10 @@ class Servers:
         return True
 
     def _refresh(self) -> None:
-        """Servers of others that were started again: the newest weights, once they answer."""
+        """Servers of others that were started again: the newest weights that there are files of, once they answer."""
         for client in self.clients:
             try:
-                if client.version() != self._known:
+                if client.version() not in (self._known, self._written):
                     self._bring_up_to_date(client)
             except Unreachable:
                 continue

@@ -14,24 +14,36 @@ from typing import Any
 from torch import Tensor
 
 
+class Coverage:
+    """Notes which of a model's parameters are loaded, from now on: vLLM says so in a log line alone."""
+
+    def __init__(self, model: Any) -> None:
+        self._model, self._loaded = model, set[str]()
+        original = type(model).load_weights
+
+        def load_weights(weights: Iterable[tuple[str, Tensor]]) -> Any:
+            found = original(model, weights)
+            self._loaded.update(found or ())
+            return found
+
+        model.load_weights = load_weights
+
+    def close(self) -> list[str]:
+        """Names of the parameters that nothing was loaded into."""
+        del self._model.load_weights
+        _repack_tied_head(self._model)
+        return sorted({name for name, _ in self._model.named_parameters()} - self._loaded)
+
+
 def load(worker: Any, weights: Iterable[tuple[str, Tensor]]) -> list[str]:
     """Load Hugging Face (name, tensor) pairs in place; vLLM fuses and shards what it is given. Returns the names of its
-    own parameters that nothing was loaded into: it says so in a log line alone."""
-    model, loaded = worker.model_runner.get_model(), set[str]()
-    original = model.load_weights
-
-    def load_weights(weights: Iterable[tuple[str, Tensor]]) -> Any:
-        found = original(weights)
-        loaded.update(found or ())
-        return found
-
-    model.load_weights = load_weights
+    own parameters that it has nothing for."""
+    coverage = Coverage(worker.model_runner.get_model())
     try:
         worker.reload_weights(weights_iterator=weights)
     finally:
-        del model.load_weights
-    _repack_tied_head(model)
-    return sorted({name for name, _ in model.named_parameters()} - loaded)
+        missing = coverage.close()
+    return missing
 
 
 def _repack_tied_head(model: Any) -> None:
@@ -69,8 +81,19 @@ def end_with(server: int) -> None:
     threading.Thread(target=wait, name="luffy-server", daemon=True).start()
 
 
-if (_server := os.environ.get("LUFFY_SERVER_PID")) and int(_server) != os.getpid() and sys.platform == "linux":
-    end_with(int(_server))
+def register() -> None:
+    """Make --weight-transfer-config's backends `luffy-nccl` and `luffy-gloo` known to this process."""
+    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory as Factory
+
+    for name, kind in (("luffy-nccl", "NcclReceiver"), ("luffy-gloo", "GlooReceiver")):
+        if name not in Factory._registry:
+            Factory.register_engine(name, "luffy.rollout.receiver", kind)
+
+
+if _server := os.environ.get("LUFFY_SERVER_PID"):  # this process belongs to a server
+    register()
+    if int(_server) != os.getpid() and sys.platform == "linux":
+        end_with(int(_server))
 
 
 class WorkerExtension:
@@ -78,6 +101,11 @@ class WorkerExtension:
 
     def luffy_load(self, folder: str) -> dict[str, list[str]]:
         return {"missing": load(self, read_folder(Path(folder)))}
+
+    def luffy_group(self) -> dict[str, Any]:
+        """The group that broadcasts weights to it, and what the last broadcast left out."""
+        engine = self.weight_transfer_engine  # type: ignore[attr-defined]
+        return {"group": getattr(engine, "name", None), "missing": getattr(engine, "missing", [])}
 
     def luffy_describe(self) -> dict[str, Any]:
         """What a trainer compares before it trusts a server."""
