@@ -119,7 +119,7 @@ class RolloutConfig(Section):
     devices: list[str] = []
     """Of each of these servers, its CUDA_VISIBLE_DEVICES, such as ["6", "7"]; []: all see the same."""
     tensor_parallel: PositiveInt = 1
-    """GPUs that share a server's model."""
+    """GPUs that share a model: a server's, or consecutive ranks' with `engine = "colocated"`."""
     urls: list[str] = []
     """Addresses of servers that run already (python -m luffy.rollout.serve) and see the run folder, such as
     ["http://10.0.0.7:8001"]. Their key is LUFFY_API_KEY in the environment."""
@@ -135,6 +135,9 @@ class RolloutConfig(Section):
     transport: Literal["files", "broadcast"] = "files"
     """How weights reach servers: `files` in the run folder, or `broadcast` into their memory (NCCL on GPUs, gloo on
     CPUs), with files where that fails."""
+    sleep: bool = False
+    """With `engine = "colocated"` on GPUs: while the trainer works vLLM gives up its memory, weights and all, and while
+    vLLM samples the optimizer's moments are on the host."""
     address: str = "127.0.0.1"
     """Of the trainer's machine, where servers on others join a broadcast."""
     probe_s: Positive = 120.0
@@ -322,8 +325,14 @@ class Config(BaseSettings):
         sampled_by_need = [name for name in ("oversample", "refill") if getattr(rollout, name) > (name == "oversample")]
         if sampled_by_need and (rollout.engine == "replay" or self.objective.name == "sft"):
             raise ValueError(f"rollout.{sampled_by_need[0]} needs an objective and an engine that sample")
-        if rollout.engine != "server" and (rollout.urls or rollout.tensor_parallel > 1):
-            raise ValueError('rollout.urls and rollout.tensor_parallel need rollout.engine = "server"')
+        if rollout.engine != "server" and (rollout.urls or rollout.transport != "files"):
+            raise ValueError('rollout.urls and rollout.transport need rollout.engine = "server"')
+        if rollout.engine != "colocated" and rollout.sleep:
+            raise ValueError('rollout.sleep needs rollout.engine = "colocated": a server has its memory to itself')
+        if rollout.engine == "colocated" and rollout.tensor_parallel > 1 and sampled_by_need:
+            raise ValueError(
+                f"rollout.{sampled_by_need[0]} needs engines of which each can stop: tensor_parallel 1, or servers"
+            )
         if self.objective.name != "sft" and self.objective.rows < 2:
             raise ValueError(
                 f"objective.rows must be >= 2 (a group is compared with itself), got {self.objective.rows}"

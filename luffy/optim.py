@@ -1,17 +1,37 @@
 """AdamW, its learning-rate schedule as a pure function of the update, and one guarded optimizer update."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from luffy.config import OptimConfig
-from luffy.shards import full
+from luffy.shards import full, local
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return AdamW(trained, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True)
+
+
+@contextmanager
+def parked(optimizer: Optimizer) -> Iterator[None]:
+    """Inside, the moments are in the host's memory, and the device has theirs for others: an engine's cache."""
+    kept = []
+    for state in optimizer.state.values():
+        for value in state.values():
+            if isinstance(value, Tensor) and value.dim():
+                storage = local(value).untyped_storage()
+                kept.append((storage, storage.cpu() if storage.device.type != "cpu" else storage.clone()))
+                storage.resize_(0)
+    try:
+        yield
+    finally:
+        for storage, copy in kept:
+            storage.resize_(copy.nbytes())
+            storage.copy_(copy)
 
 
 def learning_rate(config: OptimConfig, update: int, total: int) -> float:

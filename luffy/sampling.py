@@ -13,12 +13,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
+from luffy import optim
 from luffy.data import Example
 from luffy.data.batches import Ledger
 from luffy.dtypes import dtype_of
 from luffy.groups import Group, Row
 from luffy.rollout.ahead import Ahead
-from luffy.rollout.engine import Completion, Request
+from luffy.rollout.engine import Completion, Generation, Request
 from luffy.seeds import derive
 from luffy.setup import Trainer
 from luffy.timing import Phases
@@ -106,9 +107,8 @@ class Sampler:
         with phases("sync"):
             if asked:
                 self._before()
-        with phases("rollout"):
+        with phases("rollout"), self._asking([request for _, (_, request) in asked]) as generation:
             graded += [self._grader.submit(self._grade, work) for work in works if not work.open]
-            generation = self.t.engine.begin([request for _, (_, request) in asked], self.t.config.rollout.temperature)
             while generation.waiting and self._with_signal(graded) < wanted:
                 for index, found in generation.take(POLL_S):
                     work, (slot, _) = asked[index]
@@ -127,6 +127,13 @@ class Sampler:
                 self._carried += [work for work in works if work.open]
         with phases("verify"):
             return [future.result() for future in graded]
+
+    @contextmanager
+    def _asking(self, requests: list[Request]) -> Iterator[Generation]:
+        """The engine at work; with `rollout.sleep` it has the memory of the optimizer's moments meanwhile."""
+        aside = optim.parked(self.t.optimizer) if self.t.config.rollout.sleep else nullcontext()
+        with aside, self.t.engine.awake() if requests else nullcontext():
+            yield self.t.engine.begin(requests, self.t.config.rollout.temperature)
 
     def _with_signal(self, graded: list[Future[Group]]) -> int:
         return sum(future.done() and self._is_wanted(future.result()) for future in graded)

@@ -9,6 +9,11 @@ def full(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def local(tensor: Tensor) -> Tensor:
+    """This rank's shard, or the tensor where it is not sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def fill(tensor: Tensor, value: Tensor) -> None:
     """Copy what every rank holds whole into `tensor`, or into this rank's shard of it. Nothing is sent."""
     if isinstance(tensor, DTensor):

@@ -36,6 +36,9 @@ class Scripted:
     def __init__(self) -> None:
         self.asked: list[Request] = []
 
+    def awake(self):
+        return nullcontext()
+
     def begin(self, requests, temperature):
         self.asked += requests
         return Steps(self, list(requests))

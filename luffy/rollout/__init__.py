@@ -3,8 +3,11 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from luffy import dtypes
 from luffy.config import Config
+from luffy.errors import UserError
 
 if TYPE_CHECKING:
     from luffy.distributed import World
@@ -45,6 +48,12 @@ def make_engine(
     engine: Engine
     if rollout.replay is not None:
         return Replay(Path(rollout.replay), version)
+    if rollout.engine == "colocated" and rollout.sleep and not torch.cuda.is_available():
+        raise UserError("rollout.sleep: vLLM gives up memory on GPUs alone, and there is none; leave it out")
+    if rollout.engine == "colocated" and world.size % rollout.tensor_parallel:
+        raise UserError(
+            f"rollout.tensor_parallel: {world.size} ranks cannot be split into engines of {rollout.tensor_parallel}"
+        )
     if rollout.engine == "server":
         from luffy.rollout.servers import Servers
 

@@ -6,6 +6,7 @@ stopped when there are enough.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, Self
 
@@ -89,6 +90,10 @@ class Engine(Protocol):
     def version(self) -> int:
         """Of the weights that it holds: how many updates of the policy they have seen."""
 
+    def awake(self) -> AbstractContextManager[None]:
+        """Requests are answered inside this alone; outside an engine may give its memory to others, and forget its
+        weights."""
+
     def begin(self, requests: Sequence[Request], temperature: float) -> Generation:
         """Answer the requests, begun in their order; temperature 0 is greedy."""
 
@@ -118,8 +123,9 @@ class Engine(Protocol):
 def generate(engine: Engine, requests: Sequence[Request], temperature: float) -> list[list[Completion]]:
     """Every request's completions, once all are there; [] of one that the engine refuses."""
     found: list[list[Completion]] = [[] for _ in requests]
-    generation = engine.begin(requests, temperature)
-    while generation.waiting:
-        for index, completions in generation.take(timeout=60):
-            found[index] = completions
+    with engine.awake():
+        generation = engine.begin(requests, temperature)
+        while generation.waiting:
+            for index, completions in generation.take(timeout=60):
+                found[index] = completions
     return found

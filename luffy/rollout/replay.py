@@ -10,6 +10,7 @@ same order. A line of a file:
 
 import json
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -36,6 +37,9 @@ class Recorder:
     @property
     def version(self) -> int:
         return self.engine.version
+
+    def awake(self) -> AbstractContextManager[None]:
+        return self.engine.awake()
 
     def begin(self, requests: Sequence[Request], temperature: float) -> "Recording":
         return Recording(self.engine.begin(requests, temperature), requests, temperature, self.file)
@@ -133,6 +137,9 @@ class Replay:
                     raise UserError(
                         f"rollout.replay: line {number} of {file} is no recorded rollout: {error}"
                     ) from error
+
+    def awake(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def begin(self, requests: Sequence[Request], temperature: float) -> "Told":
         """

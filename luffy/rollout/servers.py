@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 from urllib.parse import urlparse
@@ -90,6 +91,9 @@ class Servers:
             self._watcher.start()
 
     # --- rollouts --------------------------------------------------------------------------------------------------
+
+    def awake(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def begin(self, requests: Sequence[Request], temperature: float) -> Asking[Completion]:
         at_least = self.version

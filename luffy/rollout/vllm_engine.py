@@ -6,7 +6,8 @@ applied). This file, `stepping.py` and `worker.py` are the only ones that know v
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
@@ -14,7 +15,8 @@ import torch
 from luffy.config import RolloutConfig
 from luffy.errors import UserError
 from luffy.rollout import worker
-from luffy.rollout.engine import Ids, Request
+from luffy.rollout.engine import Generation, Ids, Request
+from luffy.rollout.peers import Peers
 from luffy.rollout.stepping import Stepping
 from luffy.weights import hf_weights
 
@@ -29,11 +31,13 @@ os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 
 Dtype = Literal["bfloat16", "float32"]
+FORGOTTEN = -1
+"""Version of weights that nobody has."""
 
 
 class VllmEngine:
     """An in-process vLLM with the model at `path`; answers end with `eos_token_id`. Where there are several `ranks`
-    each has an engine of its own, with all of the model.
+    each has an engine of its own, with all of the model, or `rollout.tensor_parallel` of them share one.
 
     Raises:
         UserError: vLLM is not installed or does not start (its own last error line is quoted).
@@ -51,7 +55,8 @@ class VllmEngine:
         ranks: int = 1,
         version: int = 0,
     ) -> None:
-        self.eos_token_id, self.version = eos_token_id, version
+        self.eos_token_id, self.version, self._sleeps = eos_token_id, version, config.sleep
+        self._peers = Peers(config.tensor_parallel) if config.tensor_parallel > 1 and ranks > 1 else None
         # the other ranks' processes are in its process group; each engine is one of its own all the same
         launched: dict[str, Any] = {"distributed_executor_backend": "external_launcher"} if ranks > 1 else {}
         try:
@@ -70,6 +75,8 @@ class VllmEngine:
                 gpu_memory_utilization=config.memory_fraction,
                 kv_cache_memory_bytes=kv_cache_bytes(config),
                 enforce_eager=config.eager,
+                enable_sleep_mode=config.sleep,
+                tensor_parallel_size=config.tensor_parallel,
                 logprobs_mode="processed_logprobs",
                 # vLLM 0.32 rewinds a seeded generator after a partial prefill, which CPU generators cannot do
                 enable_chunked_prefill=torch.cuda.is_available(),
@@ -82,10 +89,32 @@ class VllmEngine:
             )
         except Exception as error:  # vLLM raises anything here; whatever it is, its last line is what helps
             raise UserError(f"rollout: vLLM failed to start: {_last_line(error)}") from error
+        if self._sleeps:
+            self._sleep()
 
-    def begin(self, requests: Sequence[Request], temperature: float) -> Stepping:
-        engine: Any = self.llm.llm_engine
-        return Stepping(engine, requests, temperature, eos_token_id=self.eos_token_id, version=self.version)
+    @contextmanager
+    def awake(self) -> Iterator[None]:
+        """With `rollout.sleep` the KV cache exists inside alone; afterwards the weights are gone too (level 2), for a
+        sync comes before anything else."""
+        if not self._sleeps:
+            yield
+            return
+        self.llm.wake_up(tags=["kv_cache"])
+        try:
+            yield
+        finally:
+            self._sleep()
+
+    def _sleep(self) -> None:
+        self.llm.sleep(level=2)
+        self.version = FORGOTTEN
+
+    def begin(self, requests: Sequence[Request], temperature: float) -> Generation:
+        def answered(requests: Sequence[Request]) -> Stepping:
+            engine: Any = self.llm.llm_engine
+            return Stepping(engine, requests, temperature, eos_token_id=self.eos_token_id, version=self.version)
+
+        return answered(requests) if self._peers is None else self._peers.share(requests, answered)
 
     def score(self, sequences: Sequence[Ids]) -> list[list[float]]:
         """Log-prob of every token but the first of each sequence, at temperature 1, nats."""
@@ -106,6 +135,8 @@ class VllmEngine:
         Raises:
             UserError: the model has parameters that the policy has nothing for.
         """
+        if self._sleeps and self.version == FORGOTTEN:
+            self.llm.wake_up(tags=["weights"])
         sent = 0
 
         def stream():
