@@ -1,0 +1,480 @@
+"""How many servers, and how far ahead of the update: a model of the trainer and its rollout servers, event by event.
+
+    python -m bench.async_sim --gpus 64 [--gpu h100] [--model qwen2.5-7b] [--prompts 128] [--rows 8]
+                              [--mean 3000] [--spread 0.9] [--longest 8192] [--out FILE.png]
+    python -m bench.async_sim --run RUN [--servers 1 2 4] [--ahead 0 1 2]    from what a run has recorded
+    python -m bench.async_sim --compare RUN OTHER                            predict OTHER from RUN
+
+The model does what `luffy.sampling` and `luffy.rollout.asking` do: a step's prompts wait in one queue, a server takes
+one with all of its answers when it has room, every sequence that a server decodes gets a token a decoding step, whose
+time grows with their number; sampling ends when enough prompts are done, and the others are carried on; a batch is
+begun when no more than `ahead` steps lie between it and the one that is trained on; new weights make servers pause.
+Lengths are drawn from a log-normal distribution cut at the longest answer. What it leaves out: prefix caches,
+preemption, tensor parallelism's own talk (so its gain is a bound), stragglers among ranks and networks.
+
+With --gpus rates are computed from data sheets (`luffy.machines`) and the shares of them in `ASSUMED`: nothing was
+measured on a GPU. With --run they are fitted to the run's own metrics.
+"""
+
+from __future__ import annotations
+
+import argparse
+import heapq
+import itertools
+import json
+import math
+import random
+import statistics
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from luffy.machines import MACHINES
+from luffy.shapes import KNOWN, Shape
+from luffy.step_time import kv_bytes
+
+STEPS = 16
+ASSUMED = {"update": 0.40, "prefill": 0.50, "memory": 0.60, "network": 0.50}
+"""Shares of the data sheet's rates: of FLOP/s in an update and of prompts, of memory bandwidth while decoding, of a
+link while weights are sent."""
+Lengths = Callable[[random.Random], int]
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Seconds."""
+
+    decode: float
+    """A decoding step of a server, apart from its sequences."""
+    sequence: float
+    """Of a decoding step, for each sequence."""
+    prompt: float
+    """Before a prompt's first token."""
+    update: float
+    """Of an update, apart from its tokens."""
+    token: float
+    """Of an update, for each answer token."""
+    sync: float
+    """That servers pause for new weights."""
+    verify: float = 0.0
+    """After a prompt's last answer, until its verdicts are there."""
+    slots: int = 256
+    """Sequences that a server decodes at a time."""
+
+
+@dataclass
+class Group:
+    left: list[float]
+    """Tokens that its answers still need."""
+    open: int = 0
+    tokens: defaultdict[int, float] = field(default_factory=lambda: defaultdict(float))
+    """By the version of the weights."""
+
+
+@dataclass
+class Answer:
+    group: Group
+    end: float
+    """Its server's progress when it is finished."""
+    told: float
+    """Up to which progress its tokens are in its group's."""
+
+
+@dataclass
+class Server:
+    room: int
+    """Prompts that it can take."""
+    progress: float = 0.0
+    """Tokens that a sequence which was always there would have."""
+    at: float = 0.0
+    busy_s: float = 0.0
+    running: list[tuple[float, int, Answer]] = field(default_factory=list)
+    """Heap of (progress at its end, number, answer)."""
+    stamp: int = 0
+
+
+@dataclass
+class Outcome:
+    seconds: float
+    """A step, once the pipeline is full."""
+    trainer: float
+    """Share of the time that the trainer updates."""
+    servers: float
+    """Share of the time that a server decodes anything."""
+    staleness: float
+    """Updates that a token is behind, on average."""
+    timeline: list[tuple[str, float, float, int]]
+    """(what, from, to, step)"""
+
+
+class Simulation:
+    def __init__(
+        self,
+        rates: Rates,
+        lengths: Lengths,
+        *,
+        servers: int,
+        ahead: int,
+        prompts: int,
+        rows: int,
+        oversample: float = 1.0,
+        seed: int = 0,
+    ) -> None:
+        self.rates, self.ahead, self.prompts, self.rows = rates, ahead, prompts, rows
+        self._begins = math.ceil(prompts * oversample)
+        self._draw, self._random = lengths, random.Random(seed)
+        self._servers = [Server(max(1, rates.slots // rows)) for _ in range(servers)]
+        self._queue: deque[Group] = deque()
+        self._carried: list[Group] = []
+        self._done: list[Group] = []
+        self._events: list[tuple[float, int, str, Any]] = []
+        self._number = itertools.count()
+        self.now, self.trained, self.begun = 0.0, 0, 0
+        self._ready: deque[int] = deque()
+        self._busy = self._sampling = False
+        self._paused_to = 0.0
+        self._batches: dict[int, list[Group]] = {}
+        self._began: dict[int, float] = {}
+        self.timeline: list[tuple[str, float, float, int]] = []
+
+    def run(self, steps: int) -> Outcome:
+        ends = []
+        while self.trained < steps:
+            self._start_what_can(steps)
+            self.now, _, what, about = heapq.heappop(self._events)
+            if what == "answer":
+                server, stamp = about
+                if stamp == server.stamp:
+                    self._finish_answers(server)
+            elif what == "verified":
+                self._finish_group(about)
+            elif what == "updated":
+                self._busy = False
+                ends.append(self.now)
+                self._pause()
+        settled = ends[len(ends) // 4 :]
+        updates = [(begin, end) for name, begin, end, _ in self.timeline if name == "update" and begin >= settled[0]]
+        span = settled[-1] - settled[0]
+        return Outcome(
+            span / (len(settled) - 1),
+            sum(end - begin for begin, end in updates) / span,
+            statistics.fmean(server.busy_s for server in self._servers) / self.now,
+            statistics.fmean(self._behind(step) for step in range(1, steps + 1)),
+            self.timeline,
+        )
+
+    def _start_what_can(self, steps: int) -> None:
+        if not self._sampling and self.begun < min(steps, self.trained + 1 + self.ahead):
+            self.begun += 1
+            self._sampling, self._began[self.begun] = True, self.now
+            fresh = [self._fresh() for _ in range(self._begins - len(self._carried) - len(self._done))]
+            self._queue.extend(self._carried + fresh)
+            self._carried = []
+            self._end_if_enough()
+        while self._queue and (free := max(self._servers, key=lambda server: server.room)).room:
+            self._give(free, self._queue.popleft())
+        if self._ready and not self._busy:
+            step = self._ready.popleft()
+            tokens = sum(sum(group.tokens.values()) for group in self._batches[step])
+            end = self.now + self.rates.update + self.rates.token * tokens
+            self._busy = True
+            self.timeline.append(("update", self.now, end, step))
+            self._at(end, "updated", step)
+
+    def _fresh(self) -> Group:
+        return Group([self._draw(self._random) for _ in range(self.rows)])
+
+    def _at(self, when: float, what: str, about: Any) -> None:
+        heapq.heappush(self._events, (when, next(self._number), what, about))
+
+    def _pause(self) -> None:
+        """All servers, for new weights."""
+        for server in self._servers:
+            self._advance(server)
+            for _, _, answer in server.running:
+                self._tell(server, answer)
+        self.trained += 1
+        self._paused_to = self.now + self.rates.sync
+        for server in self._servers:
+            self._expect(server)
+
+    def _give(self, server: Server, group: Group) -> None:
+        self._advance(server)
+        server.room -= 1
+        # a prompt holds up whoever decodes beside it, and itself
+        server.at = max(server.at, self.now, self._paused_to) + self.rates.prompt
+        server.busy_s += self.rates.prompt
+        group.open = len(group.left)
+        for tokens in group.left:
+            answer = Answer(group, server.progress + tokens, server.progress)
+            heapq.heappush(server.running, (answer.end, next(self._number), answer))
+        self._expect(server)
+
+    def _advance(self, server: Server) -> None:
+        """What it has decoded by now."""
+        begin = max(server.at, min(self._paused_to, self.now))
+        if self.now > begin and server.running:
+            server.progress += (self.now - begin) / self._step_s(server)
+            server.busy_s += self.now - begin
+        server.at = max(server.at, self.now)
+
+    def _tell(self, server: Server, answer: Answer) -> None:
+        reached = min(server.progress, answer.end)
+        answer.group.tokens[self.trained] += reached - answer.told
+        answer.told = reached
+
+    def _step_s(self, server: Server) -> float:
+        return self.rates.decode + self.rates.sequence * len(server.running)
+
+    def _expect(self, server: Server) -> None:
+        server.stamp += 1
+        if server.running:
+            begin = max(server.at, self._paused_to)
+            left = max(0.0, server.running[0][0] - server.progress)
+            self._at(begin + left * self._step_s(server), "answer", (server, server.stamp))
+
+    def _finish_answers(self, server: Server) -> None:
+        self._advance(server)
+        while server.running and server.running[0][0] <= server.progress + 1e-6:
+            _, _, answer = heapq.heappop(server.running)
+            self._tell(server, answer)
+            answer.group.open -= 1
+            if not answer.group.open:
+                server.room += 1
+                self._at(self.now + self.rates.verify, "verified", answer.group)
+        self._expect(server)
+
+    def _finish_group(self, group: Group) -> None:
+        self._done.append(group)
+        self._end_if_enough()
+
+    def _end_if_enough(self) -> None:
+        if not self._sampling or len(self._done) < self.prompts:
+            return
+        self._cut()
+        self._sampling = False
+        self._batches[self.begun], self._done = self._done[: self.prompts], self._done[self.prompts :]
+        self._ready.append(self.begun)
+        self.timeline.append(("sampling", self._began[self.begun], self.now, self.begun))
+
+    def _cut(self) -> None:
+        """End what is being sampled; it is carried on with."""
+        for server in self._servers:
+            self._advance(server)
+            left: dict[int, tuple[Group, list[float]]] = {}
+            for _, _, answer in server.running:
+                self._tell(server, answer)
+                left.setdefault(id(answer.group), (answer.group, []))[1].append(answer.end - server.progress)
+            for group, tokens in left.values():
+                group.left = tokens
+                self._carried.append(group)
+                server.room += 1
+            server.running.clear()
+            self._expect(server)
+        self._carried += self._queue
+        self._queue.clear()
+
+    def _behind(self, step: int) -> float:
+        """Updates between the weights that sampled a token and those that are trained: `step` - 1."""
+        found: defaultdict[int, float] = defaultdict(float)
+        for group in self._batches[step]:
+            for version, tokens in group.tokens.items():
+                found[version] += tokens
+        return sum(tokens * (step - 1 - version) for version, tokens in found.items()) / max(1.0, sum(found.values()))
+
+
+def log_normal(mean: float, spread: float, longest: int) -> Lengths:
+    """spread: standard deviation of the logarithm. mean: before what is longer is cut off."""
+    mu = math.log(mean) - spread**2 / 2
+    return lambda rng: max(1, min(longest, round(math.exp(rng.gauss(mu, spread)))))
+
+
+# --- rates of GPUs ---
+
+
+def computed(shape: Shape, gpu: str, *, trainers: int, parallel: int, prompt: int, mean: float, slots: int) -> Rates:
+    """Of servers of `parallel` GPUs each and a trainer of `trainers`, by data sheet and `ASSUMED`."""
+    machine = MACHINES[gpu]
+    memory = ASSUMED["memory"] * machine.bandwidth * parallel
+    flops = machine.flops * parallel
+    weights = 2 * shape.parameters
+    attended = prompt + mean / 2
+    return Rates(
+        decode=weights / memory,
+        sequence=kv_bytes(shape) * attended / memory + 2 * shape.parameters / (ASSUMED["prefill"] * flops),
+        prompt=2 * shape.parameters * prompt / (ASSUMED["prefill"] * flops),
+        update=28 * shape.parameters / trainers / (ASSUMED["memory"] * machine.bandwidth),
+        # forward, backward, and forward again for recomputation; prompts beside answers
+        token=8 * shape.parameters * (1 + prompt / max(mean, 1) / 8) / (ASSUMED["update"] * machine.flops * trainers),
+        sync=weights / (ASSUMED["network"] * machine.network),
+        slots=slots,
+    )
+
+
+def choices(shape: Shape, gpu: str, gpus: int) -> Iterator[tuple[int, int, int]]:
+    """(trainers, servers, GPUs of a server) that have room for weights, and for a training state of 18 bytes a
+    parameter beside activations."""
+    room = MACHINES[gpu].memory
+    parallel = 1
+    while 2 * shape.parameters > 0.6 * room * parallel:
+        parallel *= 2
+    parallels = (parallel, 2 * parallel, 4 * parallel)  # more of them: fewer sequences, each faster
+    least = math.ceil(18 * shape.parameters / (0.6 * room))
+    shares = sorted({max(1, round(gpus * share / 16)) for share in range(1, 16)})
+    for trainers, many in itertools.product(shares, parallels):
+        servers = (gpus - trainers) // many
+        if trainers >= least and servers >= 1 and many <= 8:
+            yield gpus - servers * many, servers, many
+
+
+# --- rates of a run ---
+
+
+def read(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def fitted(run: Path) -> tuple[Rates, Lengths, dict[str, Any]]:
+    """Of a run that was not ahead: medians of its steps but the first."""
+    import tomllib
+
+    config = tomllib.loads((run / "config.toml").read_text())
+    steps = read(run)[1:]
+    names = ("rollout", "sync", "update", "verify")
+    mid = {name: statistics.median(step[f"timing_s/{name}"] for step in steps) for name in names}
+    mean = statistics.fmean(step["on_off_metrics/on_response_length_mean"] for step in steps)
+    longest = max(step["response_length/max"] for step in steps)
+    rates = Rates(
+        decode=mid["rollout"] / longest, sequence=0.0, prompt=0.0, update=mid["update"], token=0.0, sync=mid["sync"],
+        verify=mid["verify"], slots=10**6,
+    )  # fmt: skip
+    spread = max(0.05, math.log(max(longest / mean, 1.01)) / 2)
+    return rates, log_normal(mean, spread, round(longest)), config
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpus", type=int, nargs="+", default=[8])
+    parser.add_argument("--gpu", default="h100", choices=sorted(MACHINES))
+    parser.add_argument("--model", default="qwen2.5-7b", choices=sorted(KNOWN))
+    parser.add_argument("--prompts", type=int, default=128)
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--prompt", type=int, default=200, help="tokens of a prompt")
+    parser.add_argument("--mean", type=float, default=3000, help="tokens of an answer")
+    parser.add_argument("--spread", type=float, default=0.9, help="standard deviation of their logarithm")
+    parser.add_argument("--longest", type=int, default=8192)
+    parser.add_argument("--slots", type=int, default=256, help="sequences that a server decodes at a time")
+    parser.add_argument("--oversample", type=float, default=1.0, help="prompts begun, as a multiple of those needed")
+    parser.add_argument("--ahead", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--servers", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--run", type=Path)
+    parser.add_argument("--compare", type=Path, nargs=2, metavar=("RUN", "OTHER"))
+    parser.add_argument("--out", type=Path, help="a picture of the best choice's timeline")
+    args = parser.parse_args()
+    if args.compare:
+        compare(*args.compare)
+    elif args.run:
+        from_run(args.run, args.servers, args.ahead)
+    else:
+        for gpus in args.gpus:
+            plan(args, gpus)
+
+
+def plan(args: argparse.Namespace, gpus: int) -> None:
+    shape, lengths = KNOWN[args.model], log_normal(args.mean, args.spread, args.longest)
+    drawn = random.Random(1)
+    mean = statistics.fmean(lengths(drawn) for _ in range(2000))
+    print(
+        f"\n{args.model}, {gpus} x {args.gpu}: {args.prompts} prompts x {args.rows} answers of {mean:.0f} tokens "
+        f"(longest {args.longest}); computed, not measured"
+    )
+    print("ahead  trainers  servers  s/step  trainer busy  servers busy  staleness  tokens/s/GPU")
+    best: dict[int, tuple[float, Outcome, tuple[int, int, int]]] = {}
+    for ahead in args.ahead:
+        for choice in choices(shape, args.gpu, gpus):
+            trainers, servers, parallel = choice
+            kv = (0.9 * MACHINES[args.gpu].memory * parallel - 2 * shape.parameters) / kv_bytes(shape)
+            slots = max(args.rows, min(args.slots, int(kv / (args.prompt + mean))))
+            rates = computed(
+                shape, args.gpu, trainers=trainers, parallel=parallel, prompt=args.prompt, mean=mean, slots=slots
+            )  # fmt: skip
+            found = Simulation(
+                rates, lengths, servers=servers, ahead=ahead, prompts=args.prompts, rows=args.rows,
+                oversample=args.oversample,
+            ).run(STEPS)  # fmt: skip
+            if ahead not in best or found.seconds < best[ahead][0]:
+                best[ahead] = found.seconds, found, choice
+        if ahead not in best:
+            print(f"{ahead:5}  nothing fits: {shape.parameters / 1e9:.0f}e9 parameters need more GPUs of {args.gpu}")
+            continue
+        _, found, (trainers, servers, parallel) = best[ahead]
+        many = f"{servers}x{parallel}" if parallel > 1 else str(servers)
+        rate = args.prompts * args.rows * mean / found.seconds / gpus
+        print(
+            f"{ahead:5}  {trainers:8}  {many:>7}  {found.seconds:6.1f}  {found.trainer:12.0%}  {found.servers:12.0%}"
+            f"  {found.staleness:9.2f}  {rate:12.0f}"
+        )
+    if args.out and best:
+        draw(args.out, {f"ahead {ahead}": found for ahead, (_, found, _) in best.items()}, f"{args.model}, {gpus} GPUs")
+        print(f"picture: {args.out}")
+
+
+def from_run(run: Path, servers: Sequence[int], aheads: Sequence[int]) -> None:
+    rates, lengths, config = fitted(run)
+    prompts, rows = config["train"]["prompts_per_step"], config["objective"]["rows"]
+    print("ahead  servers  s/step  trainer busy  servers busy  staleness")
+    for ahead, count in itertools.product(aheads, servers):
+        found = Simulation(rates, lengths, servers=count, ahead=ahead, prompts=prompts, rows=rows).run(STEPS)
+        print(
+            f"{ahead:5}  {count:7}  {found.seconds:6.2f}  {found.trainer:12.0%}  {found.servers:12.0%}"
+            f"  {found.staleness:9.2f}"
+        )
+
+
+def compare(run: Path, other: Path) -> dict[str, tuple[float, float]]:
+    """name -> (predicted from `run`, seen in `other`), which has the same settings but for how far it is ahead."""
+    import tomllib
+
+    rates, lengths, config = fitted(run)
+    theirs = tomllib.loads((other / "config.toml").read_text())["rollout"]
+    prompts, rows = config["train"]["prompts_per_step"], config["objective"]["rows"]
+    seen = read(other)[2:]
+    found = Simulation(
+        rates, lengths, servers=theirs["servers"], ahead=theirs["max_staleness"], prompts=prompts, rows=rows
+    ).run(max(STEPS, len(seen)))  # fmt: skip
+    told = {
+        "s/step": (found.seconds, statistics.median(step["timing_s/step"] for step in seen)),
+        "staleness": (found.staleness, statistics.fmean(step["rollout/staleness_mean"] for step in seen)),
+    }
+    for name, (predicted, measured) in told.items():
+        print(f"{name:10}  predicted {predicted:6.2f}  seen {measured:6.2f}")
+    return told
+
+
+def draw(path: Path, found: dict[str, Outcome], title: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(len(found), 1, figsize=(9, 1.4 * len(found) + 0.8), sharex=True, squeeze=False)
+    until = 6 * min(outcome.seconds for outcome in found.values())
+    colours = ["#4878a8", "#e0913a", "#6a9f58", "#b85450"]
+    for axis, (name, outcome) in zip(axes[:, 0], found.items(), strict=True):
+        for what, begin, end, step in outcome.timeline:
+            row = 1 if what == "update" else 0
+            axis.barh(row, end - begin, left=begin, height=0.8, color=colours[step % 4], edgecolor="white")
+        axis.set_yticks([0, 1], ["servers", "trainer"])
+        axis.set_title(
+            f"{name}: {outcome.seconds:.0f} s a step, trainer {outcome.trainer:.0%} busy", loc="left", size=9
+        )
+        axis.set_xlim(0, until)
+    axes[-1, 0].set_xlabel(f"seconds; a colour is a step. {title}, computed")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    main()
