@@ -19,9 +19,8 @@ def main(argv: list[str] | None = None) -> int:
     if rest and args.command not in ("train", "plan"):
         build_parser().parse_args(argv)  # ends with argparse's own message
     try:
-        return {"train": run_train, "eval": run_eval, "generate": run_generate, "plan": run_plan}[args.command](
-            args, rest
-        )
+        commands = {"train": run_train, "eval": run_eval, "generate": run_generate, "plan": run_plan}
+        return (commands | {"doctor": run_doctor})[args.command](args, rest)
     except UserError as error:
         from luffy.failure import say_failure
 
@@ -90,6 +89,8 @@ def build_parser() -> argparse.ArgumentParser:
     generate = commands.add_parser("generate", help="answer a question")
     generate.add_argument("question")
     _add_model_options(generate, temperature=0.6)
+
+    commands.add_parser("doctor", help="what this machine has, what it lacks, and what was never run")
     return parser
 
 
@@ -217,6 +218,13 @@ def run_generate(args: argparse.Namespace, _: list[str]) -> int:
         [[answer]] = generate(engine, [Request(prompt, 1, args.max_tokens, args.seed)], args.temperature)
     print(template.decode(answer.token_ids))
     return 0
+
+
+def run_doctor(args: argparse.Namespace, _: list[str]) -> int:
+    from luffy.doctor import examine, print_findings
+
+    _quiet()
+    return print_findings(examine())
 
 
 def _open_model(args: argparse.Namespace):

@@ -128,7 +128,8 @@ class RolloutConfig(Section):
     that learn; 0: strictly on-policy. Needs `engine = "server"`; see `correction` for what it does to the gradient."""
     oversample: Annotated[float, Field(ge=1, le=8)] = 1.0
     """Prompts to begin, as a multiple of those that a step needs. Sampling ends when enough are done; the others go on
-    in the next step, with its weights."""
+    in the next step, with its weights. So even with `max_staleness` 0 some tokens are of older weights: see
+    `correction`."""
     refill: Annotated[int, Field(ge=0)] = 0
     """Rounds of further prompts in place of those whose rows all have the same reward, and so no gradient (dynamic
     sampling); 0: such prompts stay in the batch."""
@@ -323,6 +324,8 @@ class Config(BaseSettings):
         if (rollout.engine == "replay") != (rollout.replay is not None):
             raise ValueError('rollout.engine = "replay" and rollout.replay, the folder, need each other')
         sampled_by_need = [name for name in ("oversample", "refill") if getattr(rollout, name) > (name == "oversample")]
+        if rollout.oversample > 1 and rollout.record:
+            raise ValueError("rollout.record keeps whole answers, and rollout.oversample samples them in parts")
         if sampled_by_need and (rollout.engine == "replay" or self.objective.name == "sft"):
             raise ValueError(f"rollout.{sampled_by_need[0]} needs an objective and an engine that sample")
         if rollout.engine != "server" and (rollout.urls or rollout.transport != "files"):

@@ -9,7 +9,7 @@ taken is told when the groups are gathered, and goes into the ledger (`luffy.dat
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
@@ -19,12 +19,13 @@ from luffy.data.batches import Ledger
 from luffy.dtypes import dtype_of
 from luffy.groups import Group, Row
 from luffy.rollout.ahead import Ahead
-from luffy.rollout.engine import Completion, Generation, Request
+from luffy.rollout.engine import Completion, Request
 from luffy.seeds import derive
 from luffy.setup import Trainer
 from luffy.timing import Phases
 
 Phase = Callable[[str], AbstractContextManager[None]]
+COUNTED = ("batch/refills", "batch/groups_given_up", "rollout/answers_cut")
 POLL_S = 0.2
 """How often what has been graded is looked at while sampling goes on."""
 
@@ -51,6 +52,12 @@ class Work:
     """Requests that are not answered."""
 
 
+def done(group: Group) -> Future[Group]:
+    future: Future[Group] = Future()
+    future.set_result(group)
+    return future
+
+
 def sync(t: Trainer) -> None:
     """Give the engine the policy's weights, if it is about to be asked and has older ones."""
     if t.engine.version != t.version:
@@ -67,22 +74,32 @@ class Sampler:
         self._ready: list[Group] = []  # graded, and more than the step needed
         self._grader = ThreadPoolExecutor(1, thread_name_prefix="grade")
         self._needs = len(t.world.share(list(range(t.config.train.prompts_per_step))))
+        self._samples = any(t.objective.num_rollouts(example) for example in t.examples)
 
     def batch(self, phases: Phase) -> Batch:
-        """This rank's groups of the next step, in the order of their prompts."""
-        dull: list[Group] = []
-        counts: Counter[str] = Counter()
-        kept, self._ready = self._ready[: self._needs], self._ready[self._needs :]
-        for number in range(1 + self.t.config.rollout.refill):
-            if len(kept) == self._needs:
-                break
-            counts["batch/refills"] += number > 0
-            found = self._sample(self._needs - len(kept), phases, counts)
-            for group in found:
-                (kept if self._is_wanted(group) else dull).append(group)
+        """This rank's groups of the next step, in the order of their prompts. With `before` collective: ranks enter it
+        whether they need to sample or not."""
+        counts = Counter(dict.fromkeys(COUNTED, 0))
+        ready, self._ready = self._ready, []
+        found = [done(group) for group in ready]
+        with phases("sync"):
+            if self._samples:
+                self._before()
+        with phases("rollout"), self._awake():
+            for number in range(1 + self.t.config.rollout.refill):
+                missing = self._needs - self._with_signal(found)
+                if missing <= 0:
+                    break
+                counts["batch/refills"] += number > 0
+                found += self._sample(missing, counts)
+                if self.t.config.rollout.refill:
+                    wait(found)  # what is missing is known by their verdicts
+        with phases("verify"):
+            groups = [future.result() for future in found]
+        wanted = [group for group in groups if self._is_wanted(group)]
+        dull = [group for group in groups if not self._is_wanted(group)]
+        kept, self._ready = wanted[: self._needs], wanted[self._needs :]
         kept += [dull.pop() for _ in range(self._needs - len(kept))]  # the last ones: there will be no other
-        kept, more = kept[: self._needs], kept[self._needs :]
-        self._ready += more
         counts["batch/groups_given_up"] = len(dull)
         return Batch(
             groups=sorted(kept, key=lambda group: group.position),
@@ -99,41 +116,38 @@ class Sampler:
     def _is_wanted(self, group: Group) -> bool:
         return not self.t.config.rollout.refill or len({row.reward for row in group.rows}) > 1
 
-    def _sample(self, wanted: int, phases: Phase, counts: Counter[str]) -> list[Group]:
-        """Graded groups: `wanted` of them with a signal, or else all that were drawn for this many."""
+    def _sample(self, wanted: int, counts: Counter[str]) -> list[Future[Group]]:
+        """Groups being graded: as soon as `wanted` of them have a signal, or else all that were drawn for this many."""
         works = self._draw(math.ceil(wanted * self.t.config.rollout.oversample))
-        graded: list[Future[Group]] = []
         asked = [(work, request) for work in works for request in self._requests(work)]
-        with phases("sync"):
-            if asked:
-                self._before()
-        with phases("rollout"), self._asking([request for _, (_, request) in asked]) as generation:
-            graded += [self._grader.submit(self._grade, work) for work in works if not work.open]
+        graded = [self._grader.submit(self._grade, work) for work in works if not work.open]
+        generation = self.t.engine.begin([request for _, (_, request) in asked], self.t.config.rollout.temperature)
+        try:
             while generation.waiting and self._with_signal(graded) < wanted:
                 for index, found in generation.take(POLL_S):
                     work, (slot, _) = asked[index]
                     self._put(work, slot, found)
                     if not work.open:
                         graded.append(self._grader.submit(self._grade, work))
-            if generation.waiting:
-                for index, found in generation.stop().items():
-                    work, (slot, _) = asked[index]
-                    if not found:
-                        continue  # it was not begun
-                    self._put(work, slot, found)
-                    counts["rollout/answers_cut"] += sum(map(self._is_open, found))
-                    if not work.open:
-                        graded.append(self._grader.submit(self._grade, work))
-                self._carried += [work for work in works if work.open]
-        with phases("verify"):
-            return [future.result() for future in graded]
+        finally:
+            left = generation.stop() if generation.waiting else {}
+        for index, found in left.items():
+            work, (slot, _) = asked[index]
+            if not found:
+                continue  # it was not begun
+            self._put(work, slot, found)
+            counts["rollout/answers_cut"] += sum(map(self._is_open, found))
+            if not work.open:
+                graded.append(self._grader.submit(self._grade, work))
+        self._carried += [work for work in works if work.open]
+        return graded
 
     @contextmanager
-    def _asking(self, requests: list[Request]) -> Iterator[Generation]:
+    def _awake(self) -> Iterator[None]:
         """The engine at work; with `rollout.sleep` it has the memory of the optimizer's moments meanwhile."""
         aside = optim.parked(self.t.optimizer) if self.t.config.rollout.sleep else nullcontext()
-        with aside, self.t.engine.awake() if requests else nullcontext():
-            yield self.t.engine.begin(requests, self.t.config.rollout.temperature)
+        with aside, self.t.engine.awake() if self._samples else nullcontext():
+            yield
 
     def _with_signal(self, graded: list[Future[Group]]) -> int:
         return sum(future.done() and self._is_wanted(future.result()) for future in graded)
@@ -207,6 +221,7 @@ def sampling(t: Trainer, ledger: Ledger, first: int) -> Iterator[Callable[[int, 
         with Sampler(t, ledger, before=lambda: sync(t)) as sampler:
             yield lambda step, phases: sampler.batch(phases)
         return
+    sync(t)  # a resumed run may have an engine that it must not begin with
     with (
         Sampler(t, ledger) as sampler,
         Ahead(lambda step: sampler.batch(lambda name: nullcontext()), first, t.config.train.steps, depth) as ahead,

@@ -32,6 +32,9 @@ from luffy.sequence import slice_of
 from luffy.setup import Trainer, set_up
 from luffy.timing import Phases, peak_memory_gib
 
+MOST_GAP = 0.5
+"""Nats. Types and kernels account for a hundredth of it, weights that did not arrive for several times as much."""
+
 
 def train(config: Config, run: RunFolder, resume: bool = False) -> dict[str, Any]:
     """Train as `config` says, in `run`; returns the result that is also written to result.json.
@@ -74,6 +77,7 @@ def train_steps(t: Trainer, loop: dict[str, Any], ledger: Ledger) -> dict[str, A
                         sync(t)  # what is being sampled goes on with these
 
                 record = record_step(t, loop, groups, rows, metrics, phases) | behind | counts
+                check_engine(record)
                 if t.world.is_main:
                     timeline.append(t.run.timeline, step, phases.events)
                 t.log.write(step, record)
@@ -108,6 +112,21 @@ def train_steps(t: Trainer, loop: dict[str, Any], ledger: Ledger) -> dict[str, A
     if t.world.is_main:
         run.finish(result)
     return result
+
+
+def check_engine(record: dict[str, Any]) -> None:
+    """After every sync that an on-policy step follows: parity of log-probs, of all tokens that were sampled.
+
+    Raises:
+        UserError: the engine samples from other weights than the policy's.
+    """
+    gap = record.get("rollout/logp_gap_mean")
+    if record.get("rollout/staleness_max") == 0 and gap is not None and gap > MOST_GAP:
+        raise UserError(
+            f"rollout: the engine's log-probs differ from the trainer's by {gap:.2f} nats a token, so it has other "
+            f"weights or another temperature; nothing of this step is saved. Resume the run; if it happens again, send "
+            f"us config.toml and the model's config.json"
+        )
 
 
 def gather(t: Trainer, mine: Batch, ledger: Ledger) -> tuple[list[Group], dict[str, float]]:

@@ -1,17 +1,25 @@
 """Sampling ahead: in order, never further than allowed, overlapping with the update; no prompt lost or used twice."""
 
 import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
 import threading
 import time
 
 import pytest
 from test_train import arguments, records
-from tiny import luffy, make_model
+from tiny import ROOT, luffy, make_model
 
+from bench import async_sim
 from luffy.config import Config, RolloutConfig
 from luffy.groups import Group, Row
 from luffy.rollout.ahead import Ahead
+from luffy.rollout.client import Client
 from luffy.rollout.engine import Span
+from luffy.rollout.server import free_port
 from luffy.train import staleness
 
 
@@ -122,3 +130,71 @@ def test_a_run_ahead_trains_on_the_same_prompts_and_is_resumed_where_it_was(tmp_
     events = [e for e in json.loads(text.rstrip().rstrip(",") + "]") if e["ph"] == "X"]
     assert {e["tid"] for e in events} == {1, 2}
     assert [e["name"] for e in events if e["tid"] == 2] == [f"ahead, step {n}" for n in range(1, 6)]
+
+
+@pytest.fixture
+def delayed_server(tmp_path):
+    """A real server behind a proxy that holds answers back for 5 s; yields (model, address)."""
+    model = make_model(tmp_path / "model")
+    port, front = free_port(), free_port()
+    log = (tmp_path / "server.log").open("w")
+    serve = ["-m", "luffy.rollout.serve", "--model", str(model), "--port", str(port), "--max-model-len", "512"]
+    serve += [
+        "--dtype",
+        "float32",
+        "--kv-cache-memory-bytes",
+        str(2**28),
+        "--enforce-eager",
+        "--no-enable-chunked-prefill",
+    ]
+    proxy = [str(ROOT / "tests" / "slow_proxy.py"), str(front), f"http://127.0.0.1:{port}", "5"]
+    started = [
+        subprocess.Popen([sys.executable, *given], stdout=log, stderr=log, start_new_session=True)
+        for given in (serve, proxy)
+    ]
+    client = Client(f"http://127.0.0.1:{port}", None, 4)
+    deadline = time.monotonic() + 180
+    while not client.ready():
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    yield model, f"http://127.0.0.1:{front}"
+    for process in started:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@pytest.mark.slow
+def test_with_answers_that_take_five_seconds_a_step_ahead_takes_six_tenths(tmp_path, delayed_server):
+    """On a whole run; and the model of `bench.async_sim` predicts it from the run that is not ahead."""
+    model, url = delayed_server
+    given = {
+        "train__steps": 7,
+        "train__updates_per_step": 1,
+        "checkpoint__every": 0,
+        "eval__every": 0,
+        "eval__limit": 1,
+    }
+    given |= {"rollout__engine": "server", "rollout__urls": json.dumps([url]), "train__prompts_per_step": 24}
+    given |= {
+        "objective__rows": 24,
+        "rollout__max_tokens": 96,
+        "correction__kind": "truncate",
+        "data__problems__train": 48,
+    }
+    found = {}
+    for ahead in (0, 1):
+        run = tmp_path / f"ahead-{ahead}"
+        done = luffy(*arguments(run, model, rollout__max_staleness=ahead, **given), cwd=tmp_path, timeout=400)
+        assert done.returncode == 0, done.stderr[-3000:]
+        found[ahead] = records(run)[2:]
+    update = statistics.median(record["timing_s/update"] for record in found[0])
+    if not 3.4 < update < 7.4:
+        pytest.skip(f"an update takes {update:.1f} s here: the longer of 5 s and that is not six tenths of their sum")
+    in_turn, ahead = (statistics.median(record["timing_s/step"] for record in found[n]) for n in (0, 1))
+    print(f"in turn {in_turn:.2f} s a step, ahead {ahead:.2f}: {ahead / in_turn:.2f}; update {update:.2f} s")
+    assert ahead <= 0.6 * in_turn
+    for record in found[1]:  # nobody waits for both
+        assert record["trainer/idle_s"] + record["timing_s/update"] < 1.35 * max(5.0, update)
+    predicted = async_sim.compare(tmp_path / "ahead-0", tmp_path / "ahead-1")
+    for name, (said, seen) in predicted.items():
+        assert said == pytest.approx(seen, rel=0.25), name

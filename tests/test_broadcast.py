@@ -3,6 +3,7 @@ a time, and what becomes of them when a server dies half-way."""
 
 import os
 import signal
+import time
 import weakref
 from types import SimpleNamespace
 
@@ -67,21 +68,33 @@ def test_a_server_that_dies_in_a_broadcast_costs_one_version_as_files(policy, se
     version = servers.version + 1
     taken = 0
 
-    def dies(policy, dtype=None):
+    def counted(policy, dtype=None):
         nonlocal taken
-        for number, named in enumerate(hf_weights(policy, dtype)):
-            if number == taken == 5:
-                os.kill(servers._own[0].pid, signal.SIGKILL)
+        for named in hf_weights(policy, dtype):
             taken += 1
             yield named
 
-    monkeypatch.setattr("luffy.rollout.servers.hf_weights", dies)
+    sending = servers._broadcast._put_all
+
+    def dies(stream):
+        def until(stream):
+            for number, named in enumerate(stream):
+                if number == 3:  # q and k of the first layer are on their way, v is not
+                    time.sleep(1.0)
+                    os.kill(servers.fleet.own[0].pid, signal.SIGKILL)
+                yield named
+
+        sending(until(stream))
+
+    monkeypatch.setattr("luffy.rollout.servers.hf_weights", counted)
+    monkeypatch.setattr(servers._broadcast, "_put_all", dies)
     move(policy)
     servers.sync(policy, torch.float32, version)
     assert taken == 2 * len(list(hf_weights(policy)))  # a rank that only gathers would not have waited
     monkeypatch.undo()
     assert servers.metrics()["rollout/broadcasts_failed"] == 1
     assert "weights could not be broadcast" in capsys.readouterr().out
+    assert gap(policy, [servers.clients[1].score(s, "left") for s in SEQUENCES]) < 1e-3  # all of them, q to v
     assert_whole(servers, ask(servers), 3, 12)  # whoever is left answers, by the new weights
     wait_for(lambda: healthy(servers))
     assert everywhere(policy, servers) < 1e-3
@@ -95,9 +108,9 @@ def test_a_server_that_dies_in_a_broadcast_costs_one_version_as_files(policy, se
 def test_whoever_was_started_again_is_asked_nothing_before_the_next_version(policy, servers):
     move(policy)
     servers.sync(policy, torch.float32, servers.version + 1)
-    os.kill(servers._own[1].pid, signal.SIGKILL)
+    os.kill(servers.fleet.own[1].pid, signal.SIGKILL)
     wait_for(lambda: servers.metrics()["rollout/server_restarts"] == 1)
-    wait_for(lambda: servers._own[1].client.ready())
+    wait_for(lambda: servers.fleet.own[1].client.ready())
     assert_whole(servers, ask(servers), 3, 12)  # all of it by the newest weights
     with pytest.raises(AssertionError):
         assert everywhere(policy, servers) < 1e-3
@@ -135,7 +148,7 @@ class Deaf:
 def fake(clients, monkeypatch, size: list) -> Broadcast:
     sending = Broadcast(clients, torch.device("cpu"), "127.0.0.1", silence_s=1.0, timeout_s=2.0)
     group = SimpleNamespace(broadcast=lambda tensor, root: SimpleNamespace(wait=lambda: None))
-    monkeypatch.setattr(sending, "_join", lambda port, count: size.append(count) or group)
+    monkeypatch.setattr(sending, "_join", lambda listening, port, count: size.append(count) or group)
     monkeypatch.setattr(broadcast.Client, "pause", lambda c: c.told.setdefault("pause"))
     return sending
 

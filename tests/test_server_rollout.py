@@ -21,8 +21,11 @@ from luffy.errors import UserError
 from luffy.load import empty_lm, load_weights
 from luffy.model import Policy, shard
 from luffy.rollout.asking import Aborted
+from luffy.rollout.client import Client, Unreachable
+from luffy.rollout.engine import Request
+from luffy.rollout.explain import explain
 from luffy.rollout.serve import arguments as serve_arguments
-from luffy.rollout.servers import Servers
+from luffy.rollout.servers import Servers, warn_if_open
 from luffy.rollout.transport import version_folder, write_version
 from luffy.rollout.vllm_engine import VllmEngine
 from luffy.shards import fill
@@ -84,9 +87,18 @@ def wait_for(what, seconds: float = 90) -> None:
         time.sleep(0.1)
 
 
+def running(client) -> float:
+    """Requests that a server decodes, by its own count."""
+    text = client._http.get("/metrics").text
+    return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith("vllm:num_requests_running{"))
+
+
 def healthy(engine: Servers) -> bool:
-    with engine._changing:  # the watcher holds it while it starts one again
-        return all(server.alive and server.client.version() == engine._known for server in engine._own)
+    fleet = engine.fleet
+    try:
+        return not fleet._starting and all(s.alive and s.client.version() == fleet.known for s in fleet.own)
+    except Unreachable:
+        return False
 
 
 def assert_whole(engine: Servers, answers, each: int, tokens: int) -> None:
@@ -145,7 +157,7 @@ def test_a_server_that_is_killed_while_it_generates_costs_nothing(servers):
     asking.start()
     time.sleep(1.0)
     assert asking.is_alive()
-    os.kill(servers._own[0].pid, signal.SIGKILL)
+    os.kill(servers.fleet.own[0].pid, signal.SIGKILL)
     asking.join(timeout=200)
     assert_whole(servers, found, 2, 200)
     wait_for(lambda: healthy(servers))
@@ -160,10 +172,10 @@ def test_a_server_that_is_killed_while_it_generates_costs_nothing(servers):
 def test_a_server_that_is_killed_before_an_update_comes_back_with_the_new_weights(policy, servers):
     servers.metrics()
     move(policy)
-    with servers._changing:  # the watcher does not see it before the update does
-        os.kill(servers._own[1].pid, signal.SIGKILL)
-        wait_for(lambda: not servers._own[1].alive, 10)
-        servers.sync(policy, torch.float32, 3)
+    os.kill(servers.fleet.own[1].pid, signal.SIGKILL)
+    began = time.monotonic()
+    servers.sync(policy, torch.float32, 3)
+    assert time.monotonic() - began < 10  # nobody waits for it to start
     assert servers.metrics()["rollout/updates_missed"] == 1
     wait_for(lambda: healthy(servers))
     for client in servers.clients:
@@ -187,9 +199,9 @@ def test_answers_under_way_go_on_with_new_weights_and_say_so(policy, servers):
     both = [a for a in answers if len(a.versions) == 2]
     assert both
     old = shard(
-        Policy(empty_lm(servers._model, ModelConfig()), 1.0), distributed.start(MeshConfig()).params, torch.float32
+        Policy(empty_lm(servers.fleet.model, ModelConfig()), 1.0), distributed.start(MeshConfig()).params, torch.float32
     )
-    load_weights(old, servers._model, torch.device("cpu"))
+    load_weights(old, servers.fleet.model, torch.device("cpu"))
     with torch.no_grad():
         for name, tensor in weights_of(old).items():
             fill(tensor, kept[name])
@@ -213,19 +225,76 @@ def test_what_nobody_wants_any_more_is_let_go_of(servers):
     asking = threading.Thread(target=asks)
     asking.start()
     time.sleep(0.7)
+    assert sum(map(running, servers.clients)) > 0
     servers.abort()
     asking.join(timeout=10)
     assert ended
+    wait_for(lambda: sum(map(running, servers.clients)) == 0, 5)
     assert_whole(servers, ask(servers), 3, 12)
+
+
+def test_what_is_stopped_gives_back_what_it_has(policy, servers):
+    """In little time, and with the log-probs of what was sampled."""
+    requests = [Request(prompt, 2, tokens, 7) for prompt, tokens in zip(PROMPTS[:4], (4, 240, 240, 240), strict=True)]
+    generation = servers.begin(requests, 1.0)
+    first = generation.take(60)
+    assert [index for index, _ in first] == [0]
+    began = time.monotonic()
+    left = generation.stop()
+    assert time.monotonic() - began < 5
+    assert sorted(left) == [1, 2, 3]
+    assert sum(map(running, servers.clients)) == 0
+    cut = [(index, answer) for index, answers in left.items() for answer in answers]
+    assert cut
+    for index, answer in cut:
+        assert 0 < len(answer.token_ids) < 240
+        want = trainer_logp(policy, PROMPTS[index] + answer.token_ids)[len(PROMPTS[index]) - 1 :]
+        torch.testing.assert_close(torch.tensor(answer.logp), want, atol=1e-3, rtol=0)
+        assert answer.versions[-1].end == len(answer.token_ids)
+
+
+@pytest.mark.slow
+def test_a_server_that_is_killed_while_idle_comes_back(policy, servers):
+    servers.metrics()
+    os.kill(servers.fleet.own[0].pid, signal.SIGKILL)
+    wait_for(lambda: servers.fleet._starting, 10)
+    wait_for(lambda: healthy(servers))
+    assert servers.metrics()["rollout/server_restarts"] == 1
+    for client in servers.clients:
+        assert gap(policy, [client.score(s, "idle") for s in SEQUENCES]) < 1e-3
+
+
+@pytest.mark.slow
+def test_a_server_of_others_that_hangs_is_asked_nothing_and_comes_back(model, servers, policy, tmp_path):
+    urls = [client.url for client in servers.clients]
+    keys = {client.url: server.key for client, server in zip(servers.clients, servers.fleet.own, strict=True)}
+    stopped = servers.fleet.own[0].pid
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("LUFFY_API_KEY", "one for both")
+        patched.setattr("luffy.rollout.servers.Client", lambda url, key, n: Client(url, keys[url], n))
+        patched.setattr(servers.fleet, "_answers", lambda client: True)  # its owner does not look
+        with connect(model, tmp_path, options(urls=urls, probe_s=2.0)) as other:
+            assert other.version == -1  # whoever started them may have left other weights
+            other.sync(policy, torch.float32, servers.version)
+            os.kill(stopped, signal.SIGSTOP)
+            try:
+                answers = ask(other, PROMPTS * 3)
+                assert_whole(other, answers, 3, 12)
+                assert other.metrics()["rollout/asked_again"] >= 1
+                assert [client.away for client in other.clients] == [True, False]
+            finally:
+                os.kill(stopped, signal.SIGCONT)
+            wait_for(lambda: not other.clients[0].away, 20)
+            assert_whole(other, ask(other), 3, 12)
 
 
 @pytest.mark.slow
 def test_a_server_that_hangs_is_replaced(servers):
     servers.metrics()
-    hanging = servers._own[0].pid
+    hanging = servers.fleet.own[0].pid
     os.kill(hanging, signal.SIGSTOP)
     assert_whole(servers, ask(servers, PROMPTS * 2), 3, 12)
-    wait_for(lambda: servers._own[0].pid != hanging)
+    wait_for(lambda: servers.fleet.own[0].pid != hanging)
     wait_for(lambda: healthy(servers))
     assert servers.metrics()["rollout/server_restarts"] == 1
 
@@ -239,7 +308,7 @@ def test_a_prompt_that_is_refused_is_skipped_and_counted(servers, capsys):
 
 
 def test_servers_of_others_are_checked_before_they_are_trusted(model, servers, tmp_path):
-    key, url = servers._own[0].key, servers.clients[0].url
+    key, url = servers.fleet.own[0].key, servers.clients[0].url
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("LUFFY_API_KEY", key)
         with connect(model, tmp_path, options(urls=[url]), version=servers.version) as other:
@@ -263,7 +332,8 @@ def test_servers_of_others_are_checked_before_they_are_trusted(model, servers, t
 
 @pytest.mark.slow
 def test_what_keeps_a_server_from_starting_is_said(model, tmp_path):
-    with pytest.raises(UserError, match=r"server 0 did not start: .*(KV cache|memory|max_model_len|max seq len).*see "):
+    words = r"server 0 did not start: .*needs .* GiB of KV cache .* are missing; raise rollout.kv_cache_gib to .*see "
+    with pytest.raises(UserError, match=words):
         connect(model, tmp_path, options(kv_cache_gib=1e-5))
 
 
@@ -272,7 +342,7 @@ import sys, time
 from pathlib import Path
 import test_server_rollout as t
 engine = t.connect(sys.argv[1], Path(sys.argv[2]), t.options())
-print(engine._own[0].pid, flush=True)
+print(engine.fleet.own[0].pid, flush=True)
 time.sleep(600)
 """
 
@@ -303,11 +373,38 @@ def in_session(session: int) -> list[int]:
 
 
 def test_keys_stay_out_of_logs_and_commands(servers):
-    key = servers._own[0].key
-    assert key not in servers._own[0].log.read_text()
-    assert key not in Path(f"/proc/{servers._own[0].pid}/cmdline").read_text()
+    key = servers.fleet.own[0].key
+    assert key not in servers.fleet.own[0].log.read_text()
+    assert key not in Path(f"/proc/{servers.fleet.own[0].pid}/cmdline").read_text()
     assert serve_arguments(["--model", "m"])[:2] == ["--host", "127.0.0.1"]
     assert "127.0.0.1" not in serve_arguments(["--model", "m", "--host", "10.0.0.7"])
+
+
+def test_a_key_that_is_missing_is_said_for_other_machines_alone(capsys):
+    warn_if_open("http://127.0.0.1:8001", None)
+    warn_if_open("http://localhost:8001", None)
+    warn_if_open("http://10.0.0.7:8001", "a key")
+    assert capsys.readouterr().out == ""
+    warn_if_open("http://10.0.0.7:8001", None)
+    assert "http://10.0.0.7:8001 is on another machine and LUFFY_API_KEY is not set" in capsys.readouterr().out
+
+
+VLLM_SAYS = (
+    "To serve at least one request with the model's max seq len (9216), (1.26 GiB KV cache is needed, which is larger "
+    "than the available KV cache memory (0.5 GiB). Based on the available memory, the estimated maximum length is "
+    "3650. Try increasing `gpu_memory_utilization` when initializing the engine."
+)
+
+
+def test_reasons_are_given_in_the_words_of_our_settings():
+    said = explain(f"Traceback\nValueError: {VLLM_SAYS}\nRuntimeError: Engine core initialization failed.")
+    assert said.startswith("one sequence of 9216 tokens needs 1.26 GiB of KV cache and there are 0.5, so 0.76 GiB are")
+    assert "raise rollout.kv_cache_gib to 1.26 or more" in said
+    assert "rollout.memory_fraction" in explain("ValueError: No available memory for the cache blocks. Try increasing")
+    assert explain("(EngineCore pid=7) OSError: no such model\nRuntimeError: Engine core initialization failed.") == (
+        "OSError: no such model"
+    )
+    assert explain("") == "no word"
 
 
 def test_weights_are_written_a_block_at_a_time(policy, tmp_path):

@@ -17,6 +17,7 @@ from luffy.rollout.client import Client, Cut, Refused, Unreachable
 from luffy.rollout.engine import Completion
 
 T = TypeVar("T")
+LET_GO_S = 60.0  # for servers, when sampling is stopped
 PAUSE_S = 0.5  # before a server that did not answer is asked again
 Ask = Callable[[Client, int, str], list[T]]
 """(server, number of the task, id of this request) -> the answer."""
@@ -72,18 +73,19 @@ class Asking(Generic[T]):
             self._queue.put(task)
         self._answered: SimpleQueue[tuple[int, list[T]] | BaseException] = SimpleQueue()
         self._heard = time.monotonic()  # when any server answered last
-        self._flying: dict[str, Client] = {}
+        self._flying: dict[str, tuple[Client, int]] = {}
+        self._given_up: set[str] = set()  # requests to servers that are silent: asked of others
         self._cut: dict[int, list[Completion]] = {}
         self._ended = threading.Event()
         self._aborted = False
         self._refusals: list[str] = []
         share = max(1, min(at_once, len(self._open)))
         self._threads = [
-            threading.Thread(target=self._serve, args=(client,), name="rollout", daemon=True)
+            (threading.Thread(target=self._serve, args=(client,), name="rollout", daemon=True), client)
             for client in clients
             for _ in range(share if tasks else 0)
         ]
-        for thread in self._threads:
+        for thread, _ in self._threads:
             thread.start()
 
     @property
@@ -103,14 +105,19 @@ class Asking(Generic[T]):
             try:
                 answer = self._answered.get(timeout=0 if found else min(0.2, max(0.0, deadline - time.monotonic())))
             except Empty:
+                if trouble := self._trouble(time.monotonic() - self._heard):
+                    self._ended.set()
+                    raise UserError(trouble) from None
+                self._ask_others()
                 if found or time.monotonic() >= deadline:
                     break
                 continue
             if isinstance(answer, BaseException):
                 self._ended.set()
                 raise answer
-            self._open.discard(answer[0])
-            found.append(answer)
+            if answer[0] in self._open:  # others may have answered it meanwhile
+                self._open.discard(answer[0])
+                found.append(answer)
         if self._aborted:
             raise Aborted
         if not self._open and not self._ended.is_set():
@@ -120,16 +127,18 @@ class Asking(Generic[T]):
         return found
 
     def stop(self) -> dict[int, list[Completion]]:
-        """End what is under way; each task that was not taken, with what had been sampled for it."""
+        """End what is under way; each task that was not taken, with what had been sampled for it. A server that does
+        not let go of a task in time keeps what it has."""
         self._ended.set()
-        while any(thread.is_alive() for thread in self._threads):
+        deadline = time.monotonic() + LET_GO_S
+        while any(t.is_alive() and not c.away for t, c in self._threads) and time.monotonic() < deadline:
             self._cut_off()  # again: a request may have been on its way to the server
-            for thread in self._threads:
+            for thread, _ in self._threads:
                 thread.join(timeout=PAUSE_S / len(self._threads))
         left: dict[int, list[Completion]] = {task: self._cut.get(task, []) for task in self._open}
         while not self._answered.empty():
             answer = self._answered.get()
-            if not isinstance(answer, BaseException):
+            if not isinstance(answer, BaseException) and answer[0] in left:
                 left[answer[0]] = answer[1]  # type: ignore[assignment]  # only completions are ever stopped
         self._open.clear()
         return left
@@ -142,15 +151,27 @@ class Asking(Generic[T]):
 
     def _cut_off(self) -> None:
         flying: dict[Client, list[str]] = {}
-        for name, client in list(self._flying.items()):
-            flying.setdefault(client, []).append(name)
+        for name, (client, _) in list(self._flying.items()):
+            if not client.away:
+                flying.setdefault(client, []).append(name)
         for client, names in flying.items():
             with suppress(Unreachable, Refused):
                 client.abort(names)
 
+    def _ask_others(self) -> None:
+        """For what silent servers have; they may still answer."""
+        for name, (client, task) in list(self._flying.items()):
+            if client.away and name not in self._given_up:
+                self._given_up.add(name)
+                self._queue.put(task)
+                self._counts.add("rollout/asked_again")
+
     def _serve(self, client: Client) -> None:
         try:
             while not self._ended.is_set():
+                if client.away:
+                    self._ended.wait(PAUSE_S)
+                    continue
                 try:
                     task = self._queue.get(timeout=PAUSE_S)
                 except Empty:
@@ -162,7 +183,7 @@ class Asking(Generic[T]):
 
     def _serve_one(self, client: Client, task: int) -> None:
         name = uuid.uuid4().hex
-        self._flying[name] = client
+        self._flying[name] = client, task
         try:
             answer = self._ask(client, task, name)
         except Refused as error:
@@ -171,21 +192,17 @@ class Asking(Generic[T]):
             self._counts.add("rollout/refused")
         except Cut as cut:
             self._cut[task] = cut.completions
-            if not self._ended.is_set():
-                self._again(task)
-            return
+            return self._again(task, name)
         except Unreachable:
-            if not self._ended.is_set():
-                self._again(task)
-            return
+            return self._again(task, name)
         finally:
             del self._flying[name]
         self._heard = time.monotonic()
         self._answered.put((task, answer))
 
-    def _again(self, task: int) -> None:
+    def _again(self, task: int, name: str) -> None:
+        if self._ended.is_set() or name in self._given_up:
+            return
         self._queue.put(task)
         self._counts.add("rollout/asked_again")
-        if trouble := self._trouble(time.monotonic() - self._heard):
-            self._answered.put(UserError(trouble))
         self._ended.wait(PAUSE_S)

@@ -6,6 +6,8 @@ It can fail at any moment, for whoever is in the group may die. Then the ranks g
 anybody, and the caller sends the version as files.
 """
 
+import math
+import socket
 import threading
 import uuid
 from collections.abc import Iterator, Sequence
@@ -18,7 +20,6 @@ import torch
 
 from luffy.errors import UserError
 from luffy.rollout.client import Client, Refused, Unreachable
-from luffy.rollout.server import free_port
 from luffy.rollout.transport import Named, drain, layers
 
 BUFFER_BYTES, BUFFERS = 256 << 20, 2  # of vLLM's packing
@@ -75,7 +76,8 @@ class Broadcast:
 
     def _connect(self) -> None:
         """One group of all workers: servers' ranks follow each other."""
-        name, port = uuid.uuid4().hex, free_port()
+        listening = socket.create_server((self._address, 0))  # nowhere else: whoever joins could send weights
+        name, port = uuid.uuid4().hex, listening.getsockname()[1]
         sizes = [client.workers() for client in self._clients]
         about = {"master_address": self._address, "master_port": port, "world_size": 1 + sum(sizes), "name": name}
         about |= {"packed": True, "packed_buffer_size_bytes": BUFFER_BYTES, "packed_num_buffers": BUFFERS}
@@ -84,18 +86,26 @@ class Broadcast:
             (client.join, about | {"rank_offset": 1 + sum(sizes[:number])})
             for number, client in enumerate(self._clients)
         ]
-        self._group = self._beside(lambda: self._join(port, 1 + sum(sizes)), calls)
+        self._group = self._beside(lambda: self._join(listening, port, 1 + sum(sizes)), calls)
         self._name = name
 
-    def _join(self, port: int, size: int) -> Any:
+    def _join(self, listening: socket.socket, port: int, size: int) -> Any:
         if self._device.type == "cuda":
-            from vllm.distributed.weight_transfer.nccl_common import stateless_init_process_group
+            from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
+            from vllm.distributed.utils import StatelessProcessGroup
+            from vllm.utils.nccl import unpinned_nccl_env
 
-            return stateless_init_process_group(self._address, port, 0, size, self._device)
+            group = StatelessProcessGroup.create(
+                self._address, port, 0, size, store_timeout=math.ceil(self._silence_s), listen_socket=listening
+            )
+            with unpinned_nccl_env():
+                return PyNcclCommunicator(group, device=self._device)
         from vllm.distributed.utils import stateless_init_torch_distributed_process_group
 
         timeout = timedelta(seconds=self._silence_s)
-        return stateless_init_torch_distributed_process_group(self._address, port, 0, size, "gloo", timeout=timeout)
+        return stateless_init_torch_distributed_process_group(
+            self._address, port, 0, size, "gloo", timeout=timeout, listen_socket=listening
+        )
 
     def _send(self, weights: Iterator[Named], described: Sequence[Described], version: int) -> dict[Client, list[str]]:
         names, types, shapes = zip(*described, strict=True)

@@ -34,6 +34,8 @@ class Client:
         limits = httpx.Limits(max_connections=connections + 4, max_keepalive_connections=connections + 4)
         # trust_env: a proxy of the environment has no business between these two
         self._http = httpx.Client(base_url=url, headers=headers, limits=limits, timeout=None, trust_env=False)
+        self.away = False
+        """It was silent when it was asked last: nothing else is asked of it, and what it has is asked of others."""
 
     def close(self) -> None:
         self._http.close()
@@ -80,15 +82,17 @@ class Client:
             raise Unreachable(f"{self.url}: {_short(error)}") from error
         return int(said) if said.lstrip("-").isdecimal() else None
 
-    def update(self, folder: str, version: int, timeout: float) -> list[str]:
+    def update(self, folder: str, version: int, timeout: float, silence: float) -> list[str]:
         """Load the weights of a folder; returns the parameters that it has nothing for. Requests in flight wait, and go
-        on with the new weights."""
-        self.pause(timeout)
-        try:
-            found = self._call("luffy_load", {"folder": folder}, timeout)
-            self.set_version(version)
-        finally:
-            self.resume()
+        on with the new weights; where loading fails they wait on, for it may have a part of them.
+
+        timeout: of loading, silence: of all else, seconds.
+        """
+        self.pause(silence)
+        self.set_version(-1)
+        found = self._call("luffy_load", {"folder": folder}, timeout)
+        self.set_version(version)
+        self.resume()
         return _missing(found)
 
     def pause(self, timeout: float = 60) -> None:
@@ -124,7 +128,8 @@ class Client:
         return _missing(self._call("luffy_group", {}, 60))
 
     def abort(self, names: list[str]) -> None:
-        self._post("/abort_requests", {"request_ids": names}, 60)
+        # the names by which vLLM 0.32's endpoint registers requests
+        self._post("/abort_requests", {"request_ids": [f"generate-tokens-{name}" for name in names]}, 60)
 
     def set_version(self, version: int) -> None:
         self._post("/update_weight_version", {"new_version": str(version)}, 60)

@@ -2,6 +2,7 @@
 and the same over gloo where there is no GPU. `luffy.rollout.worker` registers both; written for vLLM 0.32.
 """
 
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -37,6 +38,18 @@ class NcclReceiver(NCCLWeightTransferEngine):
         self.coverage = Coverage(self.model)
         super().start_weight_update()
 
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        try:
+            self._update(update_info)
+        except BaseException:
+            # vLLM takes no `finish` after this, and a layer that is half loaded would spoil the next load of it
+            with suppress(Exception):
+                self.finish_weight_update()
+            raise
+
+    def _update(self, update_info: dict[str, Any]) -> None:
+        super().update_weights(update_info)
+
     def finish_weight_update(self) -> None:
         super().finish_weight_update()
         self.missing = self.coverage.close()
@@ -64,7 +77,7 @@ class GlooReceiver(NcclReceiver):
             self._group.broadcast(tensor, 0).wait()
             self.model.load_weights([(name, tensor)])  # type: ignore[operator]
 
-    def update_weights(self, update_info: dict[str, Any]) -> None:
+    def _update(self, update_info: dict[str, Any]) -> None:
         self.receive_weights(self.parse_update_info(update_info))  # nothing to wait for: gloo has done
 
     def shutdown(self) -> None:

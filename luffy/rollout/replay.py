@@ -5,12 +5,15 @@ benchmarks of everything but sampling.
 found by its prompt and its seed, which differs from step to step, so the same settings see the same rollouts in the
 same order. A line of a file:
 
-    {"prompt": [ids], "seed": 7, "temperature": 1.0, "max_tokens": 64, "answers": [{"ids", "logp", "finished"}, ...]}
+    {"prompt": [ids], "seed": 7, "temperature": 1.0, "max_tokens": 64,
+     "answers": [{"ids", "logp", "finished", "versions"}, ...]}
 """
 
 import json
+import threading
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import astuple
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     from luffy.model import Policy
 
 Key = tuple[Ids, int]
+WRITING = threading.Lock()
 
 
 class Recorder:
@@ -78,14 +82,17 @@ class Recording:
 
     def take(self, timeout: float) -> list[tuple[int, list[Completion]]]:
         found = self._generation.take(timeout)
-        with disk_errors("rollout.record"), self._file.open("a") as file:
-            for index, answers in found:
-                if answers:
-                    file.write(json.dumps(self._line(self._requests[index], answers)) + "\n")
+        lines = [json.dumps(self._line(self._requests[index], answers)) + "\n" for index, answers in found if answers]
+        # a line at a time and one after the other: an evaluation may be recorded beside what is sampled ahead
+        with disk_errors("rollout.record"), WRITING, self._file.open("a") as file:
+            file.writelines(lines)
         return found
 
     def _line(self, request: Request, answers: list[Completion]) -> dict[str, Any]:
-        told = [{"ids": a.token_ids, "logp": a.logp, "finished": a.finished} for a in answers]
+        told = [
+            {"ids": a.token_ids, "logp": a.logp, "finished": a.finished, "versions": [astuple(s) for s in a.versions]}
+            for a in answers
+        ]
         asked = {"prompt": request.prompt, "seed": request.seed, "max_tokens": request.max_tokens}
         return asked | {"temperature": self._temperature, "answers": told}
 
@@ -166,7 +173,7 @@ class Replay:
                 f"are asked for"
             )
         return [
-            Completion(tuple(a["ids"]), tuple(a["logp"]), a["finished"], (Span(self.version, 0, len(a["ids"])),))
+            Completion(tuple(a["ids"]), tuple(a["logp"]), a["finished"], tuple(Span(*span) for span in a["versions"]))
             for a in entry["answers"][: request.count]
         ]
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import secrets
 import signal
 import socket
@@ -18,6 +17,7 @@ import torch
 from luffy.config import RolloutConfig
 from luffy.errors import UserError
 from luffy.rollout.client import Client
+from luffy.rollout.explain import explain
 
 START_S = 900.0  # until it answers: a large model is read from a disk
 
@@ -38,6 +38,7 @@ class Server:
         self.client = Client(f"http://127.0.0.1:{self.port}", self._key, config.max_sequences)
         self._process: subprocess.Popen[bytes] | None = None
         self.started = 0.0
+        self._log_begins = 0  # what an earlier start has left
 
     @property
     def key(self) -> str:
@@ -59,6 +60,7 @@ class Server:
         if self._devices is not None:
             environment["CUDA_VISIBLE_DEVICES"] = self._devices
         self.log.parent.mkdir(parents=True, exist_ok=True)
+        self._log_begins = self.log.stat().st_size if self.log.exists() else 0
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 [*command, *self._options], env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
@@ -90,12 +92,8 @@ class Server:
             time.sleep(0.2)
 
     def last_error(self) -> str:
-        """The last line of its log that names one."""
-        text = self.log.read_text(errors="replace") if self.log.exists() else ""
-        lines = [re.sub(r"^\([^)]*\) (ERROR [\d-]+ [\d:]+ \[[^]]*\] )?", "", line) for line in text.splitlines()]
-        errors = [line for line in lines if re.match(r"(\w+\.)*\w*(Error|Exception): ", line)]
-        told = [line for line in errors if "Engine core initialization failed" not in line]
-        return (told or errors or lines or ["no word"])[-1].strip()
+        """The reason in its log."""
+        return explain(self.log.read_text(errors="replace")[self._log_begins :] if self.log.exists() else "")
 
     def kill(self) -> None:
         """It and every process of its own, now; the engine's follow by themselves (`luffy.rollout.worker`)."""

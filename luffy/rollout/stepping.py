@@ -67,6 +67,8 @@ class Stepping:
             state = processor.request_states[internal]
             # of several samples, the last one asked has them all
             output = state.make_request_output([], None, FinishReason.ABORT, None) or output
+            if state.parent_req is not None:  # an abort of its children leaves it behind
+                processor.parent_requests.pop(state.parent_req.request_id, None)
         return output
 
     def _completions(self, output: Any) -> list[Completion]:

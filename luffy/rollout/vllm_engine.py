@@ -16,6 +16,7 @@ from luffy.config import RolloutConfig
 from luffy.errors import UserError
 from luffy.rollout import worker
 from luffy.rollout.engine import Generation, Ids, Request
+from luffy.rollout.explain import explain
 from luffy.rollout.peers import Peers
 from luffy.rollout.stepping import Stepping
 from luffy.weights import hf_weights
@@ -40,7 +41,7 @@ class VllmEngine:
     each has an engine of its own, with all of the model, or `rollout.tensor_parallel` of them share one.
 
     Raises:
-        UserError: vLLM is not installed or does not start (its own last error line is quoted).
+        UserError: vLLM is not installed or does not start (its own reason is given).
     """
 
     def __init__(
@@ -63,8 +64,8 @@ class VllmEngine:
             from vllm import LLM
         except Exception as error:  # a build for another torch or CPU fails in ways of its own
             raise UserError(
-                f"rollout: vLLM cannot be imported ({_last_line(error)}); run scripts/setup.sh, or install the "
-                f"`cpu` or `cuda` extra of luffy-rl"
+                f"rollout: vLLM cannot be imported ({explain(str(error) or type(error).__name__)}); run "
+                f"scripts/setup.sh, or install the `cpu` or `cuda` extra of luffy-rl"
             ) from error
         try:
             self.llm = LLM(
@@ -88,7 +89,7 @@ class VllmEngine:
                 **launched,
             )
         except Exception as error:  # vLLM raises anything here; whatever it is, its last line is what helps
-            raise UserError(f"rollout: vLLM failed to start: {_last_line(error)}") from error
+            raise UserError(f"rollout: vLLM failed to start: {explain(str(error) or type(error).__name__)}") from error
         if self._sleeps:
             self._sleep()
 
@@ -177,9 +178,3 @@ def kv_cache_bytes(config: RolloutConfig) -> int | None:
     if gib is None and not torch.cuda.is_available():
         gib = 1.0  # vLLM would count the trainer's own memory against its share
     return None if gib is None else int(gib * 2**30)
-
-
-def _last_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    lines = [line for line in lines if not line.startswith("For further information")]  # pydantic's closing line
-    return lines[-1] if lines else type(error).__name__

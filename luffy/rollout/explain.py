@@ -1,0 +1,32 @@
+"""vLLM's reasons for not starting, in the words of this project's settings."""
+
+import re
+
+TOO_SMALL = re.compile(r"max seq len \((\d+)\), \(?([\d.]+) GiB KV cache is needed.*memory \(([\d.]+) GiB\)", re.DOTALL)
+NONE_LEFT = "No available memory for the cache blocks"
+
+
+def explain(text: str) -> str:
+    """One sentence: what is missing, how much of it and which setting to change; or else the line that says most."""
+    if found := TOO_SMALL.search(text):
+        length, needed, there = int(found[1]), float(found[2]), float(found[3])
+        return (
+            f"one sequence of {length} tokens needs {needed:g} GiB of KV cache and there are {there:g}, so "
+            f"{needed - there:.2f} GiB are missing; raise rollout.kv_cache_gib to {needed:g} or more (on a GPU "
+            f"rollout.memory_fraction does too), or lower rollout.max_tokens or data.max_prompt_tokens"
+        )
+    if NONE_LEFT in text:
+        return (
+            "the model's weights leave no memory for a KV cache; raise rollout.memory_fraction, set "
+            "rollout.kv_cache_gib, or share the model with rollout.tensor_parallel"
+        )
+    return _telling_line(text)
+
+
+def _telling_line(text: str) -> str:
+    """The last line that names an error, without the prefixes of vLLM's logs."""
+    lines = [re.sub(r"^\([^)]*\) (ERROR [\d-]+ [\d:]+ \[[^]]*\] )?", "", line).strip() for line in text.splitlines()]
+    lines = [line for line in lines if line and not line.startswith("For further information")]  # pydantic's last
+    errors = [line for line in lines if re.match(r"(\w+\.)*\w*(Error|Exception): ", line)]
+    told = [line for line in errors if "Engine core initialization failed" not in line]
+    return (told or errors or lines or ["no word"])[-1]
