@@ -17,8 +17,8 @@ def explain(text: str) -> str:
         )
     if NONE_LEFT in text:
         return (
-            "the model's weights leave no memory for a KV cache; raise rollout.memory_fraction, set "
-            "rollout.kv_cache_gib, or share the model with rollout.tensor_parallel"
+            "no memory is left for a KV cache; raise rollout.kv_cache_gib, or on a GPU rollout.memory_fraction, or "
+            "share the model with rollout.tensor_parallel"
         )
     return _telling_line(text)
 
