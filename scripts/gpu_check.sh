@@ -6,8 +6,9 @@ usage() {
     cat <<'HELP'
 usage: scripts/gpu_check.sh [--tiny] [--out FILE] [options of `python -m bench.gpu_check`]
 
-Runs tests/test_device.py on the GPU, then times the LM-head losses beside plain torch, bare GEMMs and the
-other projects' kernels that are installed here, within 10 minutes in all. Prints tables, compares them with
+Runs tests/test_device.py on the GPU, and tests/test_gpu_rollout.py where vLLM is installed, then times the
+LM-head losses beside plain torch, bare GEMMs and the other projects' kernels that are installed here, within
+10 minutes in all. Prints tables, compares them with
 the roofline, and writes bench/results/gpu_check-<device>.json, which is worth sending to us. The exit code
 is 0 only if every test passed; tables and JSON come either way.
 
@@ -93,7 +94,7 @@ esac
 cd "$root" # pytest's configuration and the package `bench` are here
 tested=0
 timeout --foreground -k 10 "$tests_at_most" "$python" -m pytest -q -p no:cacheprovider --junitxml "$tmp/tests.xml" \
-    tests/test_device.py || tested=$?
+    tests/test_device.py tests/test_gpu_rollout.py || tested=$?
 [ "$tested" -ne 130 ] || stopped # now and then the signal reaches what runs here and not the trap
 
 cd "$here" # --out is relative to where the command was typed

@@ -163,38 +163,41 @@ def delayed_server(tmp_path):
         process.wait()
 
 
+SLOW_UPDATE = """
+import sys, time
+from luffy import train
+from luffy.cli import main
+update = train.update
+def slow(*given):
+    time.sleep(4.5)  # idle, so that the server beside it has the processor
+    return update(*given)
+train.update = slow
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 @pytest.mark.slow
+@pytest.mark.timeout(500)
 def test_with_answers_that_take_five_seconds_a_step_ahead_takes_six_tenths(tmp_path, delayed_server):
-    """On a whole run; and the model of `bench.async_sim` predicts it from the run that is not ahead."""
+    """On whole runs whose updates take about as long; and the model of `bench.async_sim` predicts the second from the
+    first."""
     model, url = delayed_server
-    given = {
-        "train__steps": 7,
-        "train__updates_per_step": 1,
-        "checkpoint__every": 0,
-        "eval__every": 0,
-        "eval__limit": 1,
-    }
-    given |= {"rollout__engine": "server", "rollout__urls": json.dumps([url]), "train__prompts_per_step": 24}
-    given |= {
-        "objective__rows": 24,
-        "rollout__max_tokens": 96,
-        "correction__kind": "truncate",
-        "data__problems__train": 48,
-    }
+    given = {"train__steps": 7, "train__updates_per_step": 1, "checkpoint__every": 0, "eval__every": 0}
+    given |= {"eval__limit": 1, "rollout__engine": "server", "rollout__urls": json.dumps([url])}
+    given |= {"correction__kind": "truncate", "rollout__max_sequences": 64}
     found = {}
     for ahead in (0, 1):
         run = tmp_path / f"ahead-{ahead}"
-        done = luffy(*arguments(run, model, rollout__max_staleness=ahead, **given), cwd=tmp_path, timeout=400)
+        command = [sys.executable, "-c", SLOW_UPDATE, *arguments(run, model, rollout__max_staleness=ahead, **given)]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
         assert done.returncode == 0, done.stderr[-3000:]
         found[ahead] = records(run)[2:]
-    update = statistics.median(record["timing_s/update"] for record in found[0])
-    if not 3.4 < update < 7.4:
-        pytest.skip(f"an update takes {update:.1f} s here: the longer of 5 s and that is not six tenths of their sum")
     in_turn, ahead = (statistics.median(record["timing_s/step"] for record in found[n]) for n in (0, 1))
-    print(f"in turn {in_turn:.2f} s a step, ahead {ahead:.2f}: {ahead / in_turn:.2f}; update {update:.2f} s")
+    print(f"in turn {in_turn:.2f} s a step, ahead {ahead:.2f}: {ahead / in_turn:.2f}")
     assert ahead <= 0.6 * in_turn
-    for record in found[1]:  # nobody waits for both
-        assert record["trainer/idle_s"] + record["timing_s/update"] < 1.35 * max(5.0, update)
-    predicted = async_sim.compare(tmp_path / "ahead-0", tmp_path / "ahead-1")
-    for name, (said, seen) in predicted.items():
-        assert said == pytest.approx(seen, rel=0.25), name
+    for record in found[1]:  # the trainer waits for what is left of the 5 s alone, and sampling for nobody
+        assert record["trainer/idle_s"] < 2.5
+        assert record["rollout/idle_s"] < 1.0
+    said, seen = async_sim.compare(tmp_path / "ahead-0", tmp_path / "ahead-1")["s/step"]
+    print(f"predicted {said:.2f} s, seen {seen:.2f}")
+    assert said == pytest.approx(seen, rel=0.2)
