@@ -249,6 +249,7 @@ def _open_model(args: argparse.Namespace):
         config.rollout.memory_fraction = args.memory_fraction
     if args.kv_cache_gib is not None:
         config.rollout.kv_cache_gib = args.kv_cache_gib
+    config.rollout.sleep = False  # nobody else wants the memory, and nothing would bring the weights back
     path = resolve(config.model)
     return path, load_template(path, config.model), config
 

@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 
 # What was written against an interface and never run on the hardware that it is for: (what, how far it was tried).
-# scripts/gpu_check.sh tries all of it where it can.
+# scripts/gpu_check.sh tries most of it where it can.
 UNVERIFIED = (
     ("kernels on a GPU", "interpreted, and compiled for sm_80, sm_90 and sm_100 without running"),
     ("rollout.sleep", "order of calls and moments aside, with a recorder in vLLM's place"),

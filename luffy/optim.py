@@ -17,15 +17,16 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
 
 
 @contextmanager
-def parked(optimizer: Optimizer) -> Iterator[None]:
+def parked(optimizer: Optimizer, host: str = "cpu") -> Iterator[None]:
     """Inside, the moments are in the host's memory, and the device has theirs for others: an engine's cache."""
     kept = []
     for state in optimizer.state.values():
         for value in state.values():
             if isinstance(value, Tensor) and value.dim():
                 storage = local(value).untyped_storage()
-                kept.append((storage, storage.cpu() if storage.device.type != "cpu" else storage.clone()))
-                storage.resize_(0)
+                if storage.device.type != host:
+                    kept.append((storage, storage.cpu() if storage.device.type != "cpu" else storage.clone()))
+                    storage.resize_(0)
     try:
         yield
     finally:

@@ -64,6 +64,13 @@ def sync(t: Trainer) -> None:
         t.engine.sync(t.policy, dtype_of(t.config.rollout.dtype or t.config.model.dtype), t.version)
 
 
+@contextmanager
+def awake(t: Trainer) -> Iterator[None]:
+    """The engine at work; with `rollout.sleep` it has the memory of the optimizer's moments meanwhile."""
+    with optim.parked(t.optimizer) if t.config.rollout.sleep else nullcontext(), t.engine.awake():
+        yield
+
+
 class Sampler:
     """One rank's. before: called when the engine is about to be asked."""
 
@@ -85,7 +92,7 @@ class Sampler:
         with phases("sync"):
             if self._samples:
                 self._before()
-        with phases("rollout"), self._awake():
+        with phases("rollout"), awake(self.t) if self._samples else nullcontext():
             for number in range(1 + self.t.config.rollout.refill):
                 missing = self._needs - self._with_signal(found)
                 if missing <= 0:
@@ -133,21 +140,14 @@ class Sampler:
             left = generation.stop() if generation.waiting else {}
         for index, found in left.items():
             work, (slot, _) = asked[index]
-            if not found:
-                continue  # it was not begun
+            if len(found) < (work.count if slot < 0 else 1):
+                continue  # not all of it was begun: it begins again
             self._put(work, slot, found)
-            counts["rollout/answers_cut"] += sum(map(self._is_open, found))
             if not work.open:
                 graded.append(self._grader.submit(self._grade, work))
-        self._carried += [work for work in works if work.open]
+        self._carried += (cut := [work for work in works if work.open])
+        counts["rollout/answers_cut"] += sum(self._is_open(answer) for work in cut for answer in work.answers)
         return graded
-
-    @contextmanager
-    def _awake(self) -> Iterator[None]:
-        """The engine at work; with `rollout.sleep` it has the memory of the optimizer's moments meanwhile."""
-        aside = optim.parked(self.t.optimizer) if self.t.config.rollout.sleep else nullcontext()
-        with aside, self.t.engine.awake() if self._samples else nullcontext():
-            yield
 
     def _with_signal(self, graded: list[Future[Group]]) -> int:
         return sum(future.done() and self._is_wanted(future.result()) for future in graded)
@@ -184,7 +184,8 @@ class Sampler:
             work.answers = found
         elif found:
             work.answers[slot] = work.answers[slot].then(found[0])
-        work.open -= not (found and any(map(self._is_open, found)))
+        mine = work.answers if slot < 0 else work.answers[slot : slot + 1]
+        work.open -= not (found and any(map(self._is_open, mine)))
 
     def _is_open(self, answer: Completion) -> bool:
         return not answer.finished and len(answer.token_ids) < self.t.config.rollout.max_tokens
@@ -235,6 +236,8 @@ def sampling(t: Trainer, ledger: Ledger, first: int) -> Iterator[Callable[[int, 
             phases.idle = {"trainer/idle_s": phases.by_name["rollout"], "rollout/idle_s": made.waited}
             return made.value
 
-        yield later
-        ahead.close()
-        t.engine.abort()
+        try:
+            yield later
+        finally:
+            ahead.close()
+            t.engine.abort()

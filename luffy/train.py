@@ -27,7 +27,7 @@ from luffy.interrupt import Stopped
 from luffy.metrics import UpdateMetrics, count_tokens, group_metrics, work_metrics
 from luffy.packing import MicroBatch, pack
 from luffy.run_folder import RunFolder
-from luffy.sampling import Batch, sampling, sync
+from luffy.sampling import Batch, awake, sampling, sync
 from luffy.sequence import slice_of
 from luffy.setup import Trainer, set_up
 from luffy.timing import Phases, peak_memory_gib
@@ -77,7 +77,8 @@ def train_steps(t: Trainer, loop: dict[str, Any], ledger: Ledger) -> dict[str, A
                         sync(t)  # what is being sampled goes on with these
 
                 record = record_step(t, loop, groups, rows, metrics, phases) | behind | counts
-                check_engine(record)
+                if config.rollout.engine != "replay":
+                    check_engine(record)
                 if t.world.is_main:
                     timeline.append(t.run.timeline, step, phases.events)
                 t.log.write(step, record)
@@ -115,7 +116,8 @@ def train_steps(t: Trainer, loop: dict[str, Any], ledger: Ledger) -> dict[str, A
 
 
 def check_engine(record: dict[str, Any]) -> None:
-    """After every sync that an on-policy step follows: parity of log-probs, of all tokens that were sampled.
+    """Parity of log-probs, of all tokens that were sampled, where they are the policy's own: in every step that is not
+    ahead, and the first that is.
 
     Raises:
         UserError: the engine samples from other weights than the policy's.
@@ -226,17 +228,18 @@ def evaluate_set(t: Trainer, name: str, examples: list[Example], step: int) -> E
     """Evaluate the policy as it is; writes samples and a record."""
     t.watch.phase("evaluate", step)
     sync(t)
-    result = evaluate(
-        name,
-        examples,
-        t.engine,
-        t.verifier,
-        t.template,
-        temperature=t.config.eval.temperature,
-        max_tokens=t.config.eval.max_tokens or t.config.rollout.max_tokens,
-        seed=t.config.train.seed,
-        world=t.world,
-    )
+    with awake(t):
+        result = evaluate(
+            name,
+            examples,
+            t.engine,
+            t.verifier,
+            t.template,
+            temperature=t.config.eval.temperature,
+            max_tokens=t.config.eval.max_tokens or t.config.rollout.max_tokens,
+            seed=t.config.train.seed,
+            world=t.world,
+        )
     if t.world.is_main:
         result.write_samples(t.run.samples / f"{name}-step-{step:06d}.jsonl")
     t.evals.write(step, result.record() | result.scores())

@@ -55,7 +55,7 @@ class Steps:
 
     def answer(self, index: int) -> list[Completion]:
         request, size = self.left[index], self.tokens[index]
-        done = len(request.prompt) - 3 + size >= request.prompt[0]
+        done = len(request.prompt) - 3 + size >= request.prompt[0]  # an EOS; else the limit
         ids = tuple(request.prompt[2] for _ in range(size))
         return [Completion(ids, (-0.5,) * size, done, (Span(self.version, 0, size),))] * request.count
 
@@ -64,7 +64,10 @@ class Steps:
         found = []
         for index, request in list(self.left.items()):
             self.tokens[index] += 1
-            if len(request.prompt) - 3 + self.tokens[index] >= request.prompt[0]:
+            if (
+                len(request.prompt) - 3 + self.tokens[index] >= request.prompt[0]
+                or self.tokens[index] == request.max_tokens
+            ):
                 found.append((index, self.answer(index)))
                 del self.left[index]
         return found
@@ -152,7 +155,7 @@ def test_long_traces_begin_first():
 
 
 def test_what_is_cut_off_goes_on_in_the_next_step_with_its_weights():
-    lengths = [1, 6, 2, 7, 1, 2, 1, 2, 1, 2, 1, 2]
+    lengths = [1, 6, 2, 12, 1, 2, 1, 2, 1, 2, 1, 2]  # one is longer than an answer may be
     stream = Stream(12, 2, seed=3)
     examples = [example(index, 0) for index in range(12)]
     for position, length in enumerate(lengths):
@@ -162,7 +165,7 @@ def test_what_is_cut_off_goes_on_in_the_next_step_with_its_weights():
     ledger, seen, counts = Ledger(stream), [], Counter()
     with Sampler(t, ledger) as sampler:
         sampler._grader = AtOnce()
-        for step in range(4):
+        for step in range(5):
             t.engine.version = step
             batch = a_step(sampler)
             counts += batch.counts
@@ -170,8 +173,8 @@ def test_what_is_cut_off_goes_on_in_the_next_step_with_its_weights():
             for group in batch.groups:
                 seen.append(group.position)
                 for row in group.rows:
-                    assert len(row.token_ids) == lengths[group.position] == len(row.sampler_logp)
-                    assert row.finished
+                    assert len(row.token_ids) == min(MOST, lengths[group.position]) == len(row.sampler_logp)
+                    assert row.finished == (lengths[group.position] <= MOST)
                     assert row.versions[0].begin == 0
                     assert row.versions[-1].end == len(row.token_ids)
                     assert all(a.end == b.begin for a, b in zip(row.versions, row.versions[1:], strict=False))
@@ -179,10 +182,27 @@ def test_what_is_cut_off_goes_on_in_the_next_step_with_its_weights():
                     assert versions == sorted(set(versions))
                     assert versions[-1] <= step
                     assert (len(versions) > 1) == (group.position in (1, 3))
-    assert len(seen) == len(set(seen)) == 8
+    assert len(seen) == len(set(seen)) == 10
     assert {1, 3} <= set(seen)  # the long ones were not starved
     assert counts["rollout/answers_cut"] >= 4
     assert len({r.seed for r in t.engine.asked}) == len(t.engine.asked)
+
+
+def test_answers_that_are_too_long_do_not_hold_up_a_step():
+    """Carried on with and cut off at the limit, they are answers like others."""
+    stream = Stream(24, 2, seed=3)
+    examples = [example(index, 0) for index in range(24)]
+    for position in range(24):
+        examples[stream.index(position)] = example(stream.index(position), 1 if position < 3 else 50)
+    t, ledger, seen = trainer(examples, prompts=2, oversample=3.0), Ledger(stream), []
+    with Sampler(t, ledger) as sampler:
+        sampler._grader = AtOnce()
+        for _ in range(4):
+            batch = a_step(sampler)
+            assert len(batch.groups) == 2
+            ledger.use(names(batch))
+            seen += names(batch)
+    assert len(seen) == len(set(seen)) == 8
 
 
 def test_groups_without_a_signal_are_replaced_within_bounds():

@@ -20,10 +20,11 @@ from luffy.config import MeshConfig, ModelConfig, OptimConfig, RolloutConfig
 from luffy.errors import UserError
 from luffy.load import empty_lm, load_weights
 from luffy.model import Policy, shard
-from luffy.rollout.asking import Aborted
+from luffy.rollout.asking import Aborted, Asking, Counts
 from luffy.rollout.client import Client, Unreachable
 from luffy.rollout.engine import Request
 from luffy.rollout.explain import explain
+from luffy.rollout.fleet import Fleet
 from luffy.rollout.serve import arguments as serve_arguments
 from luffy.rollout.servers import Servers, warn_if_open
 from luffy.rollout.transport import version_folder, write_version
@@ -244,6 +245,7 @@ def test_what_is_stopped_gives_back_what_it_has(policy, servers):
     assert time.monotonic() - began < 5
     assert sorted(left) == [1, 2, 3]
     assert sum(map(running, servers.clients)) == 0
+    assert all(len(answers) in (0, 2) for answers in left.values())
     cut = [(index, answer) for index, answers in left.items() for answer in answers]
     assert cut
     for index, answer in cut:
@@ -380,6 +382,48 @@ def test_keys_stay_out_of_logs_and_commands(servers):
     assert key not in Path(f"/proc/{servers.fleet.own[0].pid}/cmdline").read_text()
     assert serve_arguments(["--model", "m"])[:2] == ["--host", "127.0.0.1"]
     assert "127.0.0.1" not in serve_arguments(["--model", "m", "--host", "10.0.0.7"])
+
+
+class Quick:
+    """A server at the boundary, which takes no time."""
+
+    away = False
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+
+@pytest.mark.parametrize(("tasks", "servers"), [(8, 2), (32, 4), (64, 4)])
+def test_servers_share_what_is_less_than_they_could_take(tasks, servers):
+    clients = [Quick() for _ in range(servers)]
+
+    def answer(client, task, name):
+        client.asked += 1
+        time.sleep(0.05)
+        return [task]
+
+    counts = Counts("rollout/asked_again")
+    asking = Asking(range(tasks), answer, clients, at_once=32, trouble=lambda silence: None, counts=counts)
+    found = {}
+    while asking.waiting:
+        found.update(asking.take(5))
+    assert found == {task: [task] for task in range(tasks)}
+    assert all(abs(client.asked - tasks / servers) <= tasks / servers / 2 for client in clients)
+
+
+def test_weights_that_a_server_is_being_started_with_stay(tmp_path):
+    fleet = Fleet([], [Quick()], RolloutConfig(), Counts(), model="base", version=0, leads=True)
+    fleet._bring_up_to_date = lambda client: None
+    folders = [version_folder(tmp_path / "weights", version) for version in (1, 2, 3)]
+    for version, folder in enumerate(folders, start=1):
+        folder.mkdir(parents=True)
+        fleet.hand_out(folder, version)
+        if version == 1:
+            fleet._starting_with[0] = str(folder)
+        if version == 2:
+            assert folders[0].exists()
+            fleet._starting_with.clear()
+    assert [folder.exists() for folder in folders] == [False, False, True]
 
 
 def test_a_key_that_is_missing_is_said_for_other_machines_alone(capsys):

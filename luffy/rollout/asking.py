@@ -82,8 +82,8 @@ class Asking(Generic[T]):
         share = max(1, min(at_once, len(self._open)))
         self._threads = [
             (threading.Thread(target=self._serve, args=(client,), name="rollout", daemon=True), client)
-            for client in clients
             for _ in range(share if tasks else 0)
+            for client in clients  # in turn, so that they share what is less than they could take
         ]
         for thread, _ in self._threads:
             thread.start()

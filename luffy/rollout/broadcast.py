@@ -68,11 +68,12 @@ class Broadcast:
             raise Failed(str(error)) from error
 
     def _tidy(self) -> None:
-        """Servers that are left would take no other update while one is open. Nobody is to trust what they have."""
+        """Servers that are left would take no other update while one is open. What they have is nobody's: they stay
+        paused until they have a version of files."""
         for client in self._clients:
-            for step in (lambda: client.finish_update(-1), client.resume):  # noqa: B023  # called here and now
+            for step in (client.set_version, client.finish_update):
                 with suppress(Unreachable, Refused):
-                    step()
+                    step(-1)
 
     def _connect(self) -> None:
         """One group of all workers: servers' ranks follow each other."""

@@ -123,9 +123,8 @@ class Engine(Protocol):
 def generate(engine: Engine, requests: Sequence[Request], temperature: float) -> list[list[Completion]]:
     """Every request's completions, once all are there; [] of one that the engine refuses."""
     found: list[list[Completion]] = [[] for _ in requests]
-    with engine.awake():
-        generation = engine.begin(requests, temperature)
-        while generation.waiting:
-            for index, completions in generation.take(timeout=60):
-                found[index] = completions
+    generation = engine.begin(requests, temperature)
+    while generation.waiting:
+        for index, completions in generation.take(timeout=60):
+            found[index] = completions
     return found

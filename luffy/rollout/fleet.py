@@ -9,8 +9,9 @@ import shutil
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 from luffy.config import RolloutConfig
@@ -45,6 +46,8 @@ class Fleet:
         self._leads, self._handed_out = leads, False
         self._changing = threading.RLock()  # of weights
         self._starting: dict[int, int] = {}  # number of a server -> version that it was started with
+        self._starting_with: dict[int, str] = {}  # and the folder
+        self._loading: set[Client] = set()
         self._deaths: Counter[int] = Counter()
         self._heard = dict.fromkeys(self.clients, time.monotonic())
         self._closing = threading.Event()
@@ -61,24 +64,32 @@ class Fleet:
             UserError: a server takes no weights, or has nothing for some parameter.
         """
         with self._changing:
-            before, self.model, self._handed_out = self.model, str(folder), True
+            self.model, self._handed_out = str(folder), True
             self.known = self.written = version
             with ThreadPoolExecutor(len(self.clients)) as pool:
                 list(pool.map(self._bring_up_to_date, self.clients))
-        if Path(before).parent == folder.parent and before != str(folder):
-            shutil.rmtree(before, ignore_errors=True)
+            self._tidy(folder.parent)
 
-    def has_been_given(self, version: int, missing: dict[Client, list[str]]) -> None:
-        """By broadcast, to all."""
-        for client, names in missing.items():
-            refuse_missing(client, names)
-        self.known = version
+    def _tidy(self, weights: Path) -> None:
+        """Older versions go, but for those that a server is being started with."""
+        needed = {self.model, *self._starting_with.values()}
+        for folder in weights.glob("version-*"):
+            if str(folder) not in needed:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def hand_out_by(self, send: Callable[[], dict[Client, list[str]]], version: int) -> None:
+        """By broadcast, to all; `send` returns what each has nothing for."""
+        with self._changing:
+            for client, names in send().items():
+                refuse_missing(client, names)
+            self.known = version
 
     def _bring_up_to_date(self, client: Client) -> None:
         server = self._server_of(client)
         if server is not None and server.number in self._starting:
             self.counts.add("rollout/updates_missed")
             return
+        self._loading.add(client)
         try:
             missing = client.update(self.model, self.written, self.config.server_wait_s, self.config.probe_s)
         except Unreachable:
@@ -88,6 +99,9 @@ class Fleet:
             return
         except Refused as error:
             raise UserError(f"rollout: a server does not take weights: {error}") from error
+        finally:
+            self._heard[client] = time.monotonic()
+            self._loading.discard(client)
         refuse_missing(client, missing)
 
     def _server_of(self, client: Client) -> Server | None:
@@ -125,7 +139,7 @@ class Fleet:
             self.fatal = f"server {server.number} ended {DEATHS} times: {server.last_error()}"
             return
         with self._changing:
-            self._starting[server.number] = self.written
+            self._starting[server.number], self._starting_with[server.number] = self.written, self.model
             server.start(self.model)
 
     def _look_after_start(self, server: Server) -> None:
@@ -137,36 +151,38 @@ class Fleet:
             return
         with self._changing:
             began_with = self._starting.pop(server.number)
+            del self._starting_with[server.number]
             self._heard[server.client] = time.monotonic()
             self._deaths[server.number] = 0
-            if began_with == self.written:
-                server.client.set_version(self.written)
-            else:
+            if began_with != self.written:
                 self._bring_up_to_date(server.client)
+                return
+            with suppress(Unreachable):  # it has died again, which is seen in a second
+                server.client.set_version(began_with)
 
     def _answers(self, client: Client) -> bool:
         """Asks its engine now and then: a server may be alive and hang. Between two steps of decoding an engine
         answers, however many requests it has."""
-        if time.monotonic() - self._heard[client] < self.config.probe_s / 2:
-            return True
+        if client in self._loading or time.monotonic() - self._heard[client] < self.config.probe_s / 2:
+            return True  # what loads weights has a limit of its own
         self._heard[client] = time.monotonic()
         try:
             client.version(self.config.probe_s)
         except Unreachable:
-            return False
+            return client in self._loading
         return True
 
     def _look_at(self, client: Client) -> None:
         """A server of others: asked nothing while it is silent; one that was started again gets the newest weights."""
         try:
             version = client.version(self.config.probe_s)
+            if self._leads and self._handed_out and version not in (self.known, self.written):
+                with self._changing:
+                    if client.version() not in (self.known, self.written):
+                        self._bring_up_to_date(client)
         except Unreachable:
-            client.away = True
+            client.away = client not in self._loading
             return
-        if self._leads and self._handed_out and version not in (self.known, self.written):
-            with self._changing:
-                if client.version() not in (self.known, self.written):
-                    self._bring_up_to_date(client)
         client.away = False
 
     def close(self) -> None:

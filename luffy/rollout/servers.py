@@ -8,6 +8,7 @@ are not older than those that were asked for.
 import os
 import shutil
 import socket
+import threading
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -68,6 +69,7 @@ class Servers:
         self.eos_token_id, self.max_model_len, self.vocabulary = eos_token_id, max_model_len, vocabulary
         self._counts = Counts(*(f"rollout/{what}" for what in COUNTED))
         self._syncing = False
+        self._beginning = threading.Lock()
         self._active: WeakSet[Asking[Completion]] = WeakSet()
         options = options_of(config, dtype=dtype, max_model_len=max_model_len, trust_remote_code=trust_remote_code)
         if world.is_main:  # what a kill has left
@@ -99,8 +101,8 @@ class Servers:
             params: Params = {"n": request.count, "temperature": temperature, "max_tokens": request.max_tokens}
             params |= {"stop_token_ids": [self.eos_token_id], "detokenize": False, "logprobs": 0}
             params |= {"seed": request.seed} if temperature else {}
-            if self.config.transport == "broadcast" and (client.version() or 0) < at_least:
-                raise Unreachable(f"{client.url} was started again and waits for the next version")
+            if self._version_of(client) < at_least:
+                raise Unreachable(f"{client.url} was started again and waits for weights")
             try:
                 found = client.generate(request.prompt, params, self._salt, name)
             except Cut as cut:
@@ -111,7 +113,8 @@ class Servers:
 
         most = max((request.count for request in requests), default=1)
         asking = self._ask(range(len(requests)), ask, max(1, self.config.max_sequences // most))
-        self._active.add(asking)
+        with self._beginning:
+            self._active.add(asking)
         return asking
 
     def score(self, sequences: Sequence[Ids]) -> list[list[float]]:
@@ -125,10 +128,11 @@ class Servers:
         return [found[i] for i in range(len(sequences))]
 
     def _ask(self, tasks: Sequence[int], ask: Ask[T], at_once: int) -> Asking[T]:
+        turn = self.world.rank % len(self.clients)  # ranks begin with different servers
         return Asking(
             tasks,
             ask,
-            self.clients,
+            self.clients[turn:] + self.clients[:turn],
             at_once=at_once,
             trouble=self._trouble,
             counts=self._counts,
@@ -151,9 +155,14 @@ class Servers:
             why = f"no server with weights of version {self.version} has answered for {self.config.server_wait_s:.0f} s"
         return f"rollout: {why}; logs are in {self.folder}; what is saved can be resumed" if why else None
 
+    @staticmethod
+    def _version_of(client: Client) -> int:
+        version = client.version()
+        return UNKNOWN if version is None else version
+
     def _is_there(self, client: Client) -> bool:
         try:
-            return (client.version() or 0) >= self.version
+            return self._version_of(client) >= self.version
         except Unreachable:
             return False
 
@@ -173,7 +182,7 @@ class Servers:
         sent = False
         if self.world.is_main:
             try:
-                self.fleet.has_been_given(version, self._broadcast.send(weights, names, version))
+                self.fleet.hand_out_by(lambda: self._broadcast.send(weights, names, version), version)
                 sent = True
             except Failed as error:
                 self._counts.add("rollout/broadcasts_failed")
@@ -255,8 +264,9 @@ class Servers:
             )
 
     def abort(self) -> None:
-        for asking in list(self._active):
-            asking.abort()
+        with self._beginning:
+            for asking in list(self._active):
+                asking.abort()
 
     def metrics(self) -> dict[str, float]:
         return self._counts.drain()
