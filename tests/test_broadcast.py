@@ -131,7 +131,7 @@ class Deaf:
         return self.name
 
     def __getattr__(self, what):
-        if what not in ("join", "pause", "start_update", "receive", "finish_update", "resume"):
+        if what not in ("join", "pause", "start_update", "receive", "finish_update", "resume", "set_version"):
             raise AttributeError(what)
 
         def call(*given):
