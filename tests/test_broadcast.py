@@ -184,6 +184,29 @@ def test_a_server_that_refuses_ends_the_broadcast_and_not_the_gathering(policy, 
     with pytest.raises(Failed, match=f"no {refuses}"):
         sending.send(stream, described(policy, torch.float32), 3)
     assert next(stream, None) is None
+    for client in clients:  # nobody goes on with a part of the weights under the name of a version
+        assert client.told["set_version"] == -1
+        assert "resume" not in client.told
+
+
+def test_an_error_without_words_is_one_too(policy, monkeypatch):
+    sending = fake([Deaf(1)], monkeypatch, [])
+    patched(monkeypatch)
+
+    def ends(weights):
+        raise EOFError
+
+    monkeypatch.setattr(sending, "_put", ends)
+    with pytest.raises(Failed, match="EOFError"):
+        sending.send(hf_weights(policy, torch.float32), described(policy, torch.float32), 3)
+
+
+def test_an_address_of_another_machine_is_refused(policy):
+    sending = Broadcast([Deaf(1)], torch.device("cpu"), "192.0.2.1", silence_s=1.0, timeout_s=2.0)
+    stream = hf_weights(policy, torch.float32)
+    with pytest.raises(UserError, match=r"rollout.address: 192.0.2.1 is no address of this machine"):
+        sending.send(stream, described(policy, torch.float32), 3)
+    assert next(stream, None) is None  # the other ranks were not left waiting
 
 
 def test_a_collective_that_never_ends_is_given_up(policy, monkeypatch):

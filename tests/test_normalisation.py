@@ -145,6 +145,10 @@ def oracle(name: str) -> dict[str, torch.Tensor]:
     }
 
 
+# of float32 sums; AVX2's narrower ones leave 1.03e-5 in one gradient of the adapters
+SAME = 1e-5 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 2e-5
+
+
 def assert_same(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor], tolerance: float, what: str) -> None:
     """Each tensor within `tolerance` of its largest entry."""
     for name, value in want.items():
@@ -170,7 +174,7 @@ def whole(tmp_path_factory) -> Path:
 def test_micro_batches_of_one_rank(whole):
     for name in BATCHES:
         for budget in (60, 30, 1):
-            assert_same(one_update(name, MeshConfig(), budget), load_file(whole / f"{name}.safetensors"), 2e-5, name)
+            assert_same(one_update(name, MeshConfig(), budget), load_file(whole / f"{name}.safetensors"), SAME, name)
 
 
 @pytest.mark.parametrize(
@@ -192,7 +196,7 @@ def _compare(rank: int, world: int, meshes: list[MeshConfig], whole: str) -> Non
             want = load_file(Path(whole) / f"{name}.safetensors")
             for budget in (10_000, 30):
                 got = one_update(name, mesh, budget)
-                assert_same(got, want, 2e-5, f"{world} ranks, {mesh}, {name}, budget {budget}")
+                assert_same(got, want, SAME, f"{world} ranks, {mesh}, {name}, budget {budget}")
 
 
 def test_heads_that_cannot_be_shared_are_named():

@@ -16,6 +16,7 @@ from tiny import luffy, make_model
 from luffy import distributed, optim
 from luffy.config import Config, MeshConfig, ModelConfig, ObjectiveConfig, OptimConfig, RolloutConfig, TrainConfig
 from luffy.data import Example, Ledger, Problem, Stream
+from luffy.errors import UserError
 from luffy.load import empty_lm, load_weights
 from luffy.model import Policy, shard
 from luffy.objectives import make_objective
@@ -23,6 +24,7 @@ from luffy.rewards.pool import Verdict
 from luffy.rollout.engine import Completion, Request, Span, generate
 from luffy.rollout.vllm_engine import VllmEngine
 from luffy.sampling import COUNTED, Sampler, done
+from luffy.train import check_engine
 
 MOST = 8
 
@@ -266,6 +268,15 @@ def test_verdicts_come_while_others_are_being_sampled():
         a_step(sampler)
     assert sum(when < last[-1] for when in t.verifier.when) >= 3
     assert threading.active_count() < 20
+
+
+def test_an_engine_with_other_weights_ends_the_run():
+    wrong = {"rollout/staleness_max": 0.0, "rollout/logp_gap_mean": 0.6}
+    with pytest.raises(UserError, match=r"differ from the trainer's by 0.60 nats a token"):
+        check_engine(wrong)
+    check_engine(wrong | {"rollout/staleness_max": 1.0})  # the policy has moved: nothing is known
+    check_engine(wrong | {"rollout/logp_gap_mean": 0.02})
+    check_engine({"rollout/logp_gap_mean": None})  # nothing was sampled
 
 
 def test_only_what_samples_can_be_refilled():

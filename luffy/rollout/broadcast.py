@@ -77,9 +77,15 @@ class Broadcast:
 
     def _connect(self) -> None:
         """One group of all workers: servers' ranks follow each other."""
-        listening = socket.create_server((self._address, 0))  # nowhere else: whoever joins could send weights
-        name, port = uuid.uuid4().hex, listening.getsockname()[1]
         sizes = [client.workers() for client in self._clients]
+        try:
+            listening = socket.create_server((self._address, 0))  # nowhere else: whoever joins could send weights
+        except OSError as error:
+            raise UserError(
+                f"rollout.address: {self._address} is no address of this machine ({error.strerror}); name the one at "
+                f"which servers reach it"
+            ) from error
+        name, port = uuid.uuid4().hex, listening.getsockname()[1]
         about = {"master_address": self._address, "master_port": port, "world_size": 1 + sum(sizes), "name": name}
         about |= {"packed": True, "packed_buffer_size_bytes": BUFFER_BYTES, "packed_num_buffers": BUFFERS}
         about |= {"timeout_s": self._silence_s}
@@ -156,7 +162,7 @@ class Broadcast:
                     torch.cuda.set_device(self._device)
                 found.set_result(mine())
             except Exception as error:
-                found.set_exception(Failed(f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"))
+                found.set_exception(Failed(": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])))
 
         threading.Thread(target=run, name="broadcast", daemon=True).start()
         pool = ThreadPoolExecutor(len(calls), thread_name_prefix="receivers")
