@@ -9,7 +9,7 @@ from dataclasses import dataclass
 # What was written against an interface and never run on the hardware that it is for: (what, how far it was tried).
 # scripts/gpu_check.sh tries most of it where it can.
 UNVERIFIED = (
-    ("kernels on a GPU", "interpreted, and compiled for sm_80, sm_90 and sm_100 without running"),
+    ("kernels on a GPU", "interpreted, and compiled (bench.aot) without running"),
     ("rollout.sleep", "order of calls and moments aside, with a recorder in vLLM's place"),
     ("rollout.transport = broadcast over NCCL", "the same protocol over gloo with real servers"),
     ("rollout.tensor_parallel", "ranks' shares of requests with an engine of the tests"),

@@ -173,7 +173,7 @@ def _set_up(
             checkpoint.load_adapters(found, policy)
         checkpoint.load_optimizer(found, policy, optimizer)
         with user_errors("resume"):
-            ledger.load_state_dict(loop["ledger"])
+            ledger.load_state_dict(loop.get("ledger") or from_batches(loop["batches"]))
     if adapts:
         mine = identity(base)
         if loop.setdefault("base", mine) != mine:
@@ -207,6 +207,13 @@ def _set_up(
         version=loop["updates"],
     )
     return trainer, loop, ledger
+
+
+def from_batches(state: dict[str, Any]) -> dict[str, Any]:
+    """A ledger's state from a checkpoint that has whole batches instead."""
+    per_epoch = state["n"] - state["n"] % state["batch_size"]
+    low = state["epoch"] * per_epoch + state["cursor"] * state["batch_size"]
+    return {name: state[name] for name in ("n", "batch_size", "seed")} | {"low": low, "beyond": []}
 
 
 def open_log(path: Path, tensorboard: Path, step: int, world: World, resources: ExitStack) -> MetricsLog | NoLog:

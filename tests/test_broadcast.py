@@ -11,13 +11,10 @@ import pytest
 import torch
 from test_server_rollout import ask, assert_whole, connect, gap, healthy, move, options, wait_for
 from test_weight_sync import SEQUENCES
-from tiny import make_model
+from tiny import make_model, make_policy
 
-from luffy import distributed, weights
-from luffy.config import MeshConfig, ModelConfig
+from luffy import weights
 from luffy.errors import UserError
-from luffy.load import empty_lm, load_weights
-from luffy.model import Policy, shard
 from luffy.rollout import broadcast
 from luffy.rollout.broadcast import Broadcast, Failed
 from luffy.rollout.client import Unreachable
@@ -40,10 +37,7 @@ def servers(model, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def policy(model):
-    world = distributed.start(MeshConfig())
-    policy = shard(Policy(empty_lm(model, ModelConfig()), 1.0), world.params, torch.float32)
-    load_weights(policy, model, world.device)
-    return policy
+    return make_policy(model)
 
 
 def everywhere(policy, servers) -> float:

@@ -11,6 +11,7 @@ import pytest
 
 from luffy.data import DataError, Ledger, Problem, Stream, load_problems, tokenize
 from luffy.problems import ProblemSpec, write_splits
+from luffy.setup import from_batches
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 QUESTION = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 6*7?"}]
@@ -321,6 +322,12 @@ def test_a_ledger_gives_every_position_to_one_rank_and_once():
     assert take(resumed.unused(0, 1), 5) == [3, 5, 6, 8, 9]  # what was under way, and what nobody began
     assert [take(resumed.unused(rank, 2), 3) for rank in range(2)] == [[5, 9, 10], [3, 6, 8]]
     assert ledger.state_dict() == {"n": 100, "batch_size": 5, "seed": 1, "low": 3, "beyond": [4, 7]}
+
+
+def test_a_checkpoint_with_whole_batches_goes_on():
+    ledger = Ledger(Stream(10, 3, seed=1))
+    ledger.load_state_dict(from_batches({"n": 10, "batch_size": 3, "seed": 1, "epoch": 2, "cursor": 1}))
+    assert (ledger.low, take(ledger.unused(0, 1), 2)) == (2 * 9 + 3, [21, 22])
 
 
 def test_streams_and_ledgers_refuse_what_cannot_work():

@@ -5,13 +5,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_weight_sync import SEQUENCES, gap
-from tiny import make_tokenizer
+from tiny import SIZES, make_policy, make_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from luffy import distributed
-from luffy.config import MeshConfig, ModelConfig, RolloutConfig
-from luffy.load import empty_lm, load_weights
-from luffy.model import Policy, shard
+from luffy.config import RolloutConfig
 from luffy.rollout.vllm_engine import VllmEngine
 from luffy.weights import described, hf_weights
 
@@ -28,37 +25,17 @@ FAMILIES = {
 def make(name: str, folder) -> str:
     torch.manual_seed(1)
     tokenizer = make_tokenizer()
-    config = AutoConfig.for_model(
-        name.removesuffix("-tied"),
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=512,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-        **FAMILIES[name],
-    )
+    config = AutoConfig.for_model(name.removesuffix("-tied"), vocab_size=len(tokenizer), **SIZES | FAMILIES[name])
     AutoModelForCausalLM.from_config(config).to(torch.float32).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
-
-
-def policy_of(path: str) -> Policy:
-    world = distributed.start(MeshConfig())
-    policy = shard(Policy(empty_lm(path, ModelConfig()), 1.0), world.params, torch.float32)
-    load_weights(policy, path, world.device)
-    return policy
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_weights_have_the_names_of_the_familys_checkpoints(name, tmp_path):
     path = make(name, tmp_path / name)
     stored = load_file(tmp_path / name / "model.safetensors")
-    policy = policy_of(path)
+    policy = make_policy(path)
     sent = dict(hf_weights(policy, torch.float32))
     assert set(sent) == set(stored)
     assert ("lm_head.weight" in sent) == (not FAMILIES[name]["tie_word_embeddings"])
@@ -74,7 +51,7 @@ def test_weights_have_the_names_of_the_familys_checkpoints(name, tmp_path):
 @pytest.mark.parametrize("name", ["qwen2", "llama", "gemma3_text"])
 def test_vllm_computes_with_them_what_the_trainer_does(name, tmp_path):
     path = make(name, tmp_path / name)
-    policy = policy_of(path)
+    policy = make_policy(path)
     config = RolloutConfig(kv_cache_gib=0.25)
     with VllmEngine(path, config, dtype="float32", eos_token_id=2, max_model_len=256) as engine:
         with torch.no_grad():

@@ -4,12 +4,9 @@ import pytest
 import torch
 from test_server_rollout import ask, assert_whole, connect, gap, move, options
 from test_weight_sync import SEQUENCES
-from tiny import make_model
+from tiny import make_model, make_policy
 
-from luffy import distributed
-from luffy.config import MeshConfig, ModelConfig, RolloutConfig
-from luffy.load import empty_lm, load_weights
-from luffy.model import Policy, shard
+from luffy.config import RolloutConfig
 from luffy.rollout.engine import Request, generate
 from luffy.rollout.vllm_engine import FORGOTTEN, VllmEngine
 
@@ -25,10 +22,7 @@ def model(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def policy(model):
-    world = distributed.start(MeshConfig())
-    policy = shard(Policy(empty_lm(model, ModelConfig()), 1.0), world.params, torch.float32)
-    load_weights(policy, model, world.device)
-    return policy
+    return make_policy(model)
 
 
 def test_an_engine_that_slept_samples_with_the_weights_of_the_sync(model, policy):

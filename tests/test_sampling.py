@@ -11,14 +11,12 @@ import pytest
 import torch
 from test_train import arguments, records
 from test_weight_sync import trainer_logp
-from tiny import luffy, make_model
+from tiny import luffy, make_model, make_policy
 
-from luffy import distributed, optim
-from luffy.config import Config, MeshConfig, ModelConfig, ObjectiveConfig, OptimConfig, RolloutConfig, TrainConfig
+from luffy import optim
+from luffy.config import Config, ObjectiveConfig, OptimConfig, RolloutConfig, TrainConfig
 from luffy.data import Example, Ledger, Problem, Stream
 from luffy.errors import UserError
-from luffy.load import empty_lm, load_weights
-from luffy.model import Policy, shard
 from luffy.objectives import make_objective
 from luffy.rewards.pool import Verdict
 from luffy.rollout.engine import Completion, Request, Span, generate
@@ -288,9 +286,7 @@ def test_only_what_samples_can_be_refilled():
 def test_vllm_in_this_process_gives_back_what_it_has_when_it_is_stopped(tmp_path):
     """And goes on from there with other weights: each token has the log-prob of the weights that sampled it."""
     path = str(make_model(tmp_path / "model"))
-    world = distributed.start(MeshConfig())
-    policy = shard(Policy(empty_lm(path, ModelConfig()), 1.0), world.params, torch.float32)
-    load_weights(policy, path, world.device)
+    policy = make_policy(path)
     prompts = [tuple(5 + (3 * i + j) % 90 for j in range(20)) for i in range(3)]
     with VllmEngine(
         path, RolloutConfig(kv_cache_gib=0.25), dtype="float32", eos_token_id=2, max_model_len=256

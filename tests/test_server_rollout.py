@@ -13,7 +13,7 @@ import pytest
 import torch
 from test_train import arguments, records, without_times
 from test_weight_sync import SEQUENCES, trainer_logp
-from tiny import ROOT, luffy, make_model, sample
+from tiny import ROOT, luffy, make_model, make_policy, sample
 
 from luffy import distributed, optim
 from luffy.config import MeshConfig, ModelConfig, OptimConfig, RolloutConfig
@@ -58,10 +58,7 @@ def servers(model, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def policy(model):
-    world = distributed.start(MeshConfig())
-    policy = shard(Policy(empty_lm(model, ModelConfig()), 1.0), world.params, torch.float32)
-    load_weights(policy, model, world.device)
-    return policy
+    return make_policy(model)
 
 
 def move(policy: Policy) -> None:

@@ -2,14 +2,13 @@
 
 import pytest
 import torch
-from tiny import make_model, sample
+from tiny import make_model, make_policy, sample
 from torch.distributed.fsdp import FSDPModule
 
-from luffy import distributed, optim
+from luffy import optim
 from luffy.attention import Layout, Segment
-from luffy.config import MeshConfig, ModelConfig, OptimConfig, RolloutConfig
-from luffy.load import empty_lm, load_weights
-from luffy.model import Policy, shard
+from luffy.config import OptimConfig, RolloutConfig
+from luffy.model import Policy
 from luffy.packing import MicroBatch
 from luffy.rollout.vllm_engine import VllmEngine
 from luffy.weights import hf_weights
@@ -43,9 +42,7 @@ def trainer_logp(policy: Policy, ids: tuple[int, ...]) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
     path = str(make_model(tmp_path_factory.mktemp("m") / "model"))
-    world = distributed.start(MeshConfig())
-    policy = shard(Policy(empty_lm(path, ModelConfig()), 1.0), world.params, torch.float32)
-    load_weights(policy, path, world.device)
+    policy = make_policy(path)
     engine = VllmEngine(path, RolloutConfig(kv_cache_gib=0.25), dtype="float32", eos_token_id=2, max_model_len=256)
     yield policy, engine
     engine.close()

@@ -9,6 +9,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
+from luffy import distributed
+from luffy.config import MeshConfig, ModelConfig
+from luffy.load import empty_lm, load_weights
+from luffy.model import Policy, shard
 from luffy.prompts import CHATML
 from luffy.rollout.engine import Request, generate
 
@@ -29,23 +33,32 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+def make_policy(path: str) -> Policy:
+    """The trainer's, in float32, with the weights at `path`."""
+    world = distributed.start(MeshConfig())
+    policy = shard(Policy(empty_lm(path, ModelConfig()), 1.0), world.params, torch.float32)
+    load_weights(policy, path, world.device)
+    return policy
+
+
 def make_model(folder: Path, seed: int = 0) -> Path:
     """Llama like SmolLM2 (tied head, grouped-query attention), a few hundred thousand parameters."""
     torch.manual_seed(seed)
     tokenizer = make_tokenizer()
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
+    config = LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, **SIZES)
     AutoModelForCausalLM.from_config(config).to(torch.float32).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
