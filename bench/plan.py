@@ -1,12 +1,17 @@
-"""What `luffy plan` predicts of memory, beside what training updates take on this CPU.
+"""What `luffy plan` predicts of an update's memory, and on a GPU of its time, beside what the device at hand takes.
 
     python -m bench.plan [--case NAME ...] [--out FILE.json]
 
 Each case is a model with random weights and three updates by `luffy.train.update`: from the second on Adam's moments
-are in place. A fresh process each, which keeps freed memory as the trainer does. Measured is VmHWM, the most memory
-that the process ever had, less what it had before the model was made and after a tiny model had been through the same
-code: libraries, threads and kernels do not count. No engine is started. Exit code 1 where a prediction is off by more
-than 15 %.
+are in place. A fresh process each, which keeps freed memory as the trainer does. No engine is started. Measured is
+
+    on a CPU   VmHWM, the most memory that the process ever had, less what it had before the model was made and after a
+               tiny model had been through the same code: libraries, threads and kernels do not count
+    on a GPU   what the process holds of the device at the end (its allocator keeps what it once had, and the driver's
+               context counts), what of it was in use at the peak, and the seconds of the third update
+
+Exit code 1 where a prediction of memory is off by more than 15 %. Seconds are compared with the range of the plan, and
+decide nothing.
 """
 
 from __future__ import annotations
@@ -19,8 +24,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from luffy import flops, step_time
 from luffy.footprint import GIB, PARTS, Load, Segment, moments, peak
-from luffy.shapes import shape_of
+from luffy.machines import Machine, machine_of
+from luffy.shapes import Shape, shape_of
 
 TOLERANCE = 0.15
 SMOLLM = {
@@ -42,6 +49,13 @@ HELD_OUT = {
 }  # fmt: skip
 
 
+QWEN_1_5B = {
+    "model_type": "qwen2", "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
+    "num_attention_heads": 12, "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True,
+    "max_position_embeddings": 32768,
+}  # fmt: skip
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
     """An update of `groups` segments, each a prompt and rows of so many tokens, packed to `budget` tokens."""
@@ -56,25 +70,58 @@ class Case:
     entropy: float = 0.0
     lora: int | None = None
     """Rank of adapters."""
+    offload: bool = False
+    on_cpu: bool = False
+    device: Literal["cpu", "cuda"] = "cpu"
+
+    @property
+    def shape(self) -> Shape:
+        return shape_of(self.model, self.name)
+
+    @property
+    def segment(self) -> Segment:
+        """As `luffy.packing` makes it: the last token of a row stays out of the body."""
+        return Segment(self.prompt, tuple(row - 1 for row in self.rows))
 
     @property
     def load(self) -> Load:
-        """The fullest micro-batch, as `luffy.packing` makes it: the last token of a row stays out of the body."""
-        segment = Segment(self.prompt, tuple(row - 1 for row in self.rows))
+        """The fullest micro-batch."""
+        segment = self.segment
         fitting = min(self.groups, self.budget // segment.tokens)
-        shape = shape_of(self.model, self.name)
-        adapters, ranks = shape.adapters(self.lora or 0)
+        adapters, ranks = self.shape.adapters(self.lora or 0)
+        shared = len(self.rows) * self.prompt / segment.tokens if len(self.rows) > 1 else 0.0
         return Load(
-            shape=shape,
+            shape=self.shape,
             adapters=adapters,
             adapter_ranks=ranks,
             tokens=fitting * segment.tokens,
             targets=fitting * sum(self.rows),
-            device="cpu",
+            device=self.device,
             recompute=self.recompute,
+            offload=self.offload,
+            on_cpu=self.on_cpu,
             accumulates=fitting < self.groups,
-            segments=(segment,) * fitting,
+            segments=(segment,) * fitting if self.device == "cpu" else (),
+            copied=shared,
         )
+
+    def seconds(self, gpu: Machine) -> step_time.Range:
+        """Of an update, planned."""
+        answer = round(sum(self.rows) / len(self.rows))
+        work = step_time.Work(
+            shape=self.shape, machine=gpu, gpus=1, replicate=1, sequence=1, tokens_per_micro=self.load.tokens,
+            recompute=self.recompute, on_cpu=self.on_cpu, prompts=self.groups, rollouts=0, rows=len(self.rows),
+            prompt=self.prompt, answer=answer, longest=answer, updates=1, first_pass=False, sequences=1, kv=0.0,
+            adapters=self.load.adapters,
+        )  # fmt: skip
+        return step_time.total(step_time.phases(work))
+
+    def flops(self) -> int:
+        """Of an update, recomputation not counted."""
+        segment = self.segment
+        pairs = self.groups * flops.attended_pairs(self.prompt, list(segment.rows))
+        targets, tokens = self.groups * sum(self.rows), self.groups * segment.tokens
+        return flops.update_flops(self.shape, tokens, pairs, targets, frozen=bool(self.lora))
 
 
 CASES = (
@@ -86,20 +133,34 @@ CASES = (
     Case("held out: 10 blocks, 2 x 1,536 tokens recomputed", HELD_OUT, 4, 96, (673,), 1600, recompute=True),
     Case("held out: smollm2-135m, 2,048 tokens, LoRA of rank 16", SMOLLM, 8, 64, (193,), 2100, lora=16),
 )
+LONG = (QWEN_1_5B, 2, 512, (1985,) * 8, 16400)
+GPU_CASES = tuple(
+    dataclasses.replace(case, device="cuda")
+    for case in (
+        Case("qwen2.5-1.5b, 8,192 tokens", QWEN_1_5B, 4, 256, (993,) * 8, 8200),
+        Case("qwen2.5-1.5b, 16,384 tokens, selective", *LONG, recompute="selective"),
+        Case("qwen2.5-1.5b, 16,384 tokens recomputed", *LONG, recompute=True, entropy=0.001),
+        Case("qwen2.5-1.5b, 16,384 tokens offloaded", *LONG, recompute=True, offload=True),
+        Case("qwen2.5-1.5b, one sequence of 32,768 tokens", QWEN_1_5B, 1, 768, (32001,), 33000, recompute=True),
+        Case("qwen2.5-1.5b, 16,384 tokens, LoRA of rank 16", *LONG, recompute=True, lora=16),
+        Case("qwen2.5-1.5b, 16,384 tokens, optimizer on the CPU", *LONG, recompute=True, on_cpu=True),
+    )
+)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--case", action="append", choices=[case.name for case in CASES], help="default: all")
+    every = CASES + GPU_CASES
+    parser.add_argument("--case", action="append", choices=[case.name for case in every], help="default: the device's")
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     parser.add_argument("--measure", help=argparse.SUPPRESS)  # a case: measure it in this very process
     args = parser.parse_args(argv)
     if args.measure:
-        print(json.dumps(measure(next(case for case in CASES if case.name == args.measure))))
+        print(json.dumps(measure(next(case for case in every if case.name == args.measure))))
         return 0
-    chosen = [case for case in CASES if args.case is None or case.name in args.case]
+    chosen = [case for case in every if case.name in args.case] if args.case else GPU_CASES if on_gpu() else CASES
     try:
         results = [compare(case) for case in chosen]
     except KeyboardInterrupt:
@@ -130,10 +191,26 @@ def compare(case: Case) -> dict[str, Any]:
     print(f"{case.name}: planned {planned / GIB:.2f} GiB ({moment}), measured {measured / GIB:.2f} GiB, {error:+.1%}")
     print("    " + ", ".join(f"{part} {parts[part] / GIB:.2f}" for part in PARTS if parts.get(part)), flush=True)
     every = {name: sum(found.values()) for name, found in moments(case.load).items()}
-    return {"case": case.name, "measured": measured, "planned": planned, "error": error, "moment": moment} | {
-        "parts": parts,
-        "moments": every,
-    }
+    result = {"case": case.name, "measured": measured, "planned": planned, "error": error, "moment": moment}
+    return result | {"parts": parts, "moments": every} | (timed(case, found) if "seconds" in found else {})
+
+
+def timed(case: Case, found: dict[str, Any]) -> dict[str, Any]:
+    """What a GPU took beside what was planned; prints it."""
+    print(f"    in use at the peak {found['allocated'] / GIB:.2f} GiB; an update took {found['seconds']:.3f} s", end="")
+    about = {"allocated": found["allocated"], "seconds": found["seconds"]}
+    if gpu := machine_of(found["device"]):
+        low, high = case.seconds(gpu)
+        about |= {"planned_s": [low, high], "mfu": flops.mfu(case.flops(), found["seconds"], gpu.flops)}
+        print(f" (MFU {about['mfu']:.1%}), planned {low:.3f} to {high:.3f}", end="")
+    print(flush=True)
+    return about
+
+
+def on_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def machine() -> dict[str, Any]:
@@ -141,21 +218,38 @@ def machine() -> dict[str, Any]:
 
     from luffy.run_folder import cpu_name
 
-    return {"cpu": cpu_name(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"cpu": cpu_name(), "gpu": gpu, "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
-def measure(case: Case) -> dict[str, float]:
-    """Of this process: {"peak": bytes, "tokens": of the fullest micro-batch}. Linux."""
+def measure(case: Case) -> dict[str, Any]:
+    """Of this process: {"peak": bytes, "tokens": of the fullest micro-batch}, and on a GPU what `timed` reads. Linux."""
     from luffy.process import before_torch, keep_freed_memory
 
     before_torch()
     keep_freed_memory()
+    if case.device == "cuda":
+        return measure_on_gpu(case)
     tiny = case.model | {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 64, "vocab_size": 512}
     tiny |= {"num_attention_heads": 4, "num_key_value_heads": 2}
     run(dataclasses.replace(case, model=tiny, groups=2, prompt=8, rows=(9, 9), budget=64))
     before = memory("VmRSS")
-    tokens = run(case)
+    tokens, _ = run(case)
     return {"peak": memory("VmHWM") - before, "tokens": tokens}
+
+
+def measure_on_gpu(case: Case) -> dict[str, Any]:
+    import torch
+
+    tokens, seconds = run(case)
+    free, whole = torch.cuda.mem_get_info()  # of a device that nobody else uses
+    return {
+        "peak": whole - free,
+        "tokens": tokens,
+        "seconds": seconds,
+        "allocated": torch.cuda.max_memory_allocated(),
+        "device": torch.cuda.get_device_name(),
+    }
 
 
 def memory(field: str) -> float:
@@ -163,8 +257,8 @@ def memory(field: str) -> float:
         return next(1024.0 * int(line.split()[1]) for line in status if line.startswith(f"{field}:"))
 
 
-def run(case: Case) -> int:
-    """Three updates by the trainer's own code; returns the tokens of the fullest micro-batch."""
+def run(case: Case) -> tuple[int, float]:
+    """Three updates by the trainer's own code; returns the tokens of the fullest micro-batch, and seconds of the last."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -177,12 +271,15 @@ def run(case: Case) -> int:
     torch.manual_seed(0)
     config = Config()
     config.model.gradient_checkpointing = case.recompute
+    config.model.offload_activations = case.offload
+    config.optim.on_cpu = case.on_cpu
     config.train.tokens_per_micro = case.budget
     config.objective.entropy_coef = case.entropy
     sizes = {key: value for key, value in case.model.items() if key != "model_type"}
-    lm = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(case.model["model_type"], **sizes), attn_implementation=attention.register()
-    ).float()
+    with torch.device(case.device):
+        lm = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(case.model["model_type"], **sizes), attn_implementation=attention.register()
+        ).float()
     if case.lora:
         config.model.lora.rank = case.lora
         lora.adapt(lm, config.model.lora, torch.bfloat16, "random")

@@ -21,7 +21,7 @@ from luffy.errors import UserError
 from luffy.load import empty_lm, load_weights
 from luffy.model import Policy, shard
 from luffy.rollout.asking import Aborted, Asking, Counts
-from luffy.rollout.client import Client, Unreachable
+from luffy.rollout.client import Client, Cut, Unreachable
 from luffy.rollout.engine import Request
 from luffy.rollout.explain import explain
 from luffy.rollout.fleet import Fleet
@@ -222,8 +222,7 @@ def test_what_nobody_wants_any_more_is_let_go_of(servers):
 
     asking = threading.Thread(target=asks)
     asking.start()
-    time.sleep(0.7)
-    assert sum(map(running, servers.clients)) > 0
+    wait_for(lambda: sum(map(running, servers.clients)) > 0, 20)  # and more is on its way
     servers.abort()
     asking.join(timeout=10)
     assert ended
@@ -400,12 +399,47 @@ def test_servers_share_what_is_less_than_they_could_take(tasks, servers):
         return [task]
 
     counts = Counts("rollout/asked_again")
-    asking = Asking(range(tasks), answer, clients, at_once=32, trouble=lambda silence: None, counts=counts)
+    asking = Asking(range(tasks), answer, clients, at_once=32, trouble=lambda silence: None, counts=counts).start()
     found = {}
     while asking.waiting:
         found.update(asking.take(5))
     assert found == {task: [task] for task in range(tasks)}
     assert all(abs(client.asked - tasks / servers) <= tasks / servers / 2 for client in clients)
+
+
+def test_what_is_let_go_of_before_it_began_never_begins():
+    client = Quick()
+
+    def answer(client, task, name):
+        client.asked += 1
+        return [task]
+
+    asking = Asking([0, 1], answer, [client], at_once=2, trouble=lambda silence: None, counts=Counts())
+    asking.abort()
+    asking.start()
+    with pytest.raises(Aborted):
+        asking.take(1)
+    assert client.asked == 0
+
+
+def test_a_request_on_its_way_when_all_is_let_go_of_is_cut_off_once_it_is_there():
+    """The server knows nothing of it at first, and it would be decoded to its end for nobody."""
+    there, cut = threading.Event(), threading.Event()
+
+    class Slow(Quick):
+        def abort(self, names):
+            if there.is_set():
+                cut.set()
+
+    def answer(client, task, name):
+        threading.Timer(0.7, there.set).start()
+        assert cut.wait(30)
+        raise Cut([])
+
+    asking = Asking([0], answer, [Slow()], at_once=1, trouble=lambda silence: None, counts=Counts()).start()
+    time.sleep(0.2)
+    asking.abort()
+    assert cut.is_set()
 
 
 def test_weights_that_a_server_is_being_started_with_stay(tmp_path):

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from queue import Empty, SimpleQueue
-from typing import Generic, TypeVar
+from typing import Generic, Self, TypeVar
 
 from luffy.console import say
 from luffy.errors import UserError
@@ -18,6 +18,7 @@ from luffy.rollout.engine import Completion
 
 T = TypeVar("T")
 LET_GO_S = 60.0  # for servers, when sampling is stopped
+ABORT_S = 5.0  # likewise, when nobody wants what they have
 PAUSE_S = 0.5  # before a server that did not answer is asked again
 Ask = Callable[[Client, int, str], list[T]]
 """(server, number of the task, id of this request) -> the answer."""
@@ -46,7 +47,7 @@ class Counts:
 
 
 class Asking(Generic[T]):
-    """Asks at once; `take` has the answers.
+    """`start` asks; `take` has the answers.
 
     Args:
         tasks: their numbers, in the order in which they are begun.
@@ -85,8 +86,13 @@ class Asking(Generic[T]):
             for _ in range(share if tasks else 0)
             for client in clients  # in turn, so that they share what is less than they could take
         ]
+
+    def start(self) -> Self:
+        """Begin to ask. Whoever may abort knows of this before: beginning takes as long as the threads need."""
         for thread, _ in self._threads:
-            thread.start()
+            if not self._ended.is_set():
+                thread.start()
+        return self
 
     @property
     def waiting(self) -> int:
@@ -129,12 +135,7 @@ class Asking(Generic[T]):
     def stop(self) -> dict[int, list[Completion]]:
         """End what is under way; each task that was not taken, with what had been sampled for it. A server that does
         not let go of a task in time keeps what it has."""
-        self._ended.set()
-        deadline = time.monotonic() + LET_GO_S
-        while any(t.is_alive() and not c.away for t, c in self._threads) and time.monotonic() < deadline:
-            self._cut_off()  # again: a request may have been on its way to the server
-            for thread, _ in self._threads:
-                thread.join(timeout=PAUSE_S / len(self._threads))
+        self._let_go(LET_GO_S)
         left: dict[int, list[Completion]] = {task: self._cut.get(task, []) for task in self._open}
         while not self._answered.empty():
             answer = self._answered.get()
@@ -146,8 +147,16 @@ class Asking(Generic[T]):
     def abort(self) -> None:
         """Whoever takes is told that nothing more comes."""
         self._aborted = True
+        self._let_go(ABORT_S)
+
+    def _let_go(self, seconds: float) -> None:
+        """Until no server that answers has a request of this any more."""
         self._ended.set()
-        self._cut_off()
+        deadline = time.monotonic() + seconds
+        while (busy := [t for t, c in self._threads if t.is_alive() and not c.away]) and time.monotonic() < deadline:
+            self._cut_off()  # again: a request may have been on its way to the server
+            for thread in busy:
+                thread.join(timeout=PAUSE_S / len(busy))
 
     def _cut_off(self) -> None:
         flying: dict[Client, list[str]] = {}

@@ -115,14 +115,14 @@ class Servers:
         asking = self._ask(range(len(requests)), ask, max(1, self.config.max_sequences // most))
         with self._beginning:
             self._active.add(asking)
-        return asking
+        return asking.start()
 
     def score(self, sequences: Sequence[Ids]) -> list[list[float]]:
         def ask(client: Client, i: int, name: str) -> list[float]:
             return client.score(sequences[i], self._salt)
 
         found: dict[int, list[float]] = {}
-        asking = self._ask(range(len(sequences)), ask, 8)
+        asking = self._ask(range(len(sequences)), ask, 8).start()
         while asking.waiting:
             found.update(asking.take(timeout=60))
         return [found[i] for i in range(len(sequences))]
