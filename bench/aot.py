@@ -35,6 +35,7 @@ KERNELS = {  # module under luffy_kernels._triton and the kernel's name in the t
     "tiles_kernel": ("logprobs", "logprobs"),
     "merge_kernel": ("logprobs", "merge"),
     "grad_kernel": ("logprobs", "logprobs_backward"),
+    "scaled_kernel": ("scaled", "scaled"),
 }
 GEMMS = ("tiles_kernel", "grad_kernel")
 BYTES = {  # of global memory per logit and the least possible; o = bytes of an operand, the GEMM around it apart
@@ -44,19 +45,21 @@ BYTES = {  # of global memory per logit and the least possible; o = bytes of an 
     "tiles_kernel": ("12 / (SPLIT BLOCK_N) + o H (1 / BLOCK_M + 1 / BLOCK_N) before caches", "o H (1 / V + 1 / N)"),
     "merge_kernel": ("12 / (SPLIT BLOCK_N)", "12 / (SPLIT BLOCK_N)"),
     "grad_kernel": ("o + o H (1 / BLOCK_M + 1 / BLOCK_N) before caches", "o + o H (1 / V + 1 / N)"),
+    "scaled_kernel": ("(4 + o) H / N", "(4 + o) H / N"),
 }
 
 POINTERS = {
     "*fp32": "logits bias temperature table advantages old_logp ref_logp token_weight entropy_coef kl_coef out_loss"
-    " out_logp out_entropy out_ratio out_kl out peak on_target offset slope uniform partial found coefficients",
+    " out_logp out_entropy out_ratio out_kl out peak on_target offset slope uniform partial found coefficients"
+    " wide factor",
     "*i64": "rows targets loss_id",
     "*i8": "out_clipped",
-    "*operand": "dz hidden weight",
+    "*operand": "dz hidden weight narrow",
 }
 SCALARS = {
     "fp32": "scale softcap",
     "i32": "count vocabulary vocab_start kl_type splits first last",
-    "i32 x16": "stride dz_stride padded width hidden_row weight_row dz_row",
+    "i32 x16": "size stride dz_stride padded width hidden_row weight_row dz_row",
     "i32 = 1": "hidden_column weight_column",
 }
 ARGUMENTS = {name: kind for kinds in (POINTERS, SCALARS) for kind, names in kinds.items() for name in names.split()}
@@ -76,6 +79,8 @@ FLAGS = {  # constexpr switch -> the pointer that is None without it
 VARIANTS = {"plain": False, "everything": True, "buffers": True}
 OPERANDS = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 OPTIONS = ("num_warps", "num_stages")
+SPILLS = 16  # bytes per thread that may be set aside: four registers of 255, once a tile and not once a step
+DESCRIBED = {"hidden": "BLOCK_M", "weight": "BLOCK_N"}  # what a descriptor may stand for, and rows of its block
 
 
 class Case(NamedTuple):
@@ -93,16 +98,23 @@ class Case(NamedTuple):
 
 
 def cases(kernels: list[str], archs: list[str], quick: bool) -> Iterator[Case]:
-    from luffy_kernels._triton import tuning
+    from luffy_kernels._triton import scaled, tuning
 
     merges = {("merge", arch, ""): {"BLOCK": tuning.merge_block(1)} for arch in archs}
+    products = {("scaled", arch, ""): {"BLOCK": scaled.BLOCK, "num_warps": 8} for arch in archs}
     for kernel in kernels:
-        for (name, arch, bucket), config in (tuning.TABLE | merges).items():
+        for (name, arch, bucket), config in (tuning.TABLE | merges | products).items():
             if name != KERNELS[kernel][1] or arch not in archs:
                 continue
             for operand in operands(kernel, bucket):
                 for variant in variants(kernel, operand, arch, quick):
-                    yield Case(kernel, variant, operand, arch, bucket, dict(config))
+                    for fetch in ways(config):
+                        yield Case(kernel, variant, operand, arch, bucket, config | fetch)
+
+
+def ways(config: dict[str, int]) -> tuple[dict[str, int], ...]:
+    """What a row has descriptors for is read by pointer where a weight lies unfit for them."""
+    return ({"TMA": True}, {"TMA": False}) if config.get("TMA") else ({},)
 
 
 def operands(kernel: str, bucket: str) -> tuple[str, ...]:
@@ -113,7 +125,7 @@ def operands(kernel: str, bucket: str) -> tuple[str, ...]:
 
 
 def variants(kernel: str, operand: str, arch: str, quick: bool) -> tuple[str, ...]:
-    if kernel == "merge_kernel":
+    if kernel in ("merge_kernel", "scaled_kernel"):
         return ("plain",)
     if quick:
         return ("everything",) if operand == "bf16" else ()
@@ -125,7 +137,7 @@ def signature(fn: Any, case: Case) -> tuple[dict[str, str], dict[tuple[int], Any
     import triton.language as tl
 
     given = {k: v for k, v in case.config.items() if k not in OPTIONS}
-    given |= {"OPERAND": getattr(tl, OPERANDS[case.operand])}
+    given |= {"OPERAND": getattr(tl, OPERANDS[case.operand]), "WHOLE": case.variant == "plain"}
     given |= dict.fromkeys(FLAGS, VARIANTS[case.variant])
     given |= {pointer: None for flag, pointer in FLAGS.items() if pointer and not given[flag]}
     types: dict[str, str] = {}
@@ -139,6 +151,9 @@ def signature(fn: Any, case: Case) -> tuple[dict[str, str], dict[tuple[int], Any
         kind, _, special = ARGUMENTS[name].replace("operand", case.operand).partition(" ")
         if special == "= 1" and not case.odd:
             types[name], constants[i,] = "constexpr", 1
+            continue
+        if name in DESCRIBED and given.get("TMA"):
+            types[name] = f"tensordesc<{case.operand}[{given[DESCRIBED[name]]}, {given['BLOCK_K']}]>"
             continue
         types[name] = kind
         if not case.odd and (kind.startswith("*") or special == "x16"):
@@ -171,11 +186,12 @@ def build(case: Case) -> sass.Facts | str:
 
 def faults(case: Case, facts: sass.Facts) -> Iterator[str]:
     limit = sass.SHARED_KIB[case.arch] * 1024
-    if facts.spills:
+    if facts.spills > SPILLS:
         yield f"spills {facts.spills} bytes per thread"
     if facts.shared > limit:
         yield f"takes {facts.shared} bytes of shared memory of {limit}"
-    if facts.load < 16 and case.kernel != "merge_kernel" and not (case.kernel in GEMMS and case.operand == "fp32"):
+    by_pointer = case.kernel not in GEMMS or not (case.operand == "fp32" or case.config["TMA"])
+    if facts.load < 16 and case.kernel != "merge_kernel" and by_pointer:
         yield f"loads {facts.load} bytes at a time, not 16"
     if facts.store < 16 and writes_dz(case):
         yield f"stores dz {facts.store} bytes at a time, not 16"

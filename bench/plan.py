@@ -21,8 +21,9 @@ import dataclasses
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from luffy import flops, step_time
 from luffy.footprint import GIB, PARTS, Load, Segment, moments, peak
@@ -223,7 +224,7 @@ def machine() -> dict[str, Any]:
 
 
 def measure(case: Case) -> dict[str, Any]:
-    """Of this process: {"peak": bytes, "tokens": of the fullest micro-batch}, and on a GPU what `timed` reads. Linux."""
+    """Of this process: {"peak": bytes, "tokens": of the fullest micro-batch}, on a GPU what `timed` reads. Linux."""
     from luffy.process import before_torch, keep_freed_memory
 
     before_torch()
@@ -258,7 +259,7 @@ def memory(field: str) -> float:
 
 
 def run(case: Case) -> tuple[int, float]:
-    """Three updates by the trainer's own code; returns the tokens of the fullest micro-batch, and seconds of the last."""
+    """Three updates by the trainer's own code: tokens of the fullest micro-batch, and seconds of the last update."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -285,14 +286,21 @@ def run(case: Case) -> tuple[int, float]:
         lora.adapt(lm, config.model.lora, torch.bfloat16, "random")
     activations.apply(lm, config.model)
     world = distributed.start(MeshConfig())
-    policy = shard(Policy(lm, 1.0), world.params, torch.bfloat16).train()
+    policy = shard(Policy(lm, 1.0, case.offload), world.params, torch.bfloat16, case.on_cpu).train()
     trainer = Trainer.bare(config, world, policy, optim.make_optimizer(policy, config.optim))
     loop = {"step": 1, "updates": 0, "bad_in_a_row": 0}
+    if case.device == "cuda":  # what making the model took is no part of an update
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     for _ in range(3):
         groups = make_groups(case)
         rows = {id(group): group.rows for group in groups}
+        began = time.perf_counter()
         update(trainer, groups, rows, loop)
-    return max(micro.num_tokens for micro in micro_batches(trainer, groups, rows))
+        if case.device == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - began
+    return max(micro.num_tokens for micro in micro_batches(trainer, groups, rows)), seconds
 
 
 def make_groups(case: Case) -> list[Any]:

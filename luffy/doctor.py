@@ -9,7 +9,9 @@ from dataclasses import dataclass
 # What was written against an interface and never run on the hardware that it is for: (what, how far it was tried).
 # scripts/gpu_check.sh tries most of it where it can.
 UNVERIFIED = (
-    ("kernels on a GPU", "interpreted, and compiled (bench.aot) without running"),
+    ("kernels on GPUs other than an H200", "compiled (bench.aot) without running"),
+    ("training on several GPUs", "on several ranks of a CPU"),
+    ("optim.on_cpu", "on a CPU, where it changes nothing"),
     ("rollout.sleep", "order of calls and moments aside, with a recorder in vLLM's place"),
     ("rollout.transport = broadcast over NCCL", "the same protocol over gloo with real servers"),
     ("rollout.tensor_parallel", "ranks' shares of requests with an engine of the tests"),

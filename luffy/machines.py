@@ -50,11 +50,16 @@ MACHINES = {
 }
 
 
-def peak_of(device_name: str) -> float | None:
-    """Dense bfloat16 peak, FLOP/s, of a device as its driver names it ("NVIDIA H100 80GB HBM3"); None: not in the
-    table."""
+def machine_of(device_name: str) -> Machine | None:
+    """A device as its driver names it ("NVIDIA H100 80GB HBM3"); None: not in the table. Of several sizes the first."""
     words = device_name.lower().replace("-", " ").split()
-    return next((machine.flops for name, machine in MACHINES.items() if name.split("-")[0] in words), None)
+    return next((machine for name, machine in MACHINES.items() if name.split("-")[0] in words), None)
+
+
+def peak_of(device_name: str) -> float | None:
+    """Its dense bfloat16 peak, FLOP/s."""
+    machine = machine_of(device_name)
+    return None if machine is None else machine.flops
 
 
 def find_machine(name: str) -> Machine:

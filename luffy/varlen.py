@@ -10,6 +10,7 @@ where there is a GPU, the kernels.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from inspect import signature
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -143,7 +144,10 @@ def torch_varlen() -> Kernel:
     """
     from torch.nn.attention.varlen import varlen_attn
 
+    asks = "enable_gqa" in signature(varlen_attn).parameters  # from torch 2.12 on; before, heads may be grouped unasked
+
     def call(q: Tensor, k: Tensor, v: Tensor, bounds: Bounds, scale: float | None) -> Tensor:
+        grouped: dict[str, Any] = {"enable_gqa": q.shape[1] != k.shape[1]} if asks else {}
         out: Any = varlen_attn(
             q,
             k,
@@ -154,7 +158,7 @@ def torch_varlen() -> Kernel:
             bounds.longest_keys,
             scale=scale,
             window_size=(-1, 0),
-            enable_gqa=q.shape[1] != k.shape[1],
+            **grouped,
         )
         return out
 

@@ -31,7 +31,7 @@ def test_every_kernel_that_is_launched_is_compiled():
 
 
 def test_every_argument_of_a_kernel_has_a_type():
-    sizes = {"OPERAND", "BLOCK", "SPLIT", "BLOCK_M", "BLOCK_N", "BLOCK_K"}
+    sizes = {"OPERAND", "WHOLE", "GROUP", "TMA", "BLOCK", "SPLIT", "BLOCK_M", "BLOCK_N", "BLOCK_K"}
     functions = [node for tree in trees() for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
     kernels = [node for node in functions if node.name in aot.KERNELS]
     assert len(kernels) == len(aot.KERNELS)
@@ -62,12 +62,12 @@ BAD = """
 import sys
 from bench import aot
 if __name__ == "__main__":
-    huge = {"BLOCK_M": 256, "BLOCK_N": 256, "BLOCK_K": 64, "num_warps": 4, "num_stages": 4}
+    huge = {"BLOCK_M": 256, "BLOCK_N": 256, "BLOCK_K": 64, "num_warps": 4, "num_stages": 4, "GROUP": 16, "TMA": False}
     block = {"BLOCK": 4096, "num_warps": 8}
     aot.cases = lambda *_: [
         aot.Case("grad_rows_kernel", "plain", "bf16", "sm_90", "", block, odd=True),
         aot.Case("grad_kernel", "plain", "bf16", "sm_80", "16", huge),
-        aot.Case("grad_kernel", "plain", "bf16", "sm_80", "16", {"num_warps": 4}),
+        aot.Case("grad_kernel", "plain", "bf16", "sm_80", "16", {"num_warps": 4, "GROUP": 16, "TMA": False}),
     ]
     sys.exit(aot.main([]))
 """

@@ -5,6 +5,7 @@
 
 import functools
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -32,9 +33,10 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SMALL, LARGE = ((300, 512, 32_003), (300, 896, 152_064)) if GPU else ((12, 32, 139), (6, 48, 320))
 CHUNK = 16 << 20 if GPU else 8_000  # several chunks of any of these sizes
 NEEDS_GPU = pytest.mark.skipif(not GPU, reason="no GPU here: on CPU nothing allocates or waits as it would on a device")
-LOGP_ATOL = {torch.bfloat16: 1e-4, torch.float16: 1e-4, torch.float32: 1e-5}
-# Of the largest entry of a gradient: two roundings in its dtype.
-EPS = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 1e-5}
+# A GPU's float32 product adds up one term after the other: sqrt(H) roundings of logits that reach 16 are 2e-5.
+LOGP_ATOL = {torch.bfloat16: 1e-4, torch.float16: 1e-4, torch.float32: 3e-5 if GPU else 1e-5}
+# Of the largest entry of a gradient: two roundings in its dtype, and for float32 what log-probs are off by.
+EPS = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 5e-5 if GPU else 1e-5}
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 each_size = pytest.mark.parametrize("size", [SMALL, LARGE], ids=["small", "large"])
@@ -361,6 +363,7 @@ def test_the_host_waits_no_more_often_for_more_chunks(op, backend):
     head = make_head(torch.bfloat16, SMALL)
 
     def waits(chunk_bytes):
+        """The line under each that waits."""
         outcome(op, *head, backend=backend, chunk_bytes=chunk_bytes)
         torch.cuda.synchronize()
         with warnings.catch_warnings(record=True) as caught:
@@ -370,10 +373,12 @@ def test_the_host_waits_no_more_often_for_more_chunks(op, backend):
                 outcome(op, *head, backend=backend, chunk_bytes=chunk_bytes)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
-        return sum("synchronizing" in str(warning.message) for warning in caught)
+        said = [warning for warning in caught if "called a synchronizing" in str(warning.message)]
+        return sorted(f"{Path(warning.filename).name}:{warning.lineno}" for warning in said)
 
     few, many = waits(1 << 30), waits(2 << 20)
-    assert 0 < few == many
+    assert few == many
+    assert few
 
 
 def test_auto_is_the_fused_backend_here():

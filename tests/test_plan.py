@@ -180,7 +180,7 @@ def test_bench_plan_runs_the_trainer_on_what_it_plans_for():
         "    small = case.model | {'num_hidden_layers': 2, 'hidden_size': 64, 'intermediate_size': 64}\n"
         "    small |= {'vocab_size': 256, 'num_attention_heads': 4, 'num_key_value_heads': 2}\n"
         "    case = dataclasses.replace(case, model=small, prompt=8, rows=(9, 9), groups=4, budget=50)\n"
-        "    assert b.run(case) == case.load.tokens == 48 and case.load.accumulates\n"
+        "    assert b.run(case)[0] == case.load.tokens == 48 and case.load.accumulates\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

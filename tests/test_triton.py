@@ -114,6 +114,72 @@ def test_gradients_do_not_depend_on_the_slices_of_the_vocabulary(slices):
         torch.testing.assert_close(mine, want, rtol=1e-5, atol=1e-5)
 
 
+def everything(hidden, weight, targets, **options):
+    leaves = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
+    out = linear_logprobs(*leaves, targets, return_entropy=True, backend="triton", **options)
+    grads = torch.autograd.grad((out.logp * torch.arange(len(targets))).sum() - 0.3 * out.entropy.sum(), leaves)
+    return *(x.detach() for x in out), *grads
+
+
+@pytest.fixture
+def fetched(monkeypatch):
+    """Says of each launch whether its operands came by descriptor; `fetched(True)` asks for that."""
+    from luffy_kernels._triton import logprobs as kernels
+    from luffy_kernels._triton import tuning
+
+    ways, of = [], kernels.Operands.of.__func__
+
+    def watched(cls, *arguments):
+        made = of(cls, *arguments)
+        ways.append(made.flags["TMA"])
+        return made
+
+    def ask(tma):
+        ways.clear()
+        for kernel in ("logprobs", "logprobs_backward"):
+            row = tuning.TABLE[kernel, "interpreter", ""]
+            monkeypatch.setitem(tuning.TABLE, (kernel, "interpreter", ""), row | {"TMA": tma})
+        return ways
+
+    monkeypatch.setattr(kernels.Operands, "of", classmethod(watched))
+    return ask
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+@pytest.mark.parametrize(("n", "h", "v"), [(37, 40, 139), (3, 8, 5), (64, 64, 320)])
+def test_operands_by_descriptor_give_the_same_bits(fetched, n, h, v, ignored):
+    """Sizes that are no multiples of a tile's: what a descriptor reads beyond a matrix is 0, and counts for nothing."""
+    hidden, weight, targets = torch.randn(n, h).bfloat16(), torch.randn(v, h).bfloat16(), torch.randint(v, (n,))
+    if ignored:
+        targets[::3] = -100
+        hidden[::3] = torch.nan
+    options = {"bias": torch.randn(v), "chunk_bytes": 2_000}
+    ways = fetched(False)
+    want = everything(hidden, weight, targets, **options)
+    assert not any(ways)
+    ways = fetched(True)
+    got = everything(hidden, weight, targets, **options)
+    assert ways == [True, True]
+    for mine, other in zip(got, want, strict=True):
+        assert_same_bits(mine, other)
+
+
+def test_a_weight_that_no_descriptor_can_be_made_of_is_read_by_pointer(fetched):
+    n, h, v = 12, 40, 139
+    hidden, weight, targets = torch.randn(n, h).bfloat16(), torch.randn(v, h).bfloat16(), torch.randint(v, (n,))
+    want = everything(hidden, weight, targets)
+    for odd in (weight.T.contiguous().T, weight[:, :-1].contiguous()):  # columns apart; rows of 78 bytes
+        ways = fetched(True)
+        got = everything(hidden[:, : odd.shape[1]], odd, targets)
+        assert not any(ways)
+        if odd.shape == weight.shape:
+            assert all(map(torch.equal, got, want))
+    ways = fetched(True)
+    wide = hidden.repeat_interleave(2, 1)[:, ::2]  # hidden that lies unfit is copied
+    assert all(map(torch.equal, everything(wide, weight, targets), want))
+    assert all(ways)
+
+
 def test_workspace_follows_the_documented_formula():
     rows = _library.row_kernels("triton")
     for dtype in (torch.float32, torch.bfloat16):
@@ -124,6 +190,21 @@ def test_workspace_follows_the_documented_formula():
         work = rows.workspace(7, head)
         assert work.logits.nbytes == 4 * 112 * 7
         assert work.dz.data_ptr() == work.logits.data_ptr()  # one buffer, not two
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_saved_gradient_is_scaled_as_torch_scales_it(dtype):
+    from luffy_kernels._triton.scaled import BLOCK, scaled
+
+    factor = torch.tensor(0.37)
+    strided = torch.randn(8, 6).T, torch.randn(9, 4)[:, 1:]
+    for x in (torch.randn(3, 7), torch.randn(2, BLOCK + 5), torch.empty(0), *strided):
+        before, got, want = x.clone(), scaled(x, factor, dtype), (x * factor).to(dtype)
+        if dtype == torch.bfloat16:  # which the interpreter cuts off instead of rounding
+            torch.testing.assert_close(got, want, rtol=2**-7, atol=0)
+        else:
+            assert_same_bits(got, want)
+        assert torch.equal(x, before)
 
 
 def test_a_machine_without_triton_says_so(monkeypatch):

@@ -49,6 +49,8 @@ def _load() -> str | None:
 
 
 error = _load()
+SCALES = set() if error else {"cpu"}
+"""Devices that have a kernel for `scaled`: these, and those whose backend brings one."""
 
 
 def on_large_pages(buffer: Tensor) -> Tensor:

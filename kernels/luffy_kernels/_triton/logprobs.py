@@ -8,20 +8,42 @@ A row's result depends on its own tile row alone and on splits that depend on th
 on N: it is the same bits in any batch. Partials take 12 bytes per token and `SPLIT` tiles; no logit reaches memory.
 """
 
+from __future__ import annotations
+
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import _gemm, _vocab
 from . import tuning
 from .device import LOWEST, OUTSIDE, local_target, transform
+
+ALIGNMENT = 16
+"""Bytes that a descriptor wants of a matrix's begin and of the step between its rows."""
+
+
+@triton.jit
+def place(tiles, parts, GROUP: tl.constexpr):
+    """(row tile, part of the vocabulary) of this program.
+
+    Programs in flight at a time make a block of GROUP row tiles by some parts: what they read of hidden and of the
+    weight then stays in the second-level cache. A change of this order changes no bits.
+    """
+    first = tl.program_id(0) // (GROUP * parts) * GROUP
+    within = tl.program_id(0) % (GROUP * parts)
+    size = tl.minimum(tiles - first, GROUP)
+    return first + within % size, within // size
 
 
 @triton.jit
 def tile(
     hidden,
     weight,
+    at,
     token,
     entry,
     vocabulary,
@@ -31,23 +53,39 @@ def tile(
     weight_row,
     weight_column,
     OPERAND: tl.constexpr,
+    TMA: tl.constexpr,
+    WHOLE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """[BLOCK_M, BLOCK_N] fp32 products of these tokens' hidden rows and these rows of the weight."""
+    """[BLOCK_M, BLOCK_N] fp32 products of hidden rows and rows of the weight, from these on.
+
+    TMA: hidden, of valid rows alone, and weight are descriptors: the rows `at` on, and `entry` on. Else they are
+    pointers: the rows `token` and up to `vocabulary`. WHOLE: the width is a multiple of BLOCK_K.
+    """
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    k = tl.arange(0, BLOCK_K)
-    h_at = hidden + token[:, None] * hidden_row + k[None, :] * hidden_column
-    entry = tl.minimum(entry, vocabulary - 1)
-    w_at = weight + entry.to(tl.int64)[None, :] * weight_row + k[:, None] * weight_column
-    for start in range(0, width, BLOCK_K):
-        left = width - start
-        h = tl.load(h_at, mask=k[None, :] < left, other=0.0)
-        w = tl.load(w_at, mask=k[:, None] < left, other=0.0)
-        acc = tl.dot(h.to(OPERAND), w.to(OPERAND), acc, input_precision="ieee")
-        h_at += BLOCK_K * hidden_column
-        w_at += BLOCK_K * weight_column
+    if TMA:
+        for start in range(0, width, BLOCK_K):
+            h = hidden.load([at, start])
+            w = weight.load([entry, start])
+            acc = tl.dot(h.to(OPERAND), w.to(OPERAND).T, acc, input_precision="ieee")
+    else:
+        k = tl.arange(0, BLOCK_K)
+        h_at = hidden + token[:, None] * hidden_row + k[None, :] * hidden_column
+        last = tl.minimum(entry + tl.arange(0, BLOCK_N), vocabulary - 1)
+        w_at = weight + last.to(tl.int64)[None, :] * weight_row + k[:, None] * weight_column
+        for start in range(0, width, BLOCK_K):
+            if WHOLE:
+                h = tl.load(h_at)
+                w = tl.load(w_at)
+            else:
+                left = width - start
+                h = tl.load(h_at, mask=k[None, :] < left, other=0.0)
+                w = tl.load(w_at, mask=k[:, None] < left, other=0.0)
+            acc = tl.dot(h.to(OPERAND), w.to(OPERAND), acc, input_precision="ieee")
+            h_at += BLOCK_K * hidden_column
+            w_at += BLOCK_K * weight_column
     return acc
 
 
@@ -79,7 +117,7 @@ def tile_logits(
 ):
     """z of a tile and the slope of `transform`; temperature [BLOCK_M]."""
     if BIAS:
-        acc += tl.load(bias + entry, mask=entry < vocabulary, other=0.0)[None, :]
+        acc += tl.load(bias + tl.minimum(entry, vocabulary - 1))[None, :]  # no mask: it would take registers
     return transform(acc, scale, softcap, temperature[:, None], SOFTCAP)
 
 
@@ -106,34 +144,32 @@ def tiles_kernel(
     BIAS: tl.constexpr,
     SOFTCAP: tl.constexpr,
     OPERAND: tl.constexpr,
+    TMA: tl.constexpr,
+    WHOLE: tl.constexpr,
+    GROUP: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """partial [splits, 3, count]: (max, sum, sum of exp times centred z) of SPLIT tiles; found [count]: target's z.
-
-    Row tiles vary fastest over programs, so that those in flight share their part of the weight in cache.
-    """
-    tiles = tl.cdiv(count, BLOCK_M)
-    split = tl.program_id(0) // tiles
-    at = (tl.program_id(0) % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+    """partial [splits, 3, count]: (max, sum, sum of exp times centred z) of SPLIT tiles; found [count]: target's z."""
+    row_tile, split = place(tl.cdiv(count, BLOCK_M), tl.cdiv(vocabulary, SPLIT * BLOCK_N), GROUP)
+    at = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     live = at < count
     token = tl.load(rows + at, mask=live, other=0)
     target = local_target(tl.load(targets + token, mask=live, other=-1), vocab_start, vocabulary)
-    t = tl.load(temperature + token, mask=live, other=1.0)
     peak = tl.full((BLOCK_M,), LOWEST, dtype=tl.float32)
     total = tl.zeros((BLOCK_M,), dtype=tl.float32)
     weighted = tl.zeros((BLOCK_M,), dtype=tl.float32)
     logit = tl.zeros((BLOCK_M,), dtype=tl.float32)
     first = split * SPLIT * BLOCK_N
     for start in range(first, tl.minimum(first + SPLIT * BLOCK_N, vocabulary), BLOCK_N):
-        entry = start + tl.arange(0, BLOCK_N)
         acc = tile(
             hidden,
             weight,
+            row_tile * BLOCK_M,
             token,
-            entry,
+            start,
             vocabulary,
             width,
             hidden_row,
@@ -141,10 +177,13 @@ def tiles_kernel(
             weight_row,
             weight_column,
             OPERAND,
+            TMA,
+            WHOLE,
             BLOCK_M,
             BLOCK_N,
             BLOCK_K,
         )
+        t = tl.load(temperature + token, mask=live, other=1.0)  # here, to be held no longer than it is needed
         parts = quarters(acc, BLOCK_M, BLOCK_N)
         for i in tl.static_range(4):
             entry = start + i * (BLOCK_N // 4) + tl.arange(0, BLOCK_N // 4)
@@ -217,15 +256,18 @@ def grad_kernel(
     BIAS: tl.constexpr,
     SOFTCAP: tl.constexpr,
     OPERAND: tl.constexpr,
+    TMA: tl.constexpr,
+    WHOLE: tl.constexpr,
+    GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """dz [count, last - first] of vocabulary entries first..last. coefficients [4, count]: max z, and on_target,
     offset, slope as in `device.write_gradient`. Columns up to dz_row are written, zero beyond the slice."""
-    tiles = tl.cdiv(count, BLOCK_M)
-    at = (tl.program_id(0) % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
-    left = (tl.program_id(0) // tiles) * BLOCK_N
+    row_tile, column_tile = place(tl.cdiv(count, BLOCK_M), tl.cdiv(last - first, BLOCK_N), GROUP)
+    at = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    left = column_tile * BLOCK_N
     live = at < count
     token = tl.load(rows + at, mask=live, other=0)
     target = local_target(tl.load(targets + token, mask=live, other=-1), vocab_start, last)
@@ -233,8 +275,9 @@ def grad_kernel(
     acc = tile(
         hidden,
         weight,
+        row_tile * BLOCK_M,
         token,
-        first + left + tl.arange(0, BLOCK_N),
+        first + left,
         last,
         width,
         hidden_row,
@@ -242,6 +285,8 @@ def grad_kernel(
         weight_row,
         weight_column,
         OPERAND,
+        TMA,
+        WHOLE,
         BLOCK_M,
         BLOCK_N,
         BLOCK_K,
@@ -261,6 +306,36 @@ def grad_kernel(
         value += tl.where(entry[None, :] == target[:, None], on_target, 0.0)
         value = tl.where((entry < last)[None, :], value * cap, 0.0)
         tl.store(out + column[None, :], value.to(dz.dtype.element_ty), mask=live[:, None] & (column[None, :] < dz_row))
+
+
+class Operands(NamedTuple):
+    """How the kernels read hidden and weight: by pointer, or by descriptors of them, whose copies the device makes."""
+
+    hidden: Tensor | TensorDescriptor
+    weight: Tensor | TensorDescriptor
+    strides: tuple[int, ...]
+    flags: tuning.Config
+
+    @classmethod
+    def of(cls, hidden: Tensor, weight: Tensor, rows: Tensor, config: tuning.Config) -> Operands:
+        """Descriptors where the row of the table says so and the weight lies as they need it. They cannot gather: valid
+        rows are copied into one block where some are ignored."""
+        width, operand = weight.shape[1], torch.promote_types(hidden.dtype, weight.dtype)
+        flags = config | {"OPERAND": tuning.dot_dtype(operand), "WHOLE": width % config["BLOCK_K"] == 0}
+        strides = (*hidden.stride(), *weight.stride())
+        if not config["TMA"] or not described(weight) or width * hidden.itemsize % ALIGNMENT:
+            return cls(hidden, weight, strides, flags | {"TMA": False})
+        hidden = hidden if len(rows) == len(hidden) else hidden[rows]
+        hidden = hidden if described(hidden) else hidden.clone(memory_format=torch.contiguous_format)
+        h = TensorDescriptor.from_tensor(hidden, [config["BLOCK_M"], config["BLOCK_K"]])
+        w = TensorDescriptor.from_tensor(weight, [config["BLOCK_N"], config["BLOCK_K"]])
+        return cls(h, w, strides, flags)
+
+
+def described(x: Tensor) -> bool:
+    """Whether a descriptor can be made of this matrix."""
+    aligned = x.data_ptr() % ALIGNMENT == 0 and x.stride(0) * x.itemsize % ALIGNMENT == 0
+    return x.numel() > 0 and x.stride(1) == 1 and x.stride(0) >= x.shape[1] and aligned
 
 
 def forward(
@@ -310,9 +385,10 @@ def _statistics(
     splits = max(1, triton.cdiv(vocabulary, config["SPLIT"] * config["BLOCK_N"]))
     partial = torch.empty((splits, 3, count), dtype=torch.float32, device=hidden.device)
     found = torch.empty(count, dtype=torch.float32, device=hidden.device)
+    read = Operands.of(hidden, weight, rows, config)
     tiles_kernel[(triton.cdiv(count, config["BLOCK_M"]) * splits,)](
-        hidden,
-        weight,
+        read.hidden,
+        read.weight,
         None if bias is None else bias.float().contiguous(),
         rows,
         targets,
@@ -323,14 +399,12 @@ def _statistics(
         vocabulary,
         width,
         vocab_start,
-        *hidden.stride(),
-        *weight.stride(),
+        *read.strides,
         logit_scale,
         softcap or 1.0,
         BIAS=bias is not None,
         SOFTCAP=softcap is not None,
-        OPERAND=tuning.dot_dtype(operand),
-        **config,
+        **read.flags,
     )
     out = torch.empty((4, count), dtype=torch.float32, device=hidden.device)
     block = tuning.merge_block(count)
@@ -372,12 +446,13 @@ def backward(
         size = slice_width(count, vocabulary, operand, config["BLOCK_N"], chunk_bytes)
         buffer = torch.empty((count, size), dtype=operand, device=hidden.device)
         h = hidden[rows].to(operand)
+        read = Operands.of(hidden, weight, rows, config)
         wide_bias = None if bias is None else bias.float().contiguous()
         for first in range(0, vocabulary, size):
             last = min(first + size, vocabulary)
             grad_kernel[(triton.cdiv(count, config["BLOCK_M"]) * triton.cdiv(last - first, config["BLOCK_N"]),)](
-                hidden,
-                weight,
+                read.hidden,
+                read.weight,
                 wide_bias,
                 rows,
                 targets,
@@ -389,15 +464,13 @@ def backward(
                 last,
                 width,
                 vocab_start,
-                *hidden.stride(),
-                *weight.stride(),
+                *read.strides,
                 buffer.stride(0),
                 logit_scale,
                 softcap or 1.0,
                 BIAS=bias is not None,
                 SOFTCAP=softcap is not None,
-                OPERAND=tuning.dot_dtype(operand),
-                **config,
+                **read.flags,
             )
             dz = buffer[:, : last - first]
             part = weight[first:last].to(operand)

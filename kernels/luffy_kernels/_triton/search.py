@@ -45,6 +45,7 @@ TILES = {
     ("gfx", 32): ((64, 64, 32, 4, 2), (128, 64, 32, 4, 2), (128, 128, 16, 8, 2)),
 }
 SPLITS = (8, 16, 32)
+DESCRIBED = ("sm_90", "sm_100", "sm_120")  # devices with a unit that copies by descriptors
 
 
 def candidates(kernel: str, architecture: str, bits: int) -> Iterator[tuning.Config]:
@@ -56,7 +57,8 @@ def candidates(kernel: str, architecture: str, bits: int) -> Iterator[tuning.Con
         found = [tuning.row(*x) for x in BLOCKS]
     else:
         splits = SPLITS if kernel == "logprobs" else (None,)
-        found = [tuning.tile(*x, split=split) for x in TILES[family, bits] for split in splits]
+        ways = (False, True) if bits == 16 and architecture in DESCRIBED else (False,)
+        found = [tuning.tile(*x, split=split, tma=tma) for tma in ways for x in TILES[family, bits] for split in splits]
     yield from (x for x in found if x not in seen)
 
 
@@ -86,8 +88,10 @@ def table_line(key: tuning.Key, config: tuning.Config) -> str:
     if "BLOCK" in config:
         call = f"row({config['BLOCK']}, {config['num_warps']})"
     else:
-        sizes = ", ".join(str(config[k]) for k in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages"))
-        call = f"tile({sizes}, split={config['SPLIT']})" if "SPLIT" in config else f"tile({sizes})"
+        sizes = [str(config[k]) for k in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")]
+        unsaid = {"SPLIT": None, "GROUP": tuning.GROUP, "TMA": False}
+        sizes += [f"{k.lower()}={config[k]}" for k, value in unsaid.items() if config.get(k, value) != value]
+        call = f"tile({', '.join(sizes)})"
     kernel, architecture, bucket = key
     return f'    ("{kernel}", "{architecture}", "{bucket}"): {call},'
 
@@ -96,7 +100,7 @@ def rows_launch(device: torch.device, padded: int, count: int, config: tuning.Co
     """Statistics and bf16 gradient of `count` rows of logits: the two passes of every row kernel."""
     from .rows import grad_rows_kernel, stats_rows_kernel  # late: rows imports tuning, which imports this
 
-    logits = torch.zeros(count, padded, device=device)
+    logits = torch.randn(count, padded, device=device)
     dz, out = logits.view(torch.bfloat16), torch.zeros(5, count, device=device)
     at, ones = torch.arange(count, device=device), torch.ones(count, device=device)
     flags = {"BIAS": False, "SOFTCAP": False, **config}
@@ -113,21 +117,21 @@ def rows_launch(device: torch.device, padded: int, count: int, config: tuning.Co
 
 
 def tiles_launch(kernel: str, hidden: Tensor, weight: Tensor, config: tuning.Config) -> Launch:
-    from .logprobs import grad_kernel, tiles_kernel  # late, as above
+    from .logprobs import Operands, grad_kernel, tiles_kernel  # late, as above
 
     (count, width), vocabulary = hidden.shape, weight.shape[0]
     at, ones = torch.arange(count, device=hidden.device), hidden.new_ones(count, dtype=torch.float32)
     rows, columns = triton.cdiv(count, config["BLOCK_M"]), config["BLOCK_N"] * config.get("SPLIT", 1)
     splits = triton.cdiv(vocabulary, columns)
-    strides = (*hidden.stride(), *weight.stride())
-    flags = {"BIAS": False, "SOFTCAP": False, "OPERAND": tuning.dot_dtype(hidden.dtype), **config}
-    tokens = (hidden, weight, None, at, at, ones)
+    read = Operands.of(hidden, weight, at, config)
+    flags = {"BIAS": False, "SOFTCAP": False} | read.flags
+    tokens = (read.hidden, read.weight, None, at, at, ones)
     if kernel == "logprobs":
         partial_, found = ones.new_empty(splits, 3, count), ones.new_empty(count)
-        rest = (partial_, found, count, vocabulary, width, 0, *strides, 1.0, 1.0)
+        rest = (partial_, found, count, vocabulary, width, 0, *read.strides, 1.0, 1.0)
         return lambda: tiles_kernel[(rows * splits,)](*tokens, *rest, **flags)
     coefficients, dz = ones.new_zeros(4, count), hidden.new_empty(count, splits * columns)
-    last = (coefficients, dz, count, 0, vocabulary, width, 0, *strides, dz.stride(0), 1.0, 1.0)
+    last = (coefficients, dz, count, 0, vocabulary, width, 0, *read.strides, dz.stride(0), 1.0, 1.0)
     return lambda: grad_kernel[(rows * splits,)](*tokens, *last, **flags)
 
 
@@ -139,8 +143,9 @@ def row(kernel: str, device: torch.device, padded: int, timer: Timer = on_device
 def tile(
     kernel: str, device: torch.device, operand: torch.dtype, width: int, timer: Timer = on_device
 ) -> tuning.Config:
-    hidden = torch.zeros(ROWS[kernel], width, dtype=operand, device=device)
-    weight = torch.zeros(VOCABULARY, width, dtype=operand, device=device)
+    # not zeros: a device that multiplies those draws less power, and runs faster than on any data
+    hidden = torch.randn(ROWS[kernel], width, dtype=operand, device=device)
+    weight = torch.randn(VOCABULARY, width, dtype=operand, device=device) * width**-0.5
     key = (kernel, tuning.arch(device), tuning.tile_buckets(operand, width)[0])
     return settle(key, 8 * operand.itemsize, partial(tiles_launch, kernel, hidden, weight), timer)
 

@@ -1,8 +1,9 @@
 """Which block sizes a kernel runs with: a plain table by (kernel, architecture, bucket), no autotuning at import.
 
-Rows were chosen so that the compiled kernels spill nothing and fit shared memory on their architecture (`bench.aot`
-checks every row); none has been timed on a device yet. LUFFY_KERNELS_TUNE=1 times the candidates on the device at hand
-when a row is first asked for, uses the best in this process and prints it for this table (`search`).
+Rows were chosen so that the compiled kernels spill next to nothing and fit shared memory on their architecture
+(`bench.aot` checks every row). Those of sm_90 and 16 bits were timed on an H200, the others on nothing yet.
+LUFFY_KERNELS_TUNE=1 times the candidates on the device at hand when a row is first asked for, uses the best in this
+process and prints it for this table (`search`).
 
 A bucket says what the model and its dtype are, never how many rows a call has: a row's bits are the same in any batch.
 """
@@ -20,8 +21,16 @@ Key = tuple[str, str, str]
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
 
 
-def tile(m: int, n: int, k: int, warps: int, stages: int, split: int | None = None) -> Config:
-    config = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "num_warps": warps, "num_stages": stages}
+GROUP = 16
+
+
+def tile(
+    m: int, n: int, k: int, warps: int, stages: int, split: int | None = None, group: int = GROUP, tma: bool = False
+) -> Config:
+    """split: tiles of the vocabulary that one program reduces. group: row tiles that are in flight together, for the
+    second-level cache. tma: operands are fetched by descriptors (`logprobs.Operands`)."""
+    config = {"GROUP": group, "BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "num_warps": warps, "num_stages": stages}
+    config["TMA"] = tma
     return config if split is None else {"SPLIT": split, **config}
 
 
@@ -44,7 +53,7 @@ TABLE: dict[Key, Config] = {
     ("logprobs", "sm_80", "16"): tile(128, 128, 64, 8, 3, split=16),
     ("logprobs", "sm_86", "16"): tile(128, 128, 64, 8, 3, split=16),
     ("logprobs", "sm_89", "16"): tile(128, 128, 64, 8, 3, split=16),
-    ("logprobs", "sm_90", "16"): tile(256, 128, 64, 8, 4, split=16),
+    ("logprobs", "sm_90", "16"): tile(128, 256, 64, 8, 3, split=16, tma=True),
     ("logprobs", "sm_100", "16"): tile(128, 256, 64, 8, 4, split=16),
     ("logprobs", "sm_120", "16"): tile(128, 128, 64, 8, 3, split=16),
     ("logprobs", "gfx942", "16"): tile(128, 128, 64, 8, 2, split=16),
@@ -61,7 +70,7 @@ TABLE: dict[Key, Config] = {
     ("logprobs_backward", "sm_80", "16"): tile(256, 128, 64, 8, 3),
     ("logprobs_backward", "sm_86", "16"): tile(128, 128, 64, 8, 3),
     ("logprobs_backward", "sm_89", "16"): tile(128, 128, 64, 8, 3),
-    ("logprobs_backward", "sm_90", "16"): tile(128, 256, 64, 8, 4),
+    ("logprobs_backward", "sm_90", "16"): tile(128, 256, 64, 8, 3, tma=True),
     ("logprobs_backward", "sm_100", "16"): tile(128, 256, 64, 8, 4),
     ("logprobs_backward", "sm_120", "16"): tile(128, 128, 64, 8, 3),
     ("logprobs_backward", "gfx942", "16"): tile(256, 128, 32, 8, 2),
