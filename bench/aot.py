@@ -5,8 +5,8 @@
     python -m bench.aot --arch sm_90 gfx942 --kernel grad_kernel --json facts.json
 
 Prints registers, spills, shared memory, the widest access to global memory and the matrix instruction of each, and
-exits with 1 where one spills, does not fit, loads narrowly or leaves the matrix units idle. Compiled, never run: this
-says what the hardware would execute, not how fast or whether the result is right.
+exits with 1 where one spills much, does not fit, loads narrowly or leaves the matrix units idle. Compiled, never run:
+this says what the hardware would execute, not how fast or whether the result is right.
 
 The arguments are specialised as Triton's launcher would: aligned pointers, padded widths and strides are multiples of
 16, columns are contiguous (stride 1). Whatever has no entry in ARGUMENTS or FLAGS below fails, so that a new argument

@@ -43,6 +43,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SHAPES = ("llama3-8b", "qwen2.5-7b", "qwen3-0.6b")
 TINY = {"shapes": ["32x509"], "tokens": [32], "minutes": 1.0}
 CLOCKS = "name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu"
+PROPERTIES = ("major", "minor", "total_memory", "multi_processor_count", "L2_cache_size")  # nothing that names one card
 WARMUPS, ROUNDS, SAMPLE = 3, 20, 64
 Record = dict[str, Any]
 Clock = Callable[[], float]
@@ -67,7 +68,7 @@ def environment() -> Record:
     properties = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
     packages = ("triton", "liger-kernel", "cut-cross-entropy", "verl", "quack-kernels", "trl")
     return {
-        "properties": str(properties) if properties else None,
+        "properties": {name: getattr(properties, name, None) for name in PROPERTIES} if properties else None,
         "nvidia-smi": said("nvidia-smi", "--query-gpu=" + CLOCKS, "--format=csv"),
         "rocm-smi": said("rocm-smi", "--showdriverversion", "--showclocks", "--showpower"),
         "torch": torch.__version__,
@@ -75,7 +76,7 @@ def environment() -> Record:
         "hip": torch.version.hip,
         "packages": {name: version for name in packages if (version := _version(name))},
         "python": platform.python_version(),
-        "system": platform.platform(),
+        "system": f"{platform.system()} {platform.machine()}",
         "commit": said("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 # scripts/gpu_check.sh tries most of it where it can.
 UNVERIFIED = (
     ("kernels on GPUs other than an H200", "compiled (bench.aot) without running"),
+    ("scaled_kernel on a GPU", "interpreted, and compiled without running"),
     ("training on several GPUs", "on several ranks of a CPU"),
     ("optim.on_cpu", "on a CPU, where it changes nothing"),
     ("rollout.sleep", "order of calls and moments aside, with a recorder in vLLM's place"),

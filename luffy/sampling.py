@@ -239,5 +239,4 @@ def sampling(t: Trainer, ledger: Ledger, first: int) -> Iterator[Callable[[int, 
         try:
             yield later
         finally:
-            ahead.close()
-            t.engine.abort()
+            ahead.close(t.engine.abort)

@@ -182,7 +182,7 @@ def finish(logits: Tensor, exp: Tensor | None, local: _vocab.Merged, owned: Tens
 def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """gradient * factor in this dtype, in one pass and out of place: a second backward finds the gradient as it was."""
     factor = factor.to(gradient.device)
-    if gradient.device.type in _native.SCALES and gradient.dtype == torch.float32:
+    if gradient.dtype == torch.float32 and _native.scales(gradient.device.type):
         return torch.ops.luffy_kernels.scaled(gradient, factor, dtype)
     return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
 

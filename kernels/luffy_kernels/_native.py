@@ -6,6 +6,8 @@ import failure, and calling a kernel without it raises NotImplementedError inste
 
 from __future__ import annotations
 
+import functools
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -49,8 +51,19 @@ def _load() -> str | None:
 
 
 error = _load()
-SCALES = set() if error else {"cpu"}
-"""Devices that have a kernel for `scaled`: these, and those whose backend brings one."""
+
+
+@torch.library.impl("luffy_kernels::scaled", "CUDA")
+def _(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    from ._triton.scaled import scaled  # late: a CPU needs no Triton
+
+    return scaled(x, factor, dtype)
+
+
+@functools.cache
+def scales(device: str) -> bool:
+    """Whether `scaled` has a kernel for devices of this type."""
+    return error is None if device == "cpu" else device == "cuda" and find_spec("triton") is not None
 
 
 def on_large_pages(buffer: Tensor) -> Tensor:

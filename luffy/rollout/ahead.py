@@ -13,6 +13,7 @@ from queue import Queue
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
+CLOSE_S = 15.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +50,15 @@ class Ahead(Generic[T]):
             raise found
         return found
 
-    def close(self) -> None:
-        """Begin nothing more; what is under way is left to the engine."""
+    def close(self, abort: Callable[[], None] = lambda: None) -> None:
+        """Make nothing more. abort: ends what `make` waits for; called until it waits for nothing, as it may begin one
+        thing after another. It is not waited for longer than `CLOSE_S`."""
         self._closing.set()
         self._allowed.release()
+        deadline = time.monotonic() + CLOSE_S
+        while self._thread.is_alive() and time.monotonic() < deadline:
+            abort()
+            self._thread.join(timeout=0.2)
 
     def _run(self, step: int) -> None:
         waiting = time.monotonic()

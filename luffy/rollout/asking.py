@@ -7,6 +7,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Generic, Self, TypeVar
@@ -90,8 +91,7 @@ class Asking(Generic[T]):
     def start(self) -> Self:
         """Begin to ask. Whoever may abort knows of this before: beginning takes as long as the threads need."""
         for thread, _ in self._threads:
-            if not self._ended.is_set():
-                thread.start()
+            thread.start()
         return self
 
     @property
@@ -154,18 +154,23 @@ class Asking(Generic[T]):
         self._ended.set()
         deadline = time.monotonic() + seconds
         while (busy := [t for t, c in self._threads if t.is_alive() and not c.away]) and time.monotonic() < deadline:
-            self._cut_off()  # again: a request may have been on its way to the server
+            self._cut_off(deadline - time.monotonic())  # again: a request may have been on its way to the server
             for thread in busy:
                 thread.join(timeout=PAUSE_S / len(busy))
 
-    def _cut_off(self) -> None:
+    def _cut_off(self, seconds: float) -> None:
         flying: dict[Client, list[str]] = {}
         for name, (client, _) in list(self._flying.items()):
             if not client.away:
                 flying.setdefault(client, []).append(name)
-        for client, names in flying.items():
+
+        def cut(client: Client) -> None:
             with suppress(Unreachable, Refused):
-                client.abort(names)
+                client.abort(flying[client], max(0.1, seconds))
+
+        if flying:  # at once: one that hangs must not keep the others waiting
+            with ThreadPoolExecutor(len(flying)) as pool:
+                list(pool.map(cut, flying))
 
     def _ask_others(self) -> None:
         """For what silent servers have; they may still answer."""

@@ -127,9 +127,9 @@ class Client:
         self._post("/finish_weight_update", {"weight_version": str(version)}, 60)
         return _missing(self._call("luffy_group", {}, 60))
 
-    def abort(self, names: list[str]) -> None:
+    def abort(self, names: list[str], timeout: float) -> None:
         # the names by which vLLM 0.32's endpoint registers requests
-        self._post("/abort_requests", {"request_ids": [f"generate-tokens-{name}" for name in names]}, 60)
+        self._post("/abort_requests", {"request_ids": [f"generate-tokens-{name}" for name in names]}, timeout)
 
     def set_version(self, version: int) -> None:
         self._post("/update_weight_version", {"new_version": str(version)}, 60)

@@ -153,7 +153,8 @@ def tiles_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """partial [splits, 3, count]: (max, sum, sum of exp times centred z) of SPLIT tiles; found [count]: target's z."""
-    row_tile, split = place(tl.cdiv(count, BLOCK_M), tl.cdiv(vocabulary, SPLIT * BLOCK_N), GROUP)
+    splits = tl.maximum(1, tl.cdiv(vocabulary, SPLIT * BLOCK_N))  # a rank without entries has one, of none
+    row_tile, split = place(tl.cdiv(count, BLOCK_M), splits, GROUP)
     at = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     live = at < count
     token = tl.load(rows + at, mask=live, other=0)
@@ -317,15 +318,18 @@ class Operands(NamedTuple):
     flags: tuning.Config
 
     @classmethod
-    def of(cls, hidden: Tensor, weight: Tensor, rows: Tensor, config: tuning.Config) -> Operands:
+    def of(
+        cls, hidden: Tensor, weight: Tensor, rows: Tensor, config: tuning.Config, valid: Tensor | None = None
+    ) -> Operands:
         """Descriptors where the row of the table says so and the weight lies as they need it. They cannot gather: valid
-        rows are copied into one block where some are ignored."""
+        rows are copied into one block where some are ignored. valid: hidden[rows], where that is there already."""
         width, operand = weight.shape[1], torch.promote_types(hidden.dtype, weight.dtype)
         flags = config | {"OPERAND": tuning.dot_dtype(operand), "WHOLE": width % config["BLOCK_K"] == 0}
         strides = (*hidden.stride(), *weight.stride())
         if not config["TMA"] or not described(weight) or width * hidden.itemsize % ALIGNMENT:
             return cls(hidden, weight, strides, flags | {"TMA": False})
-        hidden = hidden if len(rows) == len(hidden) else hidden[rows]
+        if len(rows) < len(hidden):
+            hidden = hidden[rows] if valid is None else valid
         hidden = hidden if described(hidden) else hidden.clone(memory_format=torch.contiguous_format)
         h = TensorDescriptor.from_tensor(hidden, [config["BLOCK_M"], config["BLOCK_K"]])
         w = TensorDescriptor.from_tensor(weight, [config["BLOCK_N"], config["BLOCK_K"]])
@@ -446,7 +450,7 @@ def backward(
         size = slice_width(count, vocabulary, operand, config["BLOCK_N"], chunk_bytes)
         buffer = torch.empty((count, size), dtype=operand, device=hidden.device)
         h = hidden[rows].to(operand)
-        read = Operands.of(hidden, weight, rows, config)
+        read = Operands.of(hidden, weight, rows, config, h)
         wide_bias = None if bias is None else bias.float().contiguous()
         for first in range(0, vocabulary, size):
             last = min(first + size, vocabulary)

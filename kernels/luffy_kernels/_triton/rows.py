@@ -14,7 +14,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _chunks, _vocab
-from . import scaled as scaled  # backward's own kernel, which registers itself
 from . import tuning
 from .device import row_statistics, target_logit, write_gradient
 from .token_losses import COLUMNS, evaluate, kl_term

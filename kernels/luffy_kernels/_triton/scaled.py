@@ -9,8 +9,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import _native
-
 BLOCK = 4096
 
 
@@ -28,9 +26,6 @@ def scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     if not x.is_contiguous() or factor.dtype != torch.float32:
         return torch.mul(x, factor, out=out)
     if x.numel():
-        scaled_kernel[(triton.cdiv(x.numel(), BLOCK),)](x, factor, out, x.numel(), BLOCK=BLOCK, num_warps=8)
+        with torch.cuda.device_of(x):  # Triton launches on the current device
+            scaled_kernel[(triton.cdiv(x.numel(), BLOCK),)](x, factor, out, x.numel(), BLOCK=BLOCK, num_warps=8)
     return out
-
-
-torch.library.impl("luffy_kernels::scaled", "CUDA", scaled)
-_native.SCALES.add("cuda")
