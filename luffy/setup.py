@@ -155,7 +155,11 @@ def _set_up(
         path,
         config,
         eos_token_id=template.eos_token_id,
-        vocabulary=described.vocab_size,
+        sizes={
+            "vocabulary": described.vocab_size,
+            "hidden size": described.hidden_size,
+            "blocks": described.num_hidden_layers,
+        },
         max_model_len=max_model_len,
         folder=run.path,
         world=world,

@@ -176,6 +176,13 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+def during(run, name: str) -> list[tuple[float, float]]:
+    """When what is called so in a run's timeline began and ended."""
+    text = (run / "timeline.json").read_text()
+    events = [e for e in json.loads(text.rstrip().rstrip(",") + "]") if e["ph"] == "X" and e["name"].startswith(name)]
+    return [(e["ts"], e["ts"] + e["dur"]) for e in events]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(500)
 def test_with_answers_that_take_five_seconds_a_step_ahead_takes_six_tenths(tmp_path, delayed_server):
@@ -189,9 +196,16 @@ def test_with_answers_that_take_five_seconds_a_step_ahead_takes_six_tenths(tmp_p
     for ahead in (0, 1):
         run = tmp_path / f"ahead-{ahead}"
         command = [sys.executable, "-c", SLOW_UPDATE, *arguments(run, model, rollout__max_staleness=ahead, **given)]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+        secret = {"LUFFY_API_KEY": "a key that nobody may find"}
+        done = subprocess.run(
+            command, cwd=tmp_path, capture_output=True, text=True, timeout=240, env=os.environ | secret
+        )
         assert done.returncode == 0, done.stderr[-3000:]
+        kept = [path.read_bytes() for path in run.rglob("*") if path.is_file()]
+        assert not any(secret["LUFFY_API_KEY"].encode() in text for text in [*kept, done.stdout.encode()])
         found[ahead] = records(run)[2:]
+        sampled, updates = (during(run, name) for name in ("ahead", "update"))
+        assert any(a < d and c < b for a, b in sampled for c, d in updates) == bool(ahead)
     in_turn, ahead = (statistics.median(record["timing_s/step"] for record in found[n]) for n in (0, 1))
     print(f"in turn {in_turn:.2f} s a step, ahead {ahead:.2f}: {ahead / in_turn:.2f}")
     assert ahead <= 0.6 * in_turn

@@ -8,6 +8,8 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -20,7 +22,7 @@ from luffy.config import MeshConfig, ModelConfig, OptimConfig, RolloutConfig
 from luffy.errors import UserError
 from luffy.load import empty_lm, load_weights
 from luffy.model import Policy, shard
-from luffy.rollout.asking import Aborted, Asking, Counts
+from luffy.rollout.asking import ABORT_S, Aborted, Asking, Counts
 from luffy.rollout.client import Client, Cut, Unreachable
 from luffy.rollout.engine import Request
 from luffy.rollout.explain import explain
@@ -32,6 +34,7 @@ from luffy.rollout.vllm_engine import VllmEngine
 from luffy.shards import fill
 from luffy.weights import hf_weights, weights_of
 
+SIZES = {"vocabulary": 259, "hidden size": 64, "blocks": 2}
 PROMPTS = [tuple(5 + (7 * i + j) % 200 for j in range(9 + i)) for i in range(6)]
 
 
@@ -41,7 +44,7 @@ def options(**changes) -> RolloutConfig:
 
 
 def connect(path: str, folder: Path, config: RolloutConfig, **changes) -> Servers:
-    given = {"dtype": "float32", "eos_token_id": 2, "vocabulary": 259, "max_model_len": 256}
+    given = {"dtype": "float32", "eos_token_id": 2, "sizes": SIZES, "max_model_len": 256}
     return Servers(path, config, **given | changes, folder=folder, world=distributed.start(MeshConfig()))
 
 
@@ -180,6 +183,25 @@ def test_a_server_that_is_killed_before_an_update_comes_back_with_the_new_weight
         assert gap(policy, [client.score(s, "3") for s in SEQUENCES]) < 1e-3
 
 
+@pytest.mark.slow
+def test_a_server_that_is_killed_while_it_loads_comes_back_with_the_new_weights(policy, servers):
+    servers.metrics()
+    move(policy)
+    version, killed = servers.version + 1, servers.fleet.own[0].pid
+    os.kill(killed, signal.SIGSTOP)  # it has been told to load, and does not get on
+    syncing = threading.Thread(target=servers.sync, args=(policy, torch.float32, version))
+    syncing.start()
+    wait_for(lambda: servers.clients[0] in servers.fleet._loading, 20)
+    os.kill(killed, signal.SIGKILL)
+    syncing.join(timeout=60)
+    assert not syncing.is_alive()
+    assert servers.metrics()["rollout/updates_missed"] == 1
+    assert servers.clients[1].version() == version
+    wait_for(lambda: healthy(servers))
+    for client in servers.clients:
+        assert gap(policy, [client.score(s, str(version)) for s in SEQUENCES]) < 1e-3
+
+
 def test_answers_under_way_go_on_with_new_weights_and_say_so(policy, servers):
     """Each token's log-prob is that of the weights that sampled it."""
     before, found = servers.version, []
@@ -313,8 +335,15 @@ def test_servers_of_others_are_checked_before_they_are_trusted(model, servers, p
             assert other.version == -1  # whoever started it may have left other weights in it
             other.sync(policy, torch.float32, servers.version)
             assert_whole(other, ask(other, each=1), 1, 12)
-        with pytest.raises(UserError, match=r"its vocabulary has 259 entries, and the trainer's 300"):
-            connect(model, tmp_path, options(urls=[url]), vocabulary=300)
+        for what, size in (("vocabulary", 300), ("hidden size", 128), ("blocks", 3)):
+            with pytest.raises(
+                UserError, match=f"its {what} is {SIZES[what]}, and the trainer's {size}; start it with"
+            ):
+                connect(model, tmp_path, options(urls=[url]), sizes=SIZES | {what: size})
+        with pytest.MonkeyPatch.context() as other:
+            other.setattr("luffy.versions.of_rollouts", lambda: {"vLLM": "0.33.0"})
+            with pytest.raises(UserError, match=r"runs vLLM \d[\d.]*, and the trainer 0.33.0; install the same"):
+                connect(model, tmp_path, options(urls=[url]))
         with pytest.raises(
             UserError, match=r"takes sequences of 256 tokens, and this run needs 999; .*--max-model-len 999"
         ):
@@ -407,19 +436,57 @@ def test_servers_share_what_is_less_than_they_could_take(tasks, servers):
     assert all(abs(client.asked - tasks / servers) <= tasks / servers / 2 for client in clients)
 
 
-def test_what_is_let_go_of_before_it_began_never_begins():
-    client = Quick()
+def test_what_is_let_go_of_while_it_begins_begins_no_more():
+    """Threads take their time to start: whoever lets go knows of a generation before its first request."""
+    asked = []
+    engine = Servers.__new__(Servers)
+    engine.version, engine._active, engine._beginning = 0, WeakSet(), threading.Lock()
+    engine.config, engine.world, engine.clients = options(), SimpleNamespace(rank=0), [Quick()]
+
+    class Slow(Asking):
+        def start(self):
+            engine.abort()  # as another thread would, now
+            return super().start()
 
     def answer(client, task, name):
-        client.asked += 1
+        asked.append(task)
         return [task]
 
-    asking = Asking([0, 1], answer, [client], at_once=2, trouble=lambda silence: None, counts=Counts())
-    asking.abort()
-    asking.start()
+    engine._ask = lambda tasks, ask, at_once: Slow(
+        tasks, answer, engine.clients, at_once=2, trouble=lambda silence: None, counts=Counts()
+    )
+    generation = engine.begin([Request((1, 2), 1, 4, 7)] * 4, 1.0)
     with pytest.raises(Aborted):
-        asking.take(1)
-    assert client.asked == 0
+        generation.take(1)
+    assert asked == []
+
+
+def test_one_that_hangs_keeps_letting_go_from_nobody():
+    """Neither the others, nor longer than it may take."""
+    freed = threading.Event()
+
+    class Hangs(Quick):
+        def abort(self, names, timeout):
+            time.sleep(timeout)
+            raise Unreachable
+
+    class Obeys(Quick):
+        def abort(self, names, timeout):
+            freed.set()
+
+    def answer(client, task, name):
+        assert freed.wait(60) or isinstance(client, Hangs)
+        if isinstance(client, Hangs):
+            time.sleep(60)
+        raise Cut([])
+
+    clients = [Hangs(), Obeys()]
+    asking = Asking([0, 1], answer, clients, at_once=1, trouble=lambda silence: None, counts=Counts()).start()
+    time.sleep(0.3)
+    began = time.monotonic()
+    asking.abort()
+    assert freed.is_set()
+    assert time.monotonic() - began < ABORT_S + 2
 
 
 def test_a_request_on_its_way_when_all_is_let_go_of_is_cut_off_once_it_is_there():
@@ -427,7 +494,7 @@ def test_a_request_on_its_way_when_all_is_let_go_of_is_cut_off_once_it_is_there(
     there, cut = threading.Event(), threading.Event()
 
     class Slow(Quick):
-        def abort(self, names):
+        def abort(self, names, timeout):
             if there.is_set():
                 cut.set()
 

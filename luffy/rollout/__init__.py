@@ -19,7 +19,7 @@ def make_engine(
     config: Config,
     *,
     eos_token_id: int,
-    vocabulary: int,
+    sizes: dict[str, int],
     max_model_len: int,
     folder: Path,
     world: "World",
@@ -28,7 +28,7 @@ def make_engine(
     """The engine that `config.rollout` asks for, with the weights at `path`, which count as `version`. Collective.
 
     Args:
-        vocabulary: entries of the model's.
+        sizes: of the model, by the names that a server says its own by (`luffy.rollout.worker`).
         max_model_len: longest prompt and answer, tokens.
         folder: of the run, where servers leave logs and find weights.
 
@@ -57,7 +57,7 @@ def make_engine(
     if rollout.engine == "server":
         from luffy.rollout.servers import Servers
 
-        engine = Servers(path, rollout, vocabulary=vocabulary, folder=folder, world=world, **options)
+        engine = Servers(path, rollout, sizes=sizes, folder=folder, world=world, **options)
     else:
         from luffy.rollout.vllm_engine import VllmEngine
 

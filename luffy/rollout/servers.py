@@ -20,6 +20,7 @@ from weakref import WeakSet
 import torch
 import torch.distributed as dist
 
+from luffy import versions
 from luffy.config import RolloutConfig
 from luffy.console import say
 from luffy.distributed import World
@@ -56,7 +57,7 @@ class Servers:
         *,
         dtype: str,
         eos_token_id: int,
-        vocabulary: int,
+        sizes: dict[str, int],
         max_model_len: int,
         folder: Path,
         world: World,
@@ -66,7 +67,7 @@ class Servers:
         self.config, self.world, self.folder = config, world, folder
         # whoever started the servers of `urls` may have left other weights in them
         self.version = UNKNOWN if config.urls else version
-        self.eos_token_id, self.max_model_len, self.vocabulary = eos_token_id, max_model_len, vocabulary
+        self.eos_token_id, self.max_model_len, self.sizes = eos_token_id, max_model_len, sizes
         self._counts = Counts(*(f"rollout/{what}" for what in COUNTED))
         self._syncing = False
         self._beginning = threading.Lock()
@@ -252,11 +253,18 @@ class Servers:
                 f"rollout: {client.url} is no server of this trainer ({error}); start it by "
                 f"python -m luffy.rollout.serve"
             ) from error
-        if about["vocabulary"] != self.vocabulary:
-            raise UserError(
-                f"rollout: {client.url} has another model: its vocabulary has {about['vocabulary']} entries, and the "
-                f"trainer's {self.vocabulary}"
-            )
+        for what, size in self.sizes.items():
+            if about["sizes"].get(what) != size:
+                raise UserError(
+                    f"rollout: {client.url} has another model: its {what} is {about['sizes'].get(what)}, and the "
+                    f"trainer's {size}; start it with the run's model.name"
+                )
+        for package, version in versions.of_rollouts().items():
+            if about["versions"].get(package, version) != version:
+                raise UserError(
+                    f"rollout: {client.url} runs {package} {about['versions'][package]}, and the trainer {version}; "
+                    f"install the same on both"
+                )
         if about["positions"] < self.max_model_len:
             raise UserError(
                 f"rollout: {client.url} takes sequences of {about['positions']} tokens, and this run needs "

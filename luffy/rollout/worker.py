@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
+from luffy import versions
+
 
 class Coverage:
     """Notes which of a model's parameters are loaded, from now on: vLLM says so in a log line alone."""
@@ -110,4 +112,9 @@ class WorkerExtension:
     def luffy_describe(self) -> dict[str, Any]:
         """What a trainer compares before it trusts a server."""
         config = self.model_runner.model_config  # type: ignore[attr-defined]
-        return {"vocabulary": config.get_vocab_size(), "positions": config.max_model_len, "dtype": str(config.dtype)}
+        sizes = {
+            "vocabulary": config.get_vocab_size(),
+            "hidden size": config.get_hidden_size(),
+            "blocks": config.hf_text_config.num_hidden_layers,
+        }
+        return {"sizes": sizes, "positions": config.max_model_len, "versions": versions.of_rollouts()}
