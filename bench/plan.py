@@ -266,6 +266,7 @@ def run(case: Case) -> tuple[int, float]:
     from luffy import activations, attention, distributed, lora, optim
     from luffy.config import Config, MeshConfig
     from luffy.model import Policy, shard
+    from luffy.objectives import Terms
     from luffy.setup import Trainer
     from luffy.train import micro_batches, update
 
@@ -275,7 +276,6 @@ def run(case: Case) -> tuple[int, float]:
     config.model.offload_activations = case.offload
     config.optim.on_cpu = case.on_cpu
     config.train.tokens_per_micro = case.budget
-    config.objective.entropy_coef = case.entropy
     sizes = {key: value for key, value in case.model.items() if key != "model_type"}
     with torch.device(case.device):
         lm = AutoModelForCausalLM.from_config(
@@ -294,13 +294,15 @@ def run(case: Case) -> tuple[int, float]:
         torch.cuda.reset_peak_memory_stats()
     for _ in range(3):
         groups = make_groups(case)
-        rows = {id(group): group.rows for group in groups}
+        part = Terms(
+            groups=groups, rows=[group.rows for group in groups], normalizer=65536.0, entropy_coef=case.entropy
+        )
         began = time.perf_counter()
-        update(trainer, groups, rows, loop)
+        update(trainer, [part], loop)
         if case.device == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - began
-    return max(micro.num_tokens for micro in micro_batches(trainer, groups, rows)), seconds
+    return max(micro.num_tokens for micro in micro_batches(trainer, part)), seconds
 
 
 def make_groups(case: Case) -> list[Any]:

@@ -80,8 +80,7 @@ class Bench:
         examples = load_examples(training_source(config), template, config, split=config.data.split, limit=256).examples
         self.groups = make_groups(config, examples)
         self.world = distributed.start(config.mesh)
-        self.objective = make_objective(config.objective)
-        self.rows = {id(group): self.objective.assign(group) for group in self.groups}
+        self.terms = make_objective(config.objective).terms(self.groups, progress=0.0)
         self.trainer = self.make(Policy)
 
     def make(self, kind: type[Policy], attention: str | None = None) -> Trainer:
@@ -96,7 +95,8 @@ class Bench:
 
     def pairs(self) -> list[tuple[tuple[int, ...], Row]]:
         """(prompt, row) of every row that trains, by length."""
-        found = [(group.example.prompt_ids, row) for group in self.groups for row in self.rows[id(group)]]
+        pairs = zip(self.groups, self.terms.rows, strict=True)
+        found = [(group.example.prompt_ids, row) for group, rows in pairs for row in rows]
         return sorted(found, key=lambda pair: len(pair[0]) + len(pair[1].token_ids))
 
     def batches(self) -> list[list[tuple[tuple[int, ...], Row]]]:
@@ -139,8 +139,7 @@ class Eager(Policy):
 
 def eager_update(bench: Bench, trainer: Trainer) -> tuple[float, float]:
     """(loss, gradient norm)."""
-    count = sum(len(row.token_ids) for _, row in bench.pairs())
-    normalizer, _ = bench.objective.scales(count, len(bench.pairs()))
+    normalizer = bench.terms.normalizer
     total = 0.0
     for batch in bench.batches():
         loss = trainer.policy(batch, normalizer=normalizer, gamma=bench.config.objective.gamma)
@@ -169,7 +168,7 @@ def body_update(bench: Bench) -> None:
 
 def ours_update(bench: Bench) -> tuple[float, float]:
     """(loss, gradient norm)."""
-    metrics = update(bench.trainer, bench.groups, bench.rows, {"step": 1, "updates": 0, "bad_in_a_row": 0})
+    metrics = update(bench.trainer, [bench.terms], {"step": 1, "updates": 0, "bad_in_a_row": 0})
     return metrics.loss, metrics.grad_norms[0]
 
 

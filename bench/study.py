@@ -34,12 +34,12 @@ from luffy.sources import evaluation_sources
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results" / "quickstart.json"
-OBJECTIVES = ("luffy", "grpo", "sft")
+OBJECTIVES = ("luffy", "dr_grpo", "sft")
 NOISE = {"data.problems.wrong": 0.3, "data.problems.missing": 0.3}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "luffy": ("LUFFY", {}),
-    "grpo-steps": ("on-policy (Dr.GRPO), equal steps", {}),
-    "grpo-time": ("on-policy (Dr.GRPO), equal time", {}),
+    "dr_grpo-steps": ("on-policy (Dr.GRPO), equal steps", {}),
+    "dr_grpo-time": ("on-policy (Dr.GRPO), equal time", {}),
     "sft-steps": ("SFT, equal steps", {}),
     "sft-time": ("SFT, equal time", {}),
     "luffy-noisy": ("LUFFY, 30 % wrong, 30 % missing traces", NOISE),
@@ -76,7 +76,8 @@ def recipe() -> str:
     """Digest of what the quickstart recipe sets, without what `COMMON` overrides: an option that is new and left at its
     default makes no other recipe."""
     config = load_config("quickstart", [f"--{key}={value}" for key, value in COMMON.items()])
-    return hashlib.sha256(config.model_dump_json(exclude_defaults=True).encode()).hexdigest()[:16]
+    said = json.dumps(config.model_dump(mode="json", exclude_defaults=True), sort_keys=True)
+    return hashlib.sha256(said.encode()).hexdigest()[:16]
 
 
 def current(results: dict) -> dict:

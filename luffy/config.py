@@ -7,23 +7,18 @@ name the nearest valid one. This module imports neither torch nor transformers n
 
 import difflib
 import tomllib
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, Field, PositiveInt, ValidationError, create_model, model_validator
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict, SettingsError
 
 from luffy.errors import UserError
-
-Fraction = Annotated[float, Field(ge=0, le=1)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Beta = Annotated[float, Field(ge=0, lt=1)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True)
+from luffy.objectives import find, options_of
+from luffy.objectives.luffy import Luffy
+from luffy.sections import Beta, Fraction, NonNegative, Positive, Section
 
 
 class LoraConfig(Section):
@@ -171,28 +166,6 @@ class RewardConfig(Section):
     """Wall-clock limit of one answer, seconds; a verifier over it is killed and the answer counted."""
 
 
-class ObjectiveConfig(Section):
-    name: Literal["luffy", "grpo", "sft"] = "luffy"
-    rows: PositiveInt = 8
-    """Rows per prompt. luffy: rows-1 rollouts and one trace; grpo: as many rollouts; sft: the trace alone."""
-    gamma: Positive = 0.1
-    """Shaping of trace tokens: f(p) = p / (p + gamma)."""
-    clip_low: Positive | None = None
-    """Clip of the on-policy ratio below, as a distance from 1; null: no clip (LUFFY removes it). With one update a step
-    the ratio is 1 and a clip does nothing."""
-    clip_high: Positive | None = None
-    """The same above."""
-    advantage_std: bool = False
-    """Divide advantages by the group's standard deviation (GRPO); false is Dr.GRPO, as LUFFY uses."""
-    trace_filter: bool = False
-    """sft only: leave out traces that fail the verifier."""
-    normalizer: Positive | Literal["tokens", "sequences"] = 65536.0
-    """What the summed policy loss of one update is divided by: a constant (the paper's code: 65536 per 512 rows),
-    `tokens` (DAPO: every token counts the same) or `sequences` (GRPO: the mean over rows of each row's mean)."""
-    entropy_coef: NonNegative = 0.001
-    """Weight of the entropy bonus, a mean over response tokens."""
-
-
 # (low, high) of each kind of correction; docs/correction.md says where they were published.
 CORRECTION_BOUNDS = {
     "none": (0.0, float("inf")),
@@ -297,7 +270,8 @@ class Config(BaseSettings):
     data: DataConfig = DataConfig()
     rollout: RolloutConfig = RolloutConfig()
     reward: RewardConfig = RewardConfig()
-    objective: ObjectiveConfig = ObjectiveConfig()
+    objective: Luffy.Options = Luffy.Options()
+    """LUFFY's, unless the class comes of `config_of`."""
     correction: CorrectionConfig = CorrectionConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
@@ -326,7 +300,7 @@ class Config(BaseSettings):
         sampled_by_need = [name for name in ("oversample", "refill") if getattr(rollout, name) > (name == "oversample")]
         if rollout.oversample > 1 and rollout.record:
             raise ValueError("rollout.record keeps whole answers, and rollout.oversample samples them in parts")
-        if sampled_by_need and (rollout.engine == "replay" or self.objective.name == "sft"):
+        if sampled_by_need and (rollout.engine == "replay" or not self.objective.sampled):
             raise ValueError(f"rollout.{sampled_by_need[0]} needs an objective and an engine that sample")
         if rollout.engine != "server" and (rollout.urls or rollout.transport != "files"):
             raise ValueError('rollout.urls and rollout.transport need rollout.engine = "server"')
@@ -335,10 +309,6 @@ class Config(BaseSettings):
         if rollout.engine == "colocated" and rollout.tensor_parallel > 1 and sampled_by_need:
             raise ValueError(
                 f"rollout.{sampled_by_need[0]} needs engines of which each can stop: tensor_parallel 1, or servers"
-            )
-        if self.objective.name != "sft" and self.objective.rows < 2:
-            raise ValueError(
-                f"objective.rows must be >= 2 (a group is compared with itself), got {self.objective.rows}"
             )
         low, high = self.correction.bounds
         if not low < high:
@@ -350,11 +320,23 @@ class Config(BaseSettings):
     @property
     def first_pass(self) -> bool:
         """Whether a step computes the log-probs of all its rows before its first update."""
-        return self.train.updates_per_step > 1 or self.correction.kind != "none"
+        looks = find(self.objective.name).looks != "nothing"
+        return self.train.updates_per_step > 1 or self.correction.kind != "none" or looks
 
     @classmethod
     def settings_customise_sources(cls, settings_cls, init_settings, **_):  # type: ignore[override]
         return (init_settings,)  # neither the environment nor .env files configure a run
+
+
+@cache
+def config_of(objective: str) -> type[Config]:
+    """The configuration of runs with this objective, whose options are its own.
+
+    Raises:
+        ValueError: there is no such objective.
+    """
+    options = options_of(objective)
+    return create_model("Config", __base__=Config, objective=(options, options.model_validate({})))
 
 
 def recipe_names() -> list[str]:
@@ -368,13 +350,32 @@ def load_config(source: str, overrides: list[str] | None = None) -> Config:
     Raises:
         UserError: no such recipe or file, not TOML, an unknown key (the nearest valid one is named), a bad value.
     """
-    values = _read_toml(source)
-    _refuse_unknown(values, Config, source)
-    merged = _merge(values, _parse_overrides(overrides or []))
+    values, overrides = _read_toml(source), overrides or []
+    model = _model_of(values, overrides)
+    _refuse_unknown(values, model, source)
+    merged = _merge(values, _parse_overrides(overrides, model))
     try:
-        return Config(**merged)
+        return model(**merged)
     except ValidationError as error:
         raise UserError(_first_problem(error)) from None
+
+
+def _model_of(values: dict[str, Any], overrides: list[str]) -> type[Config]:
+    """By the objective that is named last: of another one, the options of the recipe's do not count."""
+    section = values.get("objective", {})
+    named = section.get("name", "luffy") if isinstance(section, dict) else "luffy"
+    for at, arg in enumerate(overrides):
+        key, _, value = arg.partition("=")
+        if key == "--objective.name":
+            named = value or (overrides[at + 1] if at + 1 < len(overrides) else named)
+    try:
+        model = config_of(named)
+    except ValueError as error:
+        raise UserError(f"config: {error}") from None
+    if isinstance(section, dict) and named != section.get("name", "luffy"):
+        kept = model.model_fields["objective"].annotation.model_fields  # type: ignore[union-attr]
+        values["objective"] = {key: value for key, value in section.items() if key in kept and key != "name"}
+    return model
 
 
 def flat_keys(model: type[BaseModel] = Config, prefix: str = "") -> dict[str, Any]:
@@ -420,17 +421,17 @@ def _refuse_unknown(values: dict[str, Any], model: type[BaseModel], source: str,
             _refuse_unknown(value, field.annotation, source, f"{prefix}{key}.")
 
 
-def _parse_overrides(args: list[str]) -> dict[str, Any]:
+def _parse_overrides(args: list[str], model: type[Config]) -> dict[str, Any]:
     if not args:
         return {}
-    known = list(flat_keys())
+    known = list(flat_keys(model))
     for arg in args:
         key = arg.removeprefix("--").split("=")[0]
         if arg.startswith("--") and key not in known:
             raise UserError(f"config: unknown option --{key}{_nearest(key, known, '--')}")
     try:
         source: Any = CliSettingsSource(
-            Config, cli_parse_args=args, cli_exit_on_error=False, cli_prog_name="luffy train"
+            model, cli_parse_args=args, cli_exit_on_error=False, cli_prog_name="luffy train"
         )
         return source()
     except (SettingsError, ValidationError) as error:

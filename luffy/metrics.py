@@ -139,7 +139,7 @@ def work_metrics(
 class UpdateMetrics:
     """Token sums over the micro-batches of a step."""
 
-    def __init__(self, losses: tuple[TokenLoss, ...], gamma: float) -> None:
+    def __init__(self, losses: tuple[TokenLoss, ...], gamma: float | None) -> None:
         self.table = encode(losses)
         self.gamma = gamma
         self.sums: dict[str, float] = defaultdict(float)
@@ -168,7 +168,8 @@ class UpdateMetrics:
             self._sum(f"{side}_loss", value[mask])
             self._sum(f"{side}_clipped", out.clipped[mask])
             self._sum(f"{side}_prob", prob[mask])
-        self._sum("off_shaped", (prob / (prob + self.gamma))[off])
+        if self.gamma is not None:
+            self._sum("off_shaped", (prob / (prob + self.gamma))[off])
         if first_update:  # the weights of this pass are those that sampled, unless sampling is ahead
             gap = (out.logp - micro.sampler_logp).abs()
             sampled = ~gap.isnan()
@@ -227,7 +228,7 @@ class UpdateMetrics:
             "actor/ppo_kl": mean("drift", "tokens"),
             "actor/on_policy_prob": mean("on_prob", "on_tokens"),
             "actor/off_policy_prob": mean("off_prob", "off_tokens"),
-            "actor/off_ratio_mean": mean("off_shaped", "off_tokens"),
+            "actor/off_ratio_mean": math.nan if self.gamma is None else mean("off_shaped", "off_tokens"),
             "actor/entropy_loss": mean("entropy", "tokens"),
             "actor/grad_norm": fmean(self.grad_norms) if self.grad_norms else math.nan,
             "actor/lr": self.lr,

@@ -20,7 +20,8 @@ from luffy.packing import MicroBatch
 
 
 class Policy(nn.Module):
-    """`policy(micro, losses=..., normalizer=...)` -> PolicyLoss; `policy(micro)` -> log-probs [N] of the targets."""
+    """`policy(micro, losses=..., normalizer=...)` -> PolicyLoss; `policy(micro)` -> log-probs [N] of the targets;
+    `policy(micro, entropy=True)` -> those and entropies [N]."""
 
     def __init__(self, lm: PreTrainedModel, temperature: float, offload_activations: bool = False) -> None:
         super().__init__()
@@ -47,6 +48,8 @@ class Policy(nn.Module):
         options = self.head_options | {"bias": getattr(head, "bias", None)}
         if not loss:
             return linear_logprobs(hidden, head.weight, micro.targets, **options).logp
+        if loss.get("entropy"):
+            return linear_logprobs(hidden, head.weight, micro.targets, return_entropy=True, **options)[:2]
         options |= {"old_logp": "current" if micro.old_logp is None else micro.old_logp}
         options |= {"advantages": micro.advantages, "loss_id": micro.loss_id, "token_weight": micro.token_weight}
         return linear_policy_loss(hidden, head.weight, micro.targets, **options, **loss)

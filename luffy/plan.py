@@ -352,7 +352,6 @@ def _with_cache(asked: Asked, choice: Choice) -> Choice:
 
 def _work(asked: Asked, choice: Choice, cache: float) -> step_time.Work:
     config = asked.config
-    sft = config.objective.name == "sft"
     return step_time.Work(
         shape=asked.shape,
         machine=asked.machine,
@@ -364,7 +363,7 @@ def _work(asked: Asked, choice: Choice, cache: float) -> step_time.Work:
         on_cpu=choice.on_cpu,
         prompts=config.train.prompts_per_step,
         rollouts=_rollouts(config) if asked.engine and cache >= _sequence_bytes(asked) else 0,
-        rows=1 if sft else config.objective.rows,
+        rows=_rows(config),
         prompt=max(1, asked.prompt // 2),
         answer=asked.mean,
         longest=asked.sampled,
@@ -378,12 +377,17 @@ def _work(asked: Asked, choice: Choice, cache: float) -> step_time.Work:
 
 def _copied(asked: Asked) -> float:
     """Tokens of prompts that attention lays out again, for each token of a group: one copy before each of its rows."""
-    rows = 1 if asked.config.objective.name == "sft" else asked.config.objective.rows
+    rows = _rows(asked.config)
     return 0.0 if rows == 1 else rows * asked.prompt / (asked.prompt + rows * asked.answer)
 
 
 def _rollouts(config: Config) -> int:
-    return {"sft": 0, "luffy": config.objective.rows - 1}.get(config.objective.name, config.objective.rows)
+    return config.objective.sampled
+
+
+def _rows(config: Config) -> int:
+    """Of a group, that enter the model."""
+    return config.objective.sampled + config.objective.shown
 
 
 def _sequence_bytes(asked: Asked) -> float:
@@ -401,7 +405,7 @@ def _longest_update(asked: Asked) -> int:
     """Packed tokens of all ranks, if nothing were shorter than it may be: no micro-batch can hold more."""
     config = asked.config
     sampled = _rollouts(config)
-    traces = 1 if config.objective.name == "sft" else config.objective.rows - sampled
+    traces = config.objective.shown
     prompts = config.train.prompts_per_step // config.train.updates_per_step
     return prompts * (asked.prompt + sampled * asked.sampled + traces * asked.answer)
 
@@ -409,7 +413,7 @@ def _longest_update(asked: Asked) -> int:
 def _tokens_per_update(asked: Asked) -> int:
     """Packed tokens of all ranks, at the mean length."""
     config = asked.config
-    rows = 1 if config.objective.name == "sft" else config.objective.rows
+    rows = _rows(config)
     prompts = config.train.prompts_per_step // config.train.updates_per_step
     return prompts * (asked.prompt // 2 + rows * asked.mean)
 

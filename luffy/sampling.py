@@ -81,7 +81,7 @@ class Sampler:
         self._ready: list[Group] = []  # graded, and more than the step needed
         self._grader = ThreadPoolExecutor(1, thread_name_prefix="grade")
         self._needs = len(t.world.share(list(range(t.config.train.prompts_per_step))))
-        self._samples = any(t.objective.num_rollouts(example) for example in t.examples)
+        self._samples = any(t.objective.rollouts(example) for example in t.examples)
 
     def batch(self, phases: Phase) -> Batch:
         """This rank's groups of the next step, in the order of their prompts. With `before` collective: ranks enter it
@@ -160,7 +160,7 @@ class Sampler:
         for _ in range(number - len(works)):
             position = next(self._fresh)
             example = self.t.examples[self._stream.index(position)]
-            fresh.append(Work(position=position, example=example, count=self.t.objective.num_rollouts(example)))
+            fresh.append(Work(position=position, example=example, count=self.t.objective.rollouts(example)))
         return works + sorted(fresh, key=lambda work: -max(map(len, work.example.traces), default=0))
 
     def _requests(self, work: Work) -> list[tuple[int, Request]]:
@@ -204,7 +204,7 @@ class Sampler:
             )
             for answer in work.answers
         ]
-        for trace in work.example.traces[: self.t.objective.num_traces(work.example)]:
+        for trace in work.example.traces[: self.t.objective.traces(work.example)]:
             rows.append(Row(token_ids=trace, text=decode(trace), is_trace=True))
         verdicts = self.t.verifier.grade([(row.text, work.example.problem.answer) for row in rows])
         for row, verdict in zip(rows, verdicts, strict=True):

@@ -22,9 +22,11 @@ from luffy.data import Example, Ledger
 from luffy.errors import UserError
 from luffy.evaluate import Evaluation, evaluate
 from luffy.files import write_json
-from luffy.groups import Group, Row
+from luffy.groups import Group
 from luffy.interrupt import Stopped
 from luffy.metrics import UpdateMetrics, count_tokens, group_metrics, work_metrics
+from luffy.objectives import Terms
+from luffy.objectives.looking import Seen
 from luffy.packing import MicroBatch, pack
 from luffy.run_folder import RunFolder
 from luffy.sampling import Batch, awake, sampling, sync
@@ -70,13 +72,13 @@ def train_steps(t: Trainer, loop: dict[str, Any], ledger: Ledger) -> dict[str, A
                     loop["ledger"] = ledger.state_dict()
                 behind = staleness(groups, t.version)
                 with phases("update"):
-                    rows = {id(group): t.objective.assign(group) for group in groups}
-                    metrics = update(t, groups, rows, loop)
+                    parts = split(t, groups, (step - 1) / config.train.steps)
+                    metrics = update(t, parts, loop)
                 if config.rollout.max_staleness:
                     with phases("sync"):
                         sync(t)  # what is being sampled goes on with these
 
-                record = record_step(t, loop, groups, rows, metrics, phases) | behind | counts
+                record = record_step(t, loop, parts, metrics, phases) | behind | counts
                 if config.rollout.engine != "replay":
                     check_engine(record)
                 if t.world.is_main:
@@ -151,17 +153,22 @@ def staleness(groups: list[Group], version: int) -> dict[str, float]:
     return {"rollout/staleness_mean": mean, "rollout/staleness_max": float(max(behind))}
 
 
-def update(t: Trainer, groups: list[Group], rows: dict[int, list[Row]], loop: dict[str, Any]) -> UpdateMetrics:
-    """`updates_per_step` optimizer updates over the groups of a step, which every rank holds.
+def split(t: Trainer, groups: list[Group], progress: float) -> list[Terms]:
+    """What the objective makes of a step's groups, one for each of its updates. progress: share of the steps that are
+    over."""
+    share = len(groups) // t.config.train.updates_per_step
+    return [t.objective.terms(groups[at : at + share], progress) for at in range(0, len(groups), share)]
+
+
+def update(t: Trainer, parts: list[Terms], loop: dict[str, Any]) -> UpdateMetrics:
+    """One optimizer update for each part of a step, all of which every rank holds.
 
     Several updates need the log-probs of the policy before the first, and so does a correction (`luffy.correction`):
     either costs one forward pass of body and head over all rows, without a backward.
     """
     config = t.config
-    metrics = UpdateMetrics(t.objective.losses, config.objective.gamma)
-    share = len(groups) // config.train.updates_per_step
-    parts = [groups[at : at + share] for at in range(0, len(groups), share)]
-    packs = [micro_batches(t, part, rows) for part in parts]
+    metrics = UpdateMetrics(t.objective.losses, getattr(config.objective, "gamma", None))
+    packs = [micro_batches(t, part) for part in parts]
     if config.first_pass:
         with torch.no_grad():
             for micro in (m for micros in packs for m in micros):
@@ -171,14 +178,14 @@ def update(t: Trainer, groups: list[Group], rows: dict[int, list[Row]], loop: di
     for number, (part, micros) in enumerate(zip(parts, packs, strict=True)):
         if not micros:
             continue  # every row of every group has a zero gradient
-        counted = [row for group in part for row in t.objective.counted(group)]
-        normalizer, entropy_coef = t.objective.scales(count_tokens(counted), len(counted))
+        given = {"losses": t.objective.losses, "normalizer": part.normalizer, "entropy_coef": part.entropy_coef}
         loss = 0.0
         for micro in micros:
-            out = t.policy(micro, losses=t.objective.losses, normalizer=normalizer, entropy_coef=entropy_coef)
+            look(t, micro, first_update=number == 0)
+            out = t.policy(micro, **given)
             out.loss.backward()
             loss += out.loss.item()
-            metrics.add(micro, out, normalizer, first_update=number == 0)
+            metrics.add(micro, out, part.normalizer, first_update=number == 0)
         [loss] = t.world.sum([loss])
         lr = optim.learning_rate(config.optim, loop["updates"], total)
         norm, good = optim.step(t.optimizer, t.policy, config.optim.max_grad_norm, loss, lr)
@@ -187,6 +194,7 @@ def update(t: Trainer, groups: list[Group], rows: dict[int, list[Row]], loop: di
         t.version = loop["updates"]
         loop["bad_in_a_row"] = 0 if good else loop["bad_in_a_row"] + 1
         if loop["bad_in_a_row"] >= config.optim.max_bad_steps:
+            groups = [group for part in parts for group in part.groups]
             dump = dump_groups(t.run, groups, loop["step"]) if t.world.is_main else "rank 0's dump"
             raise UserError(
                 f"train: loss or gradient was not finite {loop['bad_in_a_row']} updates in a row (loss {loss}, "
@@ -196,10 +204,24 @@ def update(t: Trainer, groups: list[Group], rows: dict[int, list[Row]], loop: di
     return metrics
 
 
-def micro_batches(t: Trainer, groups: list[Group], rows: dict[int, list[Row]]) -> list[MicroBatch]:
+@torch.no_grad()
+def look(t: Trainer, micro: MicroBatch, first_update: bool) -> None:
+    """Let the objective weigh a micro-batch by what the policy says now, where it wants to."""
+    looks = t.objective.looks
+    if looks == "nothing":
+        return
+    if looks == "logp" and first_update and micro.old_logp is not None:
+        seen = Seen(micro.old_logp, None)  # of the same weights
+    else:
+        seen = Seen(*t.policy(micro, entropy=True))
+    t.objective.weigh(micro, seen)
+
+
+def micro_batches(t: Trainer, part: Terms) -> list[MicroBatch]:
     """This rank's share of the rows, on its device; as many micro-batches as every other rank has."""
+    rows = {id(group): rows for group, rows in zip(part.groups, part.rows, strict=True)}
     packed = pack(
-        groups,
+        part.groups,
         lambda group: rows[id(group)],
         t.config.train.tokens_per_micro,
         rank=t.world.data_rank,
@@ -249,18 +271,18 @@ def evaluate_set(t: Trainer, name: str, examples: list[Example], step: int) -> E
 def record_step(
     t: Trainer,
     loop: dict[str, Any],
-    groups: list[Group],
-    rows: dict[int, list[Row]],
+    parts: list[Terms],
     metrics: UpdateMetrics,
     phases: Phases,
 ) -> dict[str, float]:
     """The step's line of metrics.jsonl; adds its seconds and tokens to the loop's. Seconds by phase are rank 0's; what
     the pace, the minutes and the peak of memory come from is the largest of all ranks."""
+    groups = [group for part in parts for group in part.groups]
     tokens = count_tokens([row for group in groups for row in group.rows])
     seconds, peak = t.world.largest([phases.total, peak_memory_gib()])
     loop["train_seconds"] += seconds
     loop["tokens"] += tokens
-    active, counts = [rows[id(group)] for group in groups], t.engine.metrics()
+    active, counts = [rows for part in parts for rows in part.rows], t.engine.metrics()
     work: dict[str, float] = {}
     if t.policy.shape is not None:
         prompts = [len(group.example.prompt_ids) for group in groups]

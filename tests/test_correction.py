@@ -20,7 +20,7 @@ from luffy.objectives import make_objective
 from luffy.packing import pack
 from luffy.setup import Trainer
 from luffy.shards import full
-from luffy.train import update
+from luffy.train import split, update
 
 NORMALIZER, ENTROPY, GAMMA = 10.0, 0.05, 0.1
 KINDS = ("none", "truncate", "mask", "sequence_mask")
@@ -97,8 +97,7 @@ def make_trainer(config: Config, mesh: MeshConfig | None = None) -> Trainer:
 
 
 def run_update(t: Trainer, batch: list[Group]) -> UpdateMetrics:
-    rows = {id(g): t.objective.assign(g) for g in batch}
-    return update(t, batch, rows, {"step": 1, "updates": 0, "bad_in_a_row": 0})
+    return update(t, split(t, batch, 0.0), {"step": 1, "updates": 0, "bad_in_a_row": 0})
 
 
 def one_update(kind: str, mesh: MeshConfig, budget: int, updates: int = 1) -> dict[str, torch.Tensor]:
@@ -116,7 +115,7 @@ def one_update(kind: str, mesh: MeshConfig, budget: int, updates: int = 1) -> di
 def oracle(kind: str) -> dict[str, torch.Tensor]:
     """The same update in float64, one sequence at a time, full logits, weights by hand."""
     lm, batch, objective = exact_lm(), sampled(), make_objective(Config().objective)
-    rows = [(g.example.prompt_ids, row) for g in batch for row in objective.assign(g)]
+    rows = [(g.example.prompt_ids, row) for g in batch for row in objective.assign(g, 0.0)]
     count = sum(len(row.token_ids) for _, row in rows)
     loss, ratios, given = torch.zeros((), dtype=torch.float64), [], []
     for prompt, row in rows:

@@ -5,11 +5,20 @@ import math
 import pytest
 import torch
 from luffy_kernels import PolicyLoss, policy_gradient, shaped
-from test_objectives import group
+from test_objectives import example
 
 from luffy.attention import Layout
+from luffy.groups import Group, Row
 from luffy.metrics import UpdateMetrics, group_metrics
 from luffy.packing import MicroBatch
+
+
+def group(rollout_rewards, trace_reward=None) -> Group:
+    """Rollouts of two tokens, a trace of three."""
+    rows = [Row(token_ids=(7, 2), text="", reward=r) for r in rollout_rewards]
+    if trace_reward is not None:
+        rows.append(Row(token_ids=(4, 5, 2), text="", reward=trace_reward, is_trace=True))
+    return Group(example=example(trace_reward is not None), rows=rows)
 
 
 def test_group_metrics():

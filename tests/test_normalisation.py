@@ -16,7 +16,7 @@ from luffy.model import Policy, shard
 from luffy.objectives import make_objective
 from luffy.setup import Trainer
 from luffy.shards import full
-from luffy.train import update
+from luffy.train import split, update
 
 ENTROPY, NORMALIZER, GAMMA = 0.05, 10.0, 0.1
 
@@ -106,8 +106,7 @@ def one_update(name: str, mesh: MeshConfig, budget: int) -> dict[str, torch.Tens
     trained = dict(filter(lambda named: named[1].requires_grad, policy.named_parameters()))
     optimizer = Recording(trained.values(), eps=1e-4)
     t = Trainer.bare(config, world, policy, optimizer)
-    rows = {id(g): t.objective.assign(g) for g in batch}
-    metrics = update(t, batch, rows, {"step": 1, "updates": 0, "bad_in_a_row": 0})
+    metrics = update(t, split(t, batch, 0.0), {"step": 1, "updates": 0, "bad_in_a_row": 0})
     record = metrics.result()
     numbers = {key: torch.tensor(value) for key, value in record.items() if math.isfinite(value)}
     return (
@@ -125,7 +124,7 @@ def oracle(name: str) -> dict[str, torch.Tensor]:
     lm.set_attn_implementation("sdpa")
     make, normalizer, coefficient = BATCHES[name]
     objective = make_objective(Config().objective)
-    rows = [(g.example.prompt_ids, row) for g in make() for row in objective.assign(g)]
+    rows = [(g.example.prompt_ids, row) for g in make() for row in objective.assign(g, 0.0)]
     count = sum(len(row.token_ids) for _, row in rows)
     loss = torch.zeros((), dtype=torch.float64)
     for prompt, row in rows:

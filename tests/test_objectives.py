@@ -1,13 +1,28 @@
-"""Advantages and row rules: luffy_spec-style groups, every number known by hand."""
+"""Every objective against its published formula: rows, advantages and per-token gradients of hand-made groups, written
+here a second time in float64."""
+
+import math
+from statistics import fmean, stdev
 
 import pytest
+import torch
+from luffy_kernels import token_loss
 
 from luffy.advantages import group_advantages
-from luffy.config import ObjectiveConfig
+from luffy.config import load_config
 from luffy.data import Example
 from luffy.data.problem import Problem
+from luffy.errors import UserError
 from luffy.groups import Group, Row
-from luffy.objectives import make_objective
+from luffy.objectives import KNOWN, find, make_objective, options_of
+from luffy.objectives.looking import Seen
+from luffy.packing import pack
+
+GAMMA = 0.1
+
+
+def make(name: str, **options):
+    return make_objective(options_of(name)(**options))
 
 
 def example(num_traces: int = 1) -> Example:
@@ -17,17 +32,178 @@ def example(num_traces: int = 1) -> Example:
     return Example(problem, (1, 2, 3), tuple((4, 5, i) for i in range(num_traces)))
 
 
-def group(rollout_rewards, trace_reward=None) -> Group:
-    rows = [Row(token_ids=(7, 2), text="", reward=r) for r in rollout_rewards]
-    if trace_reward is not None:
-        rows.append(Row(token_ids=(4, 5, 2), text="", reward=trace_reward, is_trace=True))
+def group(rollout_rewards, trace_reward=None, first: int = 10) -> Group:
+    """Rows of 2, 3, 4, ... tokens, each token there once."""
+    rewards = [*rollout_rewards, *([] if trace_reward is None else [trace_reward])]
+    rows, at = [], first
+    for i, reward in enumerate(rewards):
+        ids = tuple(range(at, at + 2 + i))
+        at += len(ids)
+        rows.append(Row(token_ids=ids, text="", reward=reward, is_trace=i == len(rollout_rewards)))
     return Group(example=example(trace_reward is not None), rows=rows)
+
+
+class World:
+    """Log-probs and entropies of tokens: of the policy now, at the step's beginning, and of who sampled them."""
+
+    def __init__(self, groups: list[Group]) -> None:
+        rng = torch.Generator().manual_seed(0)
+        self.groups = groups
+        self.now, self.old, self.mu, self.entropy = {}, {}, {}, {}
+        for row in (row for g in groups for row in g.rows):
+            for token in row.token_ids:
+                draw = torch.rand(4, generator=rng, dtype=torch.float64)
+                self.now[token] = float(-2 * draw[0] - 0.05)
+                self.old[token] = self.now[token] + 0.6 * float(draw[1] - 0.5)
+                self.mu[token] = math.nan if row.is_trace else self.now[token] + 0.5 * float(draw[2] - 0.5)
+                self.entropy[token] = float(draw[3])
+            row.sampler_logp = () if row.is_trace else tuple(self.mu[token] for token in row.token_ids)
+
+    def of(self, values: dict[int, float], targets: torch.Tensor) -> torch.Tensor:
+        return torch.tensor([values[int(token)] for token in targets], dtype=torch.float64)
+
+    def gradients(self, objective, progress: float = 0.0) -> dict[int, float]:
+        """d loss / d log-prob of each token, by the objective; tokens that do not enter the model have none."""
+        terms = objective.terms(self.groups, progress)
+        rows = {id(g): found for g, found in zip(terms.groups, terms.rows, strict=True)}
+        found: dict[int, float] = {}
+        for micro in pack(self.groups, lambda g: rows[id(g)], 1_000):
+            logp = self.of(self.now, micro.targets).requires_grad_()
+            micro.old_logp = self.of(self.old, micro.targets)
+            micro.sampler_logp = micro.sampler_logp.double()
+            objective.weigh(micro, Seen(logp.detach(), self.of(self.entropy, micro.targets)))
+            given = {"losses": objective.losses, "loss_id": micro.loss_id, "old_logp": micro.old_logp}
+            given |= {"advantages": micro.advantages.double(), "token_weight": micro.token_weight.double()}
+            loss = token_loss(logp, **given).loss.sum() / terms.normalizer
+            [grad] = torch.autograd.grad(loss, logp)
+            for token, value in zip(micro.targets.tolist(), grad.tolist(), strict=True):
+                found[token] = found.get(token, 0.0) + value
+        return found
+
+    def expect(self, objective, formula, progress: float = 0.0) -> None:
+        """formula(group, row, token) -> gradient; 0 may be one that stays out of the model."""
+        got = self.gradients(objective, progress)
+        want = {token: formula(g, row, token) for g in self.groups for row in g.rows for token in row.token_ids}
+        assert any(want.values())
+        for token, value in want.items():
+            assert got.get(token, 0.0) == pytest.approx(value, rel=2e-5, abs=1e-9), token
+        assert set(got) <= set(want)
+
+    def row_sum(self, row: Row, before: dict[int, float]) -> float:
+        return sum(self.now[token] - before[token] for token in row.token_ids)
+
+
+def rollouts(g: Group) -> list[Row]:
+    return [row for row in g.rows if not row.is_trace]
+
+
+def tokens(rows) -> int:
+    return sum(len(row.token_ids) for row in rows)
+
+
+def plain() -> World:
+    return World([group([1.0, 0.0, 0.0, 1.0]), group([0.0, 0.0, 1.0, 0.0], first=100), group([1.0] * 4, first=200)])
+
+
+def guided() -> World:
+    return World(
+        [group([1.0, 0.0, 0.0], 1.0), group([0.0, 0.0, 0.0], 1.0, first=100), group([1.0, 0.0], 0.0, first=200)]
+    )
+
+
+def standard(g: Group, row: Row, rows=None) -> float:
+    """GRPO's advantage."""
+    rewards = [r.reward for r in (g.rows if rows is None else rows)]
+    return (row.reward - fmean(rewards)) / (stdev(rewards) + 1e-6) if len(set(rewards)) > 1 else 0.0
+
+
+def centred(g: Group, row: Row, rows=None) -> float:
+    return row.reward - fmean(r.reward for r in (g.rows if rows is None else rows))
+
+
+def clipped(a: float, r: float, low: float, high: float) -> float:
+    """-A r, or 0 where PPO's clip has taken over."""
+    return 0.0 if (a > 0 and r > 1 + high) or (a < 0 and r < 1 - low) else -a * r
+
+
+@pytest.mark.parametrize("name", ["grpo", "dr_grpo", "dapo"])
+def test_clipped_policy_gradients(name):
+    w = plain()
+    count, rows = tokens(row for g in w.groups for row in g.rows), sum(len(g.rows) for g in w.groups)
+    advantage = centred if name == "dr_grpo" else standard
+    high = 0.28 if name == "dapo" else 0.2
+
+    def formula(g, row, token):
+        r = math.exp(w.now[token] - w.old[token])
+        share = {"grpo": 1 / (len(row.token_ids) * rows), "dr_grpo": 1 / 65536, "dapo": 1 / count}[name]
+        return clipped(advantage(g, row), r, 0.2, high) * share
+
+    w.expect(make(name, rows=4, entropy_coef=0.0), formula)
+
+
+def test_dapo_punishes_what_is_too_long():
+    objective = make("dapo", rows=3, overlong_after=2, overlong_span=4)
+    g = group([1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0])  # of 2 to 8 tokens
+    assert objective.rewards(g) == [1.0, 0.75, 0.5, 0.25, 0.0, 0.0, -1.0]
+    assert make("dapo", rows=3).rewards(g) == [1.0] * 6 + [0.0]
+
+
+def test_cispo():
+    w = plain()
+    count = tokens(row for g in w.groups for row in g.rows)
+
+    def formula(g, row, token):
+        return -standard(g, row) * min(math.exp(w.now[token] - w.old[token]), 1.1) / count
+
+    w.expect(make("cispo", rows=4, clip_high=0.1), formula)
+
+
+def test_gspo():
+    w = plain()
+    rows, bounds = sum(len(g.rows) for g in w.groups), (0.05, 0.06)
+    seen = set()
+
+    def formula(g, row, token):
+        s, a = math.exp(w.row_sum(row, w.old) / len(row.token_ids)), standard(g, row)
+        value = clipped(a, s, *bounds)
+        seen.add(value == 0 if a else None)
+        return value / len(row.token_ids) / rows
+
+    w.expect(make("gspo", rows=4, clip_low=bounds[0], clip_high=bounds[1]), formula)
+    assert seen == {True, False, None}
+
+
+RESHAPED = {  # of x: the surrogate's derivative in log x
+    "ratio": lambda x: x,
+    "square_root": lambda x: x**0.5 / 2,
+    "pow": lambda x: 0.3 * x**0.3,
+    "p_logp": lambda x: x + 0.2,
+}
+
+
+@pytest.mark.parametrize("on", [*RESHAPED, "logp", "shaped"])
+@pytest.mark.parametrize("off", [*RESHAPED, "logp", "shaped"])
+def test_luffy_and_the_reshapes_of_its_code(on, off):
+    w = guided()
+
+    def formula(g, row, token):
+        p, q = math.exp(w.now[token]), math.exp(w.old[token])
+        if row.is_trace:
+            slope = GAMMA * p / (p + GAMMA) ** 2 if off == "shaped" else 0.2 if off == "logp" else RESHAPED[off](p)
+        elif on == "shaped":
+            slope = p / (p + GAMMA) / (q / (q + GAMMA)) * GAMMA / (p + GAMMA)
+        else:
+            slope = 1.0 if on == "logp" else RESHAPED[on](p / q)
+        return -centred(g, row) * slope / 65536
+
+    options = {"on_policy": on, "off_policy": off, "logp_weight": 0.2, "exponent": 0.3, "entropy_coef": 0.0}
+    w.expect(make("luffy", **options), formula)
 
 
 @pytest.mark.parametrize("k", range(8))
 def test_luffy_advantages_with_k_of_seven_right_and_a_right_trace(k):
     g = group([1.0] * k + [0.0] * (7 - k), 1.0)
-    kept = make_objective(ObjectiveConfig(name="luffy", entropy_coef=0.0)).assign(g)
+    kept = make("luffy", entropy_coef=0.0).assign(g, 0.0)
     if k == 7:
         assert kept == []
         assert all(row.advantage == 0 for row in g.rows)
@@ -40,50 +216,167 @@ def test_luffy_advantages_with_k_of_seven_right_and_a_right_trace(k):
 @pytest.mark.parametrize("k", range(8))
 def test_a_trace_that_fails_the_verifier_is_never_pushed_up(k):
     g = group([1.0] * k + [0.0] * (7 - k), 0.0)
-    make_objective(ObjectiveConfig(name="luffy")).assign(g)
+    make("luffy").assign(g, 0.0)
     assert g.traces[0].advantage == pytest.approx(-k / 8)
 
 
-def test_luffy_gives_traces_the_shaped_loss_and_rollouts_the_ratio():
-    objective = make_objective(ObjectiveConfig(name="luffy", gamma=0.3))
-    g = group([0.0] * 7, 1.0)
-    objective.assign(g)
-    assert [row.loss_id for row in g.rows] == [0] * 7 + [1]
-    assert objective.losses[0].name == "policy_gradient"
-    assert objective.losses[1].name == "shaped"
-    assert objective.losses[1].constant == 0.3
+def test_luffy_bounds():
+    w = guided()
+
+    def formula(g, row, token):
+        p, r = math.exp(w.now[token]), math.exp(w.now[token] - w.old[token])
+        if p > 0.8 or (row.is_trace and not 0.3 <= p <= 0.7):
+            return 0.0
+        return -centred(g, row) * (p if row.is_trace else r) / 65536
+
+    bounds = {"p_max": 0.8, "trace_min": 0.3, "trace_max": 0.7, "off_policy": "ratio", "entropy_coef": 0.0}
+    w.expect(make("luffy", **bounds), formula)
 
 
-@pytest.mark.parametrize(
-    ("name", "with_trace", "without"), [("luffy", (7, 1), (8, 0)), ("grpo", (8, 0), (8, 0)), ("sft", (0, 1), (0, 0))]
-)
-def test_a_missing_trace_becomes_a_rollout(name, with_trace, without):
-    objective = make_objective(ObjectiveConfig(name=name, rows=8))
-    for ex, want in ((example(2), with_trace), (example(0), without)):
-        assert (objective.num_rollouts(ex), objective.num_traces(ex)) == want
+def test_rl_with_an_sft_loss():
+    w = guided()
+    shown = tokens(row for g in w.groups for row in g.traces)
+
+    def formula(g, row, token):
+        if row.is_trace:
+            return -0.7 / shown
+        return -centred(g, row, rollouts(g)) * math.exp(w.now[token] - w.old[token]) / 65536
+
+    w.expect(make("rl_sft", coef=0.7, entropy_coef=0.0), formula)
+
+
+@pytest.mark.parametrize("threshold", [0, 1])
+def test_hpt_imitates_what_fails(threshold):
+    w = guided()
+    fails = [g for g in w.groups if sum(row.solved for row in rollouts(g)) <= threshold]
+    shown = tokens(row for g in fails for row in g.traces)
+    assert len(fails) == (1, 3)[threshold]
+
+    def formula(g, row, token):
+        if any(g is failing for failing in fails):
+            return -1 / shown if row.is_trace else 0.0
+        return 0.0 if row.is_trace else -centred(g, row, rollouts(g)) * math.exp(w.now[token] - w.old[token]) / 65536
+
+    w.expect(make("hpt", threshold=threshold, entropy_coef=0.0), formula)
+
+
+@pytest.mark.parametrize(("progress", "mu"), [(0.05, 0.2), (0.1, 0.4), (0.55, 0.25), (1.0, 0.1)])
+@pytest.mark.parametrize("phi", [True, False])
+def test_chord(progress, mu, phi):
+    w = guided()
+    shown = tokens(row for g in w.groups for row in g.traces)
+    count = tokens(row for g in w.groups for row in rollouts(g))
+
+    def formula(g, row, token):
+        p, r = math.exp(w.now[token]), math.exp(w.now[token] - w.old[token])
+        if row.is_trace:
+            return -mu * (p * (1 - p) if phi else 1.0) / shown
+        return (1 - mu) * clipped(standard(g, row, rollouts(g)), r, 0.2, 0.2) / count
+
+    objective = make("chord", mu_peak=0.4, mu_valley=0.1, warmup=0.1, phi=phi)
+    w.expect(objective, formula, progress)
+
+
+def test_srft():
+    w = guided()
+    count = tokens(row for g in w.groups for row in g.rows)
+
+    def formula(g, row, token):
+        p, h = math.exp(w.now[token]), fmean(w.entropy[t] for t in row.token_ids)
+        if row.is_trace:
+            return (-centred(g, row) * GAMMA * p / (p + GAMMA) ** 2 - 0.5 * math.exp(-h)) / count
+        return (-0.1 * math.exp(h) if row.solved else 1.0) / count
+
+    w.expect(make("srft"), formula)
+
+
+def test_asymre():
+    w = guided()
+    count = tokens(row for g in w.groups for row in g.rows)
+    w.expect(make("asymre", traces=1, shift=-0.2), lambda g, row, token: -(centred(g, row) + 0.2) / count)
+
+
+def test_topr():
+    w = guided()
+    count = tokens(row for g in w.groups for row in g.rows)
+
+    def formula(g, row, token):
+        if row.reward:
+            return -row.reward / count
+        return 0.0 if row.is_trace else min(1.0, math.exp(w.row_sum(row, w.mu))) / count
+
+    w.expect(make("topr", traces=1), formula)
+
+
+def test_oapl():
+    w = plain()
+    count = tokens(row for g in w.groups for row in g.rows)
+
+    def formula(g, row, token):
+        value = 0.5 * math.log(fmean(math.exp(r.reward / 0.5) for r in g.rows))
+        return 2 * 0.2 * (0.2 * w.row_sum(row, w.mu) - (row.reward - value)) / count
+
+    w.expect(make("oapl", beta1=0.5, beta2=0.2), formula)
+
+
+def test_the_pessimistic_objective():
+    w = plain()
+    count = tokens(row for g in w.groups for row in g.rows)
+
+    def formula(g, row, token):
+        return -(centred(g, row) + 0.3 - 0.2 * w.row_sum(row, w.mu)) / count
+
+    w.expect(make("pessimistic", beta=0.2, shift=0.3), formula)
+
+
+def test_sft_imitates_wrong_traces_unless_told_to_filter():
+    for filtered in (False, True):
+        w = guided()
+        kept = [row for g in w.groups for row in g.traces if row.solved or not filtered]
+        assert len(kept) == (2 if filtered else 3)
+
+        def formula(g, row, token, kept=kept):
+            return -1 / tokens(kept) if any(row is one for one in kept) else 0.0
+
+        for g in w.groups:
+            g.rows = g.traces
+        w.expect(make("sft", trace_filter=filtered), formula)
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_rows_add_up(name):
+    """A problem that lacks traces gets a rollout for each; every method says by what its success is judged."""
+    objective = make(name)
+    options = objective.options
+    for traces in (2, 0):
+        sampled, shown = objective.rollouts(example(traces)), objective.traces(example(traces))
+        assert shown == min(traces, options.shown)
+        assert sampled == (0 if name == "sft" else options.sampled + options.shown - shown)
+    module = __import__(find(name).__module__, fromlist=["_"])
+    assert "Criterion" in module.__doc__
+    assert make("luffy", traces=3).rollouts(example(2)) == 6
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_groups_without_anything_to_learn_from_do_no_harm(name):
+    objective = make(name)
+    empty = objective.terms([Group(example=example(0))], 0.5)
+    assert empty.rows == [[]]
+    assert empty.normalizer > 0
+    assert math.isfinite(empty.entropy_coef)
 
 
 def test_rows_without_gradient_stay_out_unless_an_entropy_bonus_reaches_them():
     for coef, want in ((0.0, 0), (0.001, 8)):
-        objective = make_objective(ObjectiveConfig(name="grpo", entropy_coef=coef))
-        assert len(objective.assign(group([1.0] * 8))) == want
+        assert len(make("grpo", entropy_coef=coef).assign(group([1.0] * 8), 0.0)) == want
 
 
-def test_sft_imitates_wrong_traces_unless_told_to_filter():
-    for wanted, filtered in ((1, False), (0, True)):
-        objective = make_objective(ObjectiveConfig(name="sft", trace_filter=filtered))
-        assert len(objective.assign(group([], 0.0))) == wanted
-    assert len(make_objective(ObjectiveConfig(name="sft", trace_filter=True)).assign(group([], 1.0))) == 1
-
-
-def test_scales_make_the_entropy_bonus_a_token_mean():
-    normalizer, coef = make_objective(ObjectiveConfig(normalizer=8192.0, entropy_coef=0.01)).scales(400, 16)
-    # loss = (... - coef * sum ent) / normalizer
-    assert coef / normalizer == pytest.approx(0.01 / 400)
-    assert make_objective(ObjectiveConfig(name="sft")).scales(400, 16) == (400.0, 0.0)
-    for name, count in (("tokens", 400.0), ("sequences", 16.0)):
-        normalizer, coef = make_objective(ObjectiveConfig(normalizer=name, entropy_coef=0.01)).scales(400, 16)
-        assert (normalizer, coef) == (count, pytest.approx(0.01 * count / 400))
+def test_the_entropy_bonus_is_a_mean_over_tokens_whatever_the_normalizer():
+    groups = [group([1.0, 0.0]), group([1.0, 1.0], first=100)]
+    for normalizer, divisor in ((8192.0, 8192.0), ("tokens", 10.0), ("sequences", 4.0)):
+        terms = make("dr_grpo", normalizer=normalizer, entropy_coef=0.01).terms(groups, 0.0)
+        assert terms.normalizer == divisor
+        assert terms.entropy_coef / terms.normalizer == pytest.approx(0.01 / 10)
 
 
 def test_standard_deviation_only_when_asked_for():
@@ -93,3 +386,30 @@ def test_standard_deviation_only_when_asked_for():
     )
     assert group_advantages([0.3] * 3, divide_by_std=True) == [0.0] * 3
     assert group_advantages([]) == []
+
+
+def test_one_of_ones_own(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(
+        "from typing import Literal\n"
+        "from luffy.objectives.grpo import GroupOptions, Grpo\n"
+        "class Halved(Grpo):\n"
+        "    class Options(GroupOptions):\n"
+        "        name: Literal['mine:Halved'] = 'mine:Halved'\n"
+        "        factor: float = 0.5\n"
+        "    def rewards(self, group):\n"
+        "        return [self.options.factor * row.reward for row in group.rows]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    config = load_config("quickstart", ["--objective.name", "mine:Halved", "--objective.factor", "0.25"])
+    assert config.objective.factor == 0.25
+    assert config.objective.rows == 4  # of the recipe, for it has such an option; gamma it has not
+    g = group([1.0, 0.0])
+    make_objective(config.objective).assign(g, 0.0)
+    assert [row.advantage for row in g.rows] == [0.125, -0.125]
+    for name, words in (
+        ("mine:Other", "cannot be imported"),
+        ("mine", "known: luffy"),
+        ("luffi", "did you mean luffy"),
+    ):
+        with pytest.raises(UserError, match=words):
+            load_config("quickstart", ["--objective.name", name])

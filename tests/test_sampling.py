@@ -14,7 +14,7 @@ from test_weight_sync import trainer_logp
 from tiny import luffy, make_model, make_policy
 
 from luffy import optim
-from luffy.config import Config, ObjectiveConfig, OptimConfig, RolloutConfig, TrainConfig
+from luffy.config import OptimConfig, RolloutConfig, TrainConfig, config_of
 from luffy.data import Example, Ledger, Problem, Stream
 from luffy.errors import UserError
 from luffy.objectives import make_objective
@@ -99,9 +99,9 @@ class AtOnce:
 
 
 def trainer(examples, *, prompts: int, verifier=None, rank: int = 0, ranks: int = 1, **rollout):
-    config = Config(
+    config = config_of("grpo")(
         rollout=RolloutConfig(max_tokens=MOST, **rollout),
-        objective=ObjectiveConfig(name="grpo", rows=2),
+        objective={"rows": 2},
         train=TrainConfig(prompts_per_step=prompts),
     )
     share = lambda items: items[rank::ranks]  # noqa: E731
@@ -280,7 +280,7 @@ def test_an_engine_with_other_weights_ends_the_run():
 def test_only_what_samples_can_be_refilled():
     for given in ({"oversample": 1.5}, {"refill": 1}):
         with pytest.raises(ValueError, match="needs an objective and an engine that sample"):
-            Config(rollout=RolloutConfig(**given), objective=ObjectiveConfig(name="sft"))
+            config_of("sft")(rollout=RolloutConfig(**given))
 
 
 def test_vllm_in_this_process_gives_back_what_it_has_when_it_is_stopped(tmp_path):

@@ -8,7 +8,7 @@ from tiny import luffy, make_model, make_tokenizer
 from transformers import Lfm2Config, LlamaConfig, MistralConfig
 
 from luffy.checks import check_body, check_lengths
-from luffy.config import Config
+from luffy.config import Config, config_of
 from luffy.data import Example
 from luffy.data.problem import Problem
 from luffy.errors import UserError
@@ -29,8 +29,8 @@ def check(config: Config, examples: list[Example], positions: int = 2**20) -> in
     return check_lengths(config, make_objective(config.objective), examples, described)
 
 
-def lengths(**changes) -> Config:
-    config = Config()
+def lengths(objective: str = "luffy", **changes) -> Config:
+    config = config_of(objective)()
     config.data.max_prompt_tokens, config.rollout.max_tokens, config.train.tokens_per_micro = 30, 20, 100
     for key, value in changes.items():
         section, name = key.split("__")
@@ -58,8 +58,8 @@ def test_only_what_the_objective_uses_counts():
     check(lengths(train__tokens_per_micro=24), unused)
     with pytest.raises(UserError, match="make 25 tokens, more than train.tokens_per_micro 23"):
         check(lengths(train__tokens_per_micro=23), unused)
-    check(lengths(train__tokens_per_micro=23, objective__name="sft"), unused)  # which samples nothing
-    check(lengths(train__tokens_per_micro=24, objective__name="grpo"), [example("p", 5, 90)])
+    check(lengths(train__tokens_per_micro=23, objective="sft"), unused)  # which samples nothing
+    check(lengths(train__tokens_per_micro=24, objective="grpo"), [example("p", 5, 90)])
 
 
 def test_models_that_packing_would_corrupt_are_refused():

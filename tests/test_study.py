@@ -12,10 +12,10 @@ def test_the_readme_shows_the_stored_results():
 
 
 def test_baselines_get_luffys_steps_or_its_minutes():
-    results = {"luffy": {"steps": 40}, "pace": {"luffy": 12.0, "grpo": 8.0, "sft": 3.0}}
+    results = {"luffy": {"steps": 40}, "pace": {"luffy": 12.0, "dr_grpo": 8.0, "sft": 3.0}}
     steps = {name: study.steps_of(name, results) for name in study.VARIANTS}
-    assert steps["grpo-steps"] == steps["sft-steps"] == steps["luffy-noisy"] == 40
-    assert (steps["grpo-time"], steps["sft-time"], steps["sft-noisy"]) == (60, 160, 160)
+    assert steps["dr_grpo-steps"] == steps["sft-steps"] == steps["luffy-noisy"] == 40
+    assert (steps["dr_grpo-time"], steps["sft-time"], steps["sft-noisy"]) == (60, 160, 160)
 
 
 def test_another_recipe_is_another_digest(monkeypatch):

@@ -36,7 +36,9 @@ OPTIONS = {
 
 
 def arguments(run: Path, model: Path, *more: str, **options) -> list[str]:
+    """An option of None is left out."""
     flat = OPTIONS | {"model.name": model} | {key.replace("__", "."): value for key, value in options.items()}
+    flat = {key: value for key, value in flat.items() if value is not None}
     return ["train", "quickstart", "--run-dir", str(run), *more, *[f"--{k}={v}" for k, v in flat.items()]]
 
 
@@ -165,10 +167,12 @@ def test_a_folder_with_a_run_is_refused(whole, home):
     assert "optim.lr" in other.stderr
 
 
-@pytest.mark.parametrize("objective", ["grpo", "sft"])
+@pytest.mark.parametrize("objective", ["dr_grpo", "sft"])
 def test_baselines_run_through_the_same_loop(home, objective):
     run = home / objective
     options = {"objective__name": objective, "train__steps": 3}
+    if objective == "sft":
+        options |= {"objective__rows": None, "objective__entropy_coef": None}
     done = luffy(*arguments(run, home / "model", **options), cwd=home)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = records(run)

@@ -8,11 +8,12 @@ from test_objectives import example
 from test_packing import tiny_lm
 
 from luffy import distributed, optim
-from luffy.config import Config, MeshConfig, OptimConfig
+from luffy.config import Config, MeshConfig, OptimConfig, config_of
 from luffy.groups import Group, Row
 from luffy.model import Policy, head_options
+from luffy.objectives import KNOWN
 from luffy.setup import Trainer
-from luffy.train import out_of_time, share_done, update
+from luffy.train import out_of_time, share_done, split, update
 
 
 def groups() -> list[Group]:
@@ -27,10 +28,10 @@ def groups() -> list[Group]:
     return made
 
 
-def trainer(**changes) -> Trainer:
-    config = Config()
-    config.objective.normalizer = 10.0
-    config.objective.entropy_coef = 0.05
+def trainer(objective: str = "luffy", **changes) -> Trainer:
+    config: Config = config_of(objective)()
+    if objective == "luffy":
+        config.objective.normalizer, config.objective.entropy_coef = 10.0, 0.05
     config.optim.max_grad_norm = 1e9
     for key, value in changes.items():
         section, name = key.split("__")
@@ -45,8 +46,7 @@ def moved(**changes) -> torch.Tensor:
     t = trainer(optim__lr=1.0, **changes)
     before = torch.cat([p.detach().flatten().clone() for p in t.policy.parameters()])
     batch = groups()
-    rows = {id(group): t.objective.assign(group) for group in batch}
-    update(t, batch, rows, {"step": 1, "updates": 0, "bad_in_a_row": 0})
+    update(t, split(t, batch, 0.0), {"step": 1, "updates": 0, "bad_in_a_row": 0})
     return torch.cat([p.detach().flatten() for p in t.policy.parameters()]) - before
 
 
@@ -65,6 +65,20 @@ def test_the_entropy_bonus_the_temperature_and_the_normalizer_reach_the_update()
                                moved(objective__entropy_coef=0.0), atol=1e-5, rtol=1e-3)  # fmt: skip
 
 
+@pytest.mark.parametrize("updates", [1, 2])
+@pytest.mark.parametrize("objective", KNOWN)
+def test_every_objective_moves_the_policy(objective, updates):
+    """Through the trainer's own update, and with a policy that has moved since the step began."""
+    t = trainer(objective, optim__lr=0.1, train__updates_per_step=updates)
+    before = torch.cat([p.detach().flatten().clone() for p in t.policy.parameters()])
+    metrics = update(t, split(t, groups(), 0.3), {"step": 1, "updates": 0, "bad_in_a_row": 0})
+    metrics.reduce(t.world)
+    assert metrics.num_updates == updates
+    assert metrics.bad_updates == 0
+    assert math.isfinite(metrics.result()["actor/loss"])
+    assert (torch.cat([p.detach().flatten() for p in t.policy.parameters()]) - before).norm() > 1e-7
+
+
 def test_the_gradient_is_clipped():
     assert moved(optim__max_grad_norm=0.01).norm() == pytest.approx(0.01, rel=1e-3)
 
@@ -72,19 +86,18 @@ def test_the_gradient_is_clipped():
 def test_a_bad_gradient_changes_nothing_and_good_ones_reset_the_count():
     t = trainer()
     batch = groups()
-    rows = {id(group): t.objective.assign(group) for group in batch}
     loop = {"step": 1, "updates": 0, "bad_in_a_row": 0}
     weight = t.policy.lm.model.norm.weight
     with torch.no_grad():
         weight[0] = math.nan
     before = [p.detach().clone() for p in t.policy.parameters()]
-    assert update(t, batch, rows, loop).bad_updates == 1
+    assert update(t, split(t, batch, 0.0), loop).bad_updates == 1
     assert loop["bad_in_a_row"] == 1
     for a, b in zip(before, t.policy.parameters(), strict=True):
         torch.testing.assert_close(a, b.detach(), equal_nan=True, atol=0, rtol=0)
     with torch.no_grad():
         weight[0] = 1.0
-    assert update(t, batch, rows, loop).bad_updates == 0
+    assert update(t, split(t, batch, 0.0), loop).bad_updates == 0
     assert loop["bad_in_a_row"] == 0
 
 

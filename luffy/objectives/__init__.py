@@ -1,47 +1,61 @@
-"""Objectives: which rows a group has, their advantages, and the token loss of each.
+"""Objectives: which rows a group has, their advantages, and the token loss of each. One small file per objective.
 
-One small file per objective; the loop asks it four things (see `Objective`) and knows nothing else of the method.
+`base.Objective` is what the loop asks; docs/objectives.md shows how to add one. A name that is none of those below is
+looked for as MODULE:CLASS. Importing this imports no torch: a configuration is read without it.
 """
 
-from typing import Protocol
+import difflib
+from importlib import import_module
 
-from luffy_kernels.token_losses import TokenLoss
+from luffy.objectives.base import Objective, Options, Terms
 
-from luffy.config import ObjectiveConfig
-from luffy.data import Example
-from luffy.groups import Group, Row
-
-
-class Objective(Protocol):
-    def __init__(self, config: ObjectiveConfig) -> None: ...
-
-    losses: tuple[TokenLoss, ...]
-    """Token losses, indexed by a row's `loss_id`."""
-
-    def num_rollouts(self, example: Example) -> int:
-        """Rollouts to sample for a problem."""
-
-    def num_traces(self, example: Example) -> int:
-        """Traces of the problem that join its group."""
-
-    def assign(self, group: Group) -> list[Row]:
-        """Fill `advantage`, `loss_id` and `weight` of every row, rewards being known; returns the rows whose gradient
-        is not zero by construction. The others never enter the model."""
-
-    def counted(self, group: Group) -> list[Row]:
-        """Rows that the loss is a mean over, where it is one: also those that `assign` leaves out because their
-        gradient is zero."""
-
-    def scales(self, tokens: int, rows: int) -> tuple[float, float]:
-        """(normalizer, entropy_coef) of an update whose counted rows are so many, with so many response tokens, on all
-        ranks and in all micro-batches: what the summed loss is divided by, and the entropy coefficient in units of that
-        sum."""
+KNOWN = {
+    "luffy": "luffy.objectives.luffy:Luffy",
+    "grpo": "luffy.objectives.grpo:Grpo",
+    "dr_grpo": "luffy.objectives.grpo:DrGrpo",
+    "dapo": "luffy.objectives.dapo:Dapo",
+    "cispo": "luffy.objectives.cispo:Cispo",
+    "gspo": "luffy.objectives.gspo:Gspo",
+    "rl_sft": "luffy.objectives.rl_sft:RlSft",
+    "hpt": "luffy.objectives.hpt:Hpt",
+    "chord": "luffy.objectives.chord:Chord",
+    "srft": "luffy.objectives.srft:Srft",
+    "asymre": "luffy.objectives.asymre:Asymre",
+    "topr": "luffy.objectives.topr:Topr",
+    "oapl": "luffy.objectives.oapl:Oapl",
+    "pessimistic": "luffy.objectives.pessimistic:Pessimistic",
+    "sft": "luffy.objectives.sft:Sft",
+}
 
 
-def make_objective(config: ObjectiveConfig) -> Objective:
-    from luffy.objectives.grpo import Grpo
-    from luffy.objectives.luffy import Luffy
-    from luffy.objectives.sft import Sft
+def find(name: str) -> type[Objective]:
+    """The class of an objective.
 
-    known: dict[str, type[Objective]] = {"luffy": Luffy, "grpo": Grpo, "sft": Sft}
-    return known[config.name](config)
+    Raises:
+        ValueError: there is none of this name.
+    """
+    where = KNOWN.get(name, name)
+    if ":" not in where:
+        close = difflib.get_close_matches(name, KNOWN, n=1, cutoff=0.5)
+        known = f"did you mean {close[0]}?" if close else f"known: {', '.join(KNOWN)}, or MODULE:CLASS"
+        raise ValueError(f"objective.name must be one that is known, got {name!r}; {known}")
+    module, _, attribute = where.partition(":")
+    try:
+        found = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"objective.name {name!r} cannot be imported: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, Objective)):
+        raise ValueError(f"objective.name {name!r} is no luffy.objectives.Objective")
+    return found
+
+
+def options_of(name: str) -> type[Options]:
+    """What the objective of this name may be told."""
+    return find(name).Options
+
+
+def make_objective(options: Options) -> Objective:
+    return find(options.name)(options)
+
+
+__all__ = ["KNOWN", "Objective", "Options", "Terms", "find", "make_objective", "options_of"]

@@ -1,42 +1,81 @@
-"""On-policy baseline: Dr.GRPO (arXiv 2503.20783), groups of rollouts only.
+"""Groups of rollouts, compared with each other.
 
-    loss = -A r,  r = pi / pi_old  (clipped where `clip_low`/`clip_high` are set),  A = reward - mean(group)
+    loss = max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)),  r = pi / pi_old,  A = reward - mean(group)
 
-summed over tokens and divided by a constant (or by the number of tokens, or averaged over rows: `normalizer`); minus an
-entropy bonus that is a token mean.
+GRPO (arXiv 2402.03300) divides A by the group's standard deviation, and averages over each answer's tokens and then
+over answers. Dr.GRPO (arXiv 2503.20783) does neither: it sums and divides by a constant.
+
+Criterion: the mean reward of rollouts rises.
 """
 
-from luffy_kernels.token_losses import TokenLoss, policy_gradient
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
 
 from luffy.advantages import group_advantages
-from luffy.config import ObjectiveConfig
-from luffy.data import Example
-from luffy.groups import Group, Row
+from luffy.objectives import base
+from luffy.sections import NonNegative, Positive
+
+if TYPE_CHECKING:
+    from luffy_kernels.token_losses import TokenLoss
+
+    from luffy.groups import Group, Row
 
 
-class Grpo:
-    def __init__(self, config: ObjectiveConfig) -> None:
-        self.config = config
-        self.losses: tuple[TokenLoss, ...] = (policy_gradient(config.clip_low, config.clip_high),)
+class GroupOptions(base.Options):
+    rows: Annotated[int, Field(ge=2)] = 8
+    """Rows per prompt, traces among them."""
+    normalizer: Positive | Literal["tokens", "sequences"] = "tokens"
+    """What the summed policy loss of one update is divided by: a constant (LUFFY's code: 65536 per 512 rows), `tokens`
+    (every token counts the same) or `sequences` (the mean over rows of each row's mean)."""
+    entropy_coef: NonNegative = 0.0
+    """Weight of the entropy bonus, a mean over response tokens."""
+    clip_low: Positive | None = None
+    """Clip of the ratio to the policy that sampled below, as a distance from 1; null: no clip. With one update a step
+    the ratio is 1 and a clip does nothing."""
+    clip_high: Positive | None = None
+    """The same above."""
+    advantage_std: bool = False
+    """Divide advantages by the group's standard deviation."""
 
-    def num_rollouts(self, example: Example) -> int:
-        return self.config.rows - self.num_traces(example)
+    @property
+    def sampled(self) -> int:
+        return self.rows - self.shown
 
-    def num_traces(self, example: Example) -> int:
-        return 0
 
-    def assign(self, group: Group) -> list[Row]:
-        advantages = group_advantages([row.reward for row in group.rows], self.config.advantage_std)
+class Grpo(base.Objective):
+    class Options(GroupOptions):
+        name: Literal["grpo"] = "grpo"
+        clip_low: Positive | None = 0.2
+        clip_high: Positive | None = 0.2
+        advantage_std: bool = True
+        normalizer: Positive | Literal["tokens", "sequences"] = "sequences"
+
+    def token_losses(self) -> tuple[TokenLoss, ...]:
+        from luffy_kernels.token_losses import policy_gradient
+
+        return (policy_gradient(self.options.clip_low, self.options.clip_high),)
+
+    def rewards(self, group: Group) -> list[float]:
+        return [row.reward for row in group.rows]
+
+    def assign(self, group: Group, progress: float) -> list[Row]:
+        advantages = group_advantages(self.rewards(group), self.options.advantage_std)
         for row, advantage in zip(group.rows, advantages, strict=True):
-            row.advantage = advantage
-            row.weight = 1 / len(row.token_ids) if self.config.normalizer == "sequences" else 1.0
+            row.advantage, row.weight = advantage, 1.0
+        return self.alive(group.rows)
+
+    def alive(self, rows: list[Row]) -> list[Row]:
         # an entropy bonus reaches every token; without one a row of advantage 0 has no gradient at all
-        return [row for row in group.rows if row.advantage or self.config.entropy_coef]
+        return [row for row in rows if row.advantage or self.options.entropy_coef]
 
-    def counted(self, group: Group) -> list[Row]:
-        return group.rows
 
-    def scales(self, tokens: int, rows: int) -> tuple[float, float]:
-        chosen = self.config.normalizer
-        normalizer = float({"tokens": tokens, "sequences": rows}[chosen] if isinstance(chosen, str) else chosen)
-        return normalizer, self.config.entropy_coef * normalizer / max(tokens, 1)
+class DrGrpo(Grpo):
+    class Options(GroupOptions):
+        name: Literal["dr_grpo"] = "dr_grpo"
+        clip_low: Positive | None = 0.2
+        clip_high: Positive | None = 0.2
+        normalizer: Positive | Literal["tokens", "sequences"] = 65536.0
+        entropy_coef: NonNegative = 0.001

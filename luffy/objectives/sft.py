@@ -1,32 +1,48 @@
 """Supervised baseline: negative log-likelihood of the traces, one global token mean per update.
 
 The rows are the same traces, a step at a time, that LUFFY would see. Nothing is sampled. `trace_filter` drops the
-traces that fail the verifier; without it SFT imitates whatever it is given.
+traces that fail the verifier; without it SFT imitates whatever it is given. Criterion: the probability of traces rises.
 """
 
-from luffy_kernels.token_losses import TokenLoss, nll
+from __future__ import annotations
 
-from luffy.config import ObjectiveConfig
-from luffy.data import Example
-from luffy.groups import Group, Row
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import PositiveInt
+
+from luffy.objectives import base
+
+if TYPE_CHECKING:
+    from luffy_kernels.token_losses import TokenLoss
+
+    from luffy.data import Example
+    from luffy.groups import Group, Row
 
 
-class Sft:
-    def __init__(self, config: ObjectiveConfig) -> None:
-        self.config = config
-        self.losses: tuple[TokenLoss, ...] = (nll(),)
+class Sft(base.Objective):
+    class Options(base.Options):
+        name: Literal["sft"] = "sft"
+        traces: PositiveInt = 1
+        """Per problem, at most."""
+        trace_filter: bool = False
+        """Leave out traces that fail the verifier."""
 
-    def num_rollouts(self, example: Example) -> int:
+        @property
+        def shown(self) -> int:
+            return self.traces
+
+    def token_losses(self) -> tuple[TokenLoss, ...]:
+        from luffy_kernels.token_losses import nll
+
+        return (nll(),)
+
+    def rollouts(self, example: Example) -> int:
         return 0
 
-    def num_traces(self, example: Example) -> int:
-        return min(1, len(example.traces))
-
-    def assign(self, group: Group) -> list[Row]:
-        return [row for row in group.rows if row.solved or not self.config.trace_filter]
+    def assign(self, group: Group, progress: float) -> list[Row]:
+        for row in group.rows:
+            row.advantage, row.weight = 1.0, 1.0
+        return self.counted(group)
 
     def counted(self, group: Group) -> list[Row]:
-        return self.assign(group)
-
-    def scales(self, tokens: int, rows: int) -> tuple[float, float]:
-        return float(max(tokens, 1)), 0.0
+        return [row for row in group.rows if row.solved or not self.options.trace_filter]
