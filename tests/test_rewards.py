@@ -273,7 +273,7 @@ def test_an_interrupted_call_does_not_spoil_the_next(odd):
 
 def test_a_grader_that_does_not_load_is_an_error():
     with pytest.raises(ValueError, match="grader must be among train, answer, boxed"):
-        VerifierPool("exact")
+        VerifierPool("precise")
     with pytest.raises(ValueError, match="workers must be"):
         VerifierPool("train", workers=0)
     with pytest.raises(ValueError, match="timeout_s must be"):

@@ -7,7 +7,21 @@ A grader maps (response text, answer) to a float and may hang or die; the pool's
 with reward 0. Deliberately absent: advantages, and any judgement of what a trace is worth without grading it.
 """
 
+from luffy.rewards.code import grade_code
 from luffy.rewards.graders import GRADERS, grade_answer, grade_boxed, grade_number, grade_train
 from luffy.rewards.pool import Verdict, VerifierPool
+from luffy.rewards.texts import grade_choice, grade_exact, grade_regex
 
-__all__ = ["GRADERS", "Verdict", "VerifierPool", "grade_answer", "grade_boxed", "grade_number", "grade_train"]
+__all__ = [
+    "GRADERS",
+    "Verdict",
+    "VerifierPool",
+    "grade_answer",
+    "grade_boxed",
+    "grade_choice",
+    "grade_code",
+    "grade_exact",
+    "grade_number",
+    "grade_regex",
+    "grade_train",
+]

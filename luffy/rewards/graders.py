@@ -4,6 +4,7 @@
     answer   LUFFY's reward version 4: the whole response; no box is required
     boxed    strict, for evaluation: the last `\\boxed{}` of the response, and 0 without one
     number   the last number written, in the last box if there is one; for answers that are plain numbers
+    choice, exact, regex   of words (`texts`)        code   of programs (`code`)
 
 The first three compare with math-verify, gold first, and a verdict counts only if it `is True`. math-verify's own
 timeouts are alarms that need a main thread and cannot stop C code: they are off, the pool's wall clock stands in.
@@ -18,7 +19,11 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from decimal import Decimal
+from importlib.metadata import entry_points
 from typing import Any
+
+from luffy.rewards.code import grade_code
+from luffy.rewards.texts import grade_choice, grade_exact, grade_regex
 
 Answer = str | Sequence[str]
 Grader = Callable[[str, Answer], float]
@@ -131,16 +136,20 @@ def warm_up() -> None:
     symbolic("so x is $\\frac{1}{2}$", ("0.5",))
 
 
-GRADERS: dict[str, Grader] = {
-    "train": grade_train,
-    "answer": grade_answer,
-    "boxed": grade_boxed,
+SYMBOLIC: dict[str, Grader] = {"train": grade_train, "answer": grade_answer, "boxed": grade_boxed}
+GRADERS: dict[str, Grader] = SYMBOLIC | {
     "number": grade_number,
+    "choice": grade_choice,
+    "exact": grade_exact,
+    "regex": grade_regex,
+    "code": grade_code,
 }
+ENTRY_POINTS = "luffy.graders"
 
 
 def find_grader(name: str) -> Grader:
-    """The grader called `name`, or the function at an import path `module:function`.
+    """The grader called `name`, here or by an installed package (entry point `luffy.graders`), or the function at an
+    import path `module:function`.
 
     The module is looked for in the working directory too, after everything that is installed. Raises ValueError for an
     unknown name, and what importing the module raises.
@@ -148,6 +157,9 @@ def find_grader(name: str) -> Grader:
     if name in GRADERS:
         return GRADERS[name]
     module, _, function = name.partition(":")
+    if not function:
+        for entry in entry_points(group=ENTRY_POINTS, name=name):
+            return entry.load()
     if not (module and function):
         raise ValueError(f"grader must be among {', '.join(GRADERS)} or 'module:function', got {name!r}")
     if os.getcwd() not in sys.path:

@@ -26,11 +26,11 @@ def main(argv: list[str]) -> int:
     logging.disable(logging.ERROR)
     _limit_memory()
 
-    from luffy.rewards.graders import GRADERS, find_grader, warm_up
+    from luffy.rewards.graders import SYMBOLIC, find_grader, warm_up
 
     try:
         grader = find_grader(name)
-        if name in GRADERS:
+        if name in SYMBOLIC:
             warm_up()
     except Exception as error:  # importing someone's module can raise anything
         _send(replies, {"failed": str(error)})

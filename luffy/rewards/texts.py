@@ -1,0 +1,55 @@
+"""Graders of answers that are words: a letter among options, a given text, a pattern.
+
+What counts is the final answer: the last `\\boxed{}`; else what follows the last "answer is" or "answer:"; else the
+last line. A response without any of it scores 0.
+"""
+
+import re
+from collections.abc import Sequence
+
+_ANNOUNCED = re.compile(r"answer\s*(?:is\b\s*:?|[:=])\s*(?=\S)", re.IGNORECASE)
+_WRAPPED = re.compile(r"\\(?:text|mathrm|mathbf|textbf)\{([^{}]*)\}")
+_LETTER = re.compile(r"\(?([A-Za-z]|\d)\)?(?:[).:,]?\s*\Z|[).:]\s|\s+[^A-Za-z0-9\s])")
+_ALONE = re.compile(r"(?<![A-Za-z0-9])\(?([A-Z])\)?(?![A-Za-z0-9'])")
+
+
+def final_answer(response: str) -> str:
+    """What a response ends up saying; "" when it says nothing."""
+    from luffy.rewards.graders import last_boxed
+
+    boxed = last_boxed(response)
+    if boxed is not None:
+        return _WRAPPED.sub(r"\1", boxed).strip()
+    announced = list(_ANNOUNCED.finditer(response))
+    if announced:
+        return response[announced[-1].end() :].splitlines()[0].strip()
+    lines = [line.strip() for line in response.splitlines() if line.strip()]
+    return lines[-1] if lines else ""
+
+
+def grade_choice(response: str, answer: str | Sequence[str]) -> float:
+    """1.0 when the final answer names the letter (or digit) of an accepted option, else 0.0.
+
+    `(B)`, `B.`, `B) because`, `\\boxed{\\text{B}}` and "the answer is B" name B; several letters name none.
+    """
+    said = final_answer(response).strip("*$ ")
+    match = _LETTER.match(said)
+    letters = {match.group(1).upper()} if match else set(_ALONE.findall(said))
+    golds = (answer,) if isinstance(answer, str) else tuple(answer)
+    return float(len(letters) == 1 and letters <= {gold.strip().strip("().").upper() for gold in golds})
+
+
+def grade_exact(response: str, answer: str | Sequence[str]) -> float:
+    """1.0 when the final answer is an accepted one, letter by letter, less case, spaces and a full stop; else 0.0."""
+    golds = (answer,) if isinstance(answer, str) else tuple(answer)
+    return float(_plain(final_answer(response)) in {_plain(gold) for gold in golds})
+
+
+def grade_regex(response: str, answer: str | Sequence[str]) -> float:
+    """1.0 when the whole of the final answer matches an accepted pattern (Python's `re`), else 0.0."""
+    golds = (answer,) if isinstance(answer, str) else tuple(answer)
+    return float(any(re.fullmatch(gold, final_answer(response)) for gold in golds))
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.strip().strip("*$").rstrip(".").split()).casefold()
