@@ -20,7 +20,7 @@ def main(argv: list[str] | None = None) -> int:
         build_parser().parse_args(argv)  # ends with argparse's own message
     try:
         commands = {"train": run_train, "eval": run_eval, "generate": run_generate, "plan": run_plan}
-        return (commands | {"doctor": run_doctor})[args.command](args, rest)
+        return (commands | {"doctor": run_doctor, "data": run_data})[args.command](args, rest)
     except UserError as error:
         from luffy.failure import say_failure
 
@@ -90,6 +90,22 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("question")
     _add_model_options(generate, temperature=0.6)
 
+    data = commands.add_parser("data", help="look at problems before a run is spent on them")
+    check = data.add_subparsers(dest="what", required=True, metavar="check").add_parser(
+        "check", help="lengths, rendering, traces by the verifier, problems that are also judged by"
+    )
+    check.add_argument("file", metavar="FILE", help="parquet or JSONL file, folder, or dataset id")
+    check.add_argument("--split", help="of a folder, file or dataset id (default: the only one, or `train`)")
+    check.add_argument("--limit", type=_positive, metavar="N", help="only the first N problems")
+    check.add_argument("--against", nargs="+", default=[], metavar="FILE", help="problems that a run is judged by")
+    check.add_argument("--words", type=_positive, default=13, metavar="N", help="in a row that make questions alike")
+    check.add_argument("--grader", default="answer", help="as reward.grader; none: grade no trace (default: answer)")
+    check.add_argument(
+        "--model", default="embedded:smollm2-135m-instruct", help="whose tokenizer (default: %(default)s)"
+    )
+    check.add_argument("--prompt-style", choices=("chat", "luffy", "plain"), default="chat")
+    check.add_argument("--json", action="store_true", help="print what was found as JSON")
+
     commands.add_parser("doctor", help="what this machine has, what it lacks, and what was never run")
     return parser
 
@@ -115,8 +131,10 @@ def _add_model_options(parser: argparse.ArgumentParser, temperature: float) -> N
 def keys_help() -> str:
     """Every configuration key with its default and meaning."""
     from luffy.config import flat_keys, recipe_names
+    from luffy.objectives import KNOWN
 
-    lines = [f"recipes: {', '.join(recipe_names())}", "", "keys (default of an empty recipe):"]
+    lines = [f"recipes: {', '.join(recipe_names())}", f"objectives: {', '.join(KNOWN)}"]
+    lines += ["", "keys (default of an empty recipe; other objectives have options of their own):"]
     for key, field in flat_keys().items():
         default = field.get_default(call_default_factory=True)
         lines.append(f"  --{key} {'null' if default is None else default}")
@@ -204,6 +222,32 @@ def run_eval(args: argparse.Namespace, _: list[str]) -> int:
         result.write_samples(Path(args.out))
     print_evaluation(result)
     return 0
+
+
+def run_data(args: argparse.Namespace, _: list[str]) -> int:
+    """0, or 1 where something is wrong with the problems."""
+    import json
+    from contextlib import nullcontext
+
+    from luffy.config import ModelConfig, RewardConfig
+    from luffy.data import load_problems
+    from luffy.data_check import check, report
+    from luffy.errors import user_errors
+    from luffy.rewards import VerifierPool
+    from luffy.sources import load_template, resolve
+
+    _quiet()
+    with user_errors("data"):
+        problems = load_problems(args.file, split=args.split, limit=args.limit)
+        against = {name: load_problems(name) for name in args.against}
+        model = ModelConfig(name=args.model, prompt_style=args.prompt_style)
+        template, reward = load_template(resolve(model), model), RewardConfig()
+        graded = args.grader != "none"
+        pool = VerifierPool(args.grader, reward.workers, reward.timeout_s) if graded else nullcontext()
+        with pool as verifier:
+            found = check(problems, template, verifier, against, words=args.words)
+    print(json.dumps(found.record(), indent=1) if args.json else "\n".join(report(found, problems, template)))
+    return int(bool(found.wrong))
 
 
 def run_generate(args: argparse.Namespace, _: list[str]) -> int:

@@ -1,0 +1,91 @@
+"""`luffy data check` against files whose every fault is known."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny import luffy, make_tokenizer
+
+from luffy.data import load_problems
+from luffy.data_check import check, histogram, report
+from luffy.prompts import PromptTemplate
+from luffy.rewards import VerifierPool
+
+LONG = "Anna has three apples and gives one of them to each of her two best friends today"
+
+
+def write(path: Path, rows: list[tuple[str, str, list[str]]]) -> Path:
+    def row(question: str, answer: str, traces: list[str]) -> dict:
+        prompt = [{"role": "user", "content": question}]
+        return {"prompt": prompt, "reward_model": {"ground_truth": answer, "style": "rule"}, "target_lst": traces}
+
+    path.write_text("".join(json.dumps(row(*given)) + "\n" for given in rows))
+    return path
+
+
+@pytest.fixture
+def files(tmp_path) -> tuple[Path, Path]:
+    rows = [
+        ("1 + 1?", "2", ["It is \\boxed{2}.", "It is \\boxed{3}."]),
+        ("What is  2 + 2?", "4", []),
+        (f"{LONG}. How many are left?", "1", ["\\boxed{1}"]),
+        ("1 + 1 ?", "2", ["\\boxed{2} <|im_end|> and on"]),
+    ]
+    judged = [("what is 2 + 2", "4", []), (f"{LONG}, and how many has she?", "1", []), ("5 + 5?", "10", [])]
+    return write(tmp_path / "train.jsonl", rows), write(tmp_path / "test.jsonl", judged)
+
+
+def test_every_fault_is_found_and_named(files):
+    problems, template = load_problems(files[0]), PromptTemplate(make_tokenizer())
+    with VerifierPool("answer", workers=1) as pool:
+        found = check(problems, template, pool, {"test": load_problems(files[1])})
+    ids = [problem.id for problem in problems]
+    assert (found.problems, found.traces, found.without_trace) == (4, 4, 1)
+    assert found.verdicts == {"right": 3, "wrong": 1}
+    assert found.overlaps == {"test": [ids[1], ids[2]]}
+    assert len(found.trace_lengths) == 3
+    said = " ".join(found.wrong)
+    for words in ("1 traces cannot be encoded", "does not accept 1 of 4 traces", "2 problems are among those of test",
+                  "1 questions are there more than once"):  # fmt: skip
+        assert words in said
+    assert ids[0] in found.wrong[1]
+    text = "\n".join(report(found, problems[:1], template))
+    assert "<|im_start|>user\n1 + 1?<|im_end|>" in text
+    assert "It is \\boxed{2}.<|im_end|>" in text  # with the token that ends it
+    assert "! 1 traces" in text
+
+
+def test_nothing_wrong_is_said_too(tmp_path):
+    problems = load_problems(write(tmp_path / "good.jsonl", [("1 + 1?", "2", ["\\boxed{2}"])]))
+    template = PromptTemplate(make_tokenizer())
+    found = check(problems, template, None, {"itself": []})
+    assert (found.wrong, found.verdicts) == ([], {})
+    assert list(report(found, problems, template))[-1] == "nothing wrong was found"
+    assert check(problems, template, None, {"itself": problems}).overlaps == {"itself": [problems[0].id]}
+
+
+def test_how_many_words_make_questions_alike(files):
+    problems, template = load_problems(files[0]), PromptTemplate(make_tokenizer())
+    others = {"test": load_problems(files[1])[1:2]}
+    assert check(problems, template, None, others, words=15).overlaps["test"]
+    assert not check(problems, template, None, others, words=18).overlaps["test"]
+
+
+def test_bars_show_every_length():
+    lines = list(histogram([1, 2, 3, 4, 4, 4, 5, 100]))
+    assert [int(line.split()[2]) for line in lines] == [1, 1, 4, 1, 0, 0, 0, 1]
+    assert lines[2].count("#") == 40
+
+
+def test_the_command(files, tmp_path):
+    done = luffy("data", "check", files[0], "--against", files[1], cwd=tmp_path)
+    assert done.returncode == 1, done.stderr
+    assert "traces by the verifier: 3 right, 1 wrong" in done.stdout
+    assert "! 2 problems are among those of" in done.stdout
+    told = luffy("data", "check", files[0], "--grader", "none", "--limit", "1", "--json", cwd=tmp_path)
+    assert told.returncode == 0, told.stdout + told.stderr
+    assert json.loads(told.stdout)["problems"] == 1
+    for given, words in (("nowhere.jsonl", "nowhere.jsonl"), (files[0], "grader must be among")):
+        bad = luffy("data", "check", given, "--grader", "no such", cwd=tmp_path)
+        assert (bad.returncode, bad.stderr.count("\n")) == (2, 1)
+        assert words in bad.stderr
