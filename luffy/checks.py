@@ -44,8 +44,8 @@ def check_lengths(config: Config, objective: Objective, examples: list[Example],
         )
 
     def longest(example: Example) -> int:
-        traces = [len(trace) for trace in example.traces[: objective.traces(example)]]
-        answer = [config.rollout.max_tokens] if objective.rollouts(example) else []
+        traces = [len(trace) for trace in objective.may_choose(example)]
+        answer = [config.rollout.max_tokens] if objective.rollouts(len(objective.choose(example, 0))) else []
         return len(example.prompt_ids) + max([0, *answer, *traces])
 
     worst = max(examples, key=longest)

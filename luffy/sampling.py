@@ -19,7 +19,7 @@ from luffy.data.batches import Ledger
 from luffy.dtypes import dtype_of
 from luffy.groups import Group, Row
 from luffy.rollout.ahead import Ahead
-from luffy.rollout.engine import Completion, Request
+from luffy.rollout.engine import Completion, Ids, Request
 from luffy.seeds import derive
 from luffy.setup import Trainer
 from luffy.timing import Phases
@@ -46,6 +46,7 @@ class Work:
 
     position: int
     example: Example
+    traces: list[Ids]
     count: int
     answers: list[Completion] = field(default_factory=list)
     open: int = 0
@@ -81,7 +82,7 @@ class Sampler:
         self._ready: list[Group] = []  # graded, and more than the step needed
         self._grader = ThreadPoolExecutor(1, thread_name_prefix="grade")
         self._needs = len(t.world.share(list(range(t.config.train.prompts_per_step))))
-        self._samples = any(t.objective.rollouts(example) for example in t.examples)
+        self._samples = any(t.objective.rollouts(len(t.objective.choose(example, 0))) for example in t.examples)
 
     def batch(self, phases: Phase) -> Batch:
         """This rank's groups of the next step, in the order of their prompts. With `before` collective: ranks enter it
@@ -160,7 +161,9 @@ class Sampler:
         for _ in range(number - len(works)):
             position = next(self._fresh)
             example = self.t.examples[self._stream.index(position)]
-            fresh.append(Work(position=position, example=example, count=self.t.objective.rollouts(example)))
+            traces = self.t.objective.choose(example, derive(self.t.config.train.seed, "traces", position))
+            count = self.t.objective.rollouts(len(traces))
+            fresh.append(Work(position=position, example=example, traces=traces, count=count))
         return works + sorted(fresh, key=lambda work: -max(map(len, work.example.traces), default=0))
 
     def _requests(self, work: Work) -> list[tuple[int, Request]]:
@@ -204,7 +207,7 @@ class Sampler:
             )
             for answer in work.answers
         ]
-        for trace in work.example.traces[: self.t.objective.traces(work.example)]:
+        for trace in work.traces:
             rows.append(Row(token_ids=trace, text=decode(trace), is_trace=True))
         verdicts = self.t.verifier.grade([(row.text, work.example.problem.answer) for row in rows])
         for row, verdict in zip(rows, verdicts, strict=True):

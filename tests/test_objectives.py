@@ -349,12 +349,36 @@ def test_rows_add_up(name):
     objective = make(name)
     options = objective.options
     for traces in (2, 0):
-        sampled, shown = objective.rollouts(example(traces)), objective.traces(example(traces))
+        shown = len(objective.choose(example(traces), 0))
         assert shown == min(traces, options.shown)
-        assert sampled == (0 if name == "sft" else options.sampled + options.shown - shown)
+        assert objective.rollouts(shown) == (0 if name == "sft" else options.sampled + options.shown - shown)
     module = __import__(find(name).__module__, fromlist=["_"])
     assert "Criterion" in module.__doc__
-    assert make("luffy", traces=3).rollouts(example(2)) == 6
+    assert make("luffy", traces=3).rollouts(2) == 6
+
+
+def test_which_traces_a_problem_is_shown():
+    made = Example(example().problem, (1, 2, 3), ((1,) * 5, (2,) * 2, (3,) * 9, (4,) * 3))
+
+    def chosen(seed: int = 0, **options) -> list[int]:
+        return [trace[0] for trace in make("luffy", **options).choose(made, seed)]
+
+    assert chosen() == [1]
+    assert chosen(traces=2) == [1, 2]
+    assert chosen(traces=2, trace_choice="shortest") == [2, 4]
+    assert chosen(traces=3, trace_choice="longest") == [3, 1, 4]
+    assert chosen(traces=4, trace_tokens=8) == [1, 2]  # the third does not fit, nor then the fourth
+    assert chosen(traces=4, trace_choice="longest", trace_tokens=8) == [1, 4]
+    assert chosen(trace_tokens=1) == []
+    drawn = [chosen(seed, traces=2, trace_choice="random") for seed in range(40)]
+    assert drawn[0] == chosen(0, traces=2, trace_choice="random")
+    assert {number for pair in drawn for number in pair} == {1, 2, 3, 4}
+    assert all(len(set(pair)) == 2 for pair in drawn)
+    random = make("luffy", trace_choice="random", trace_tokens=5)
+    assert [trace[0] for trace in random.may_choose(made)] == [1, 2, 4]
+    assert [trace[0] for trace in make("luffy", traces=2).may_choose(made)] == [1, 2]
+    with pytest.raises(ValueError, match="traces must be fewer than rows, got 8 of 8"):
+        make("luffy", traces=8)
 
 
 @pytest.mark.parametrize("name", KNOWN)

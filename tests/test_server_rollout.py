@@ -1,6 +1,7 @@
 """Rollouts from real vLLM servers: the same answers as in the trainer's process, with the weights that were asked for,
 whatever happens to the servers meanwhile."""
 
+import json
 import os
 import signal
 import subprocess
@@ -594,3 +595,34 @@ def test_a_run_of_two_ranks_with_servers_is_a_run_without(tmp_path):
         for key, value in theirs.items():
             if isinstance(value, float):
                 assert ours[key] == pytest.approx(value, rel=1e-3, abs=1e-4), (key, ours["step"])
+
+
+def served(folder: Path) -> list[int]:
+    """Servers that run for this folder's runs."""
+    found = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True).stdout.splitlines()
+    return [int(line.split()[0]) for line in found if "luffy.rollout.serve" in line and str(folder) in line]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(500)
+def test_a_run_whose_server_is_killed_loses_no_prompt_and_takes_none_twice(tmp_path):
+    """The same prompts, each with its seed and as many answers, in a run that nobody disturbs."""
+    model = make_model(tmp_path / "model")
+    given = {"rollout__record": "true", "rollout__engine": "server", "rollout__servers": 2, "train__steps": 4}
+    given |= {"rollout__max_tokens": 120, "eval__every": 0, "checkpoint__every": 0}
+
+    def sampled(name: str) -> list[tuple]:
+        lines = (tmp_path / name / "rollouts" / "rank-0.jsonl").read_text().splitlines()
+        made = [json.loads(line) for line in lines]
+        return sorted((tuple(m["prompt"]), m["seed"], len(m["answers"])) for m in made)
+
+    for name, disturbed in (("left alone", False), ("disturbed", True)):
+        command = [sys.executable, "-m", "luffy", *arguments(tmp_path / name, model, **given)]
+        with (tmp_path / f"{name}.log").open("w") as log:
+            run = subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log)
+        if disturbed:
+            wait_for((tmp_path / name / "rollouts" / "rank-0.jsonl").exists, 200)
+            os.kill(served(tmp_path)[0], signal.SIGKILL)
+        assert run.wait(timeout=240) == 0, (tmp_path / f"{name}.log").read_text()[-3000:]
+    assert sampled("disturbed") == sampled("left alone")
+    assert sum(r["rollout/server_restarts"] for r in records(tmp_path / "disturbed")) == 1

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
+from luffy.objectives.base import TraceOptions
 from luffy.objectives.grpo import GroupOptions, Grpo
 
 if TYPE_CHECKING:
@@ -21,17 +22,16 @@ if TYPE_CHECKING:
     from luffy.groups import Group, Row
 
 
+class OfferedOptions(GroupOptions, TraceOptions):
+    traces: Annotated[int, Field(ge=0)] = 0
+    """Traces of a problem that join its group, at most."""
+
+
 class Asymre(Grpo):
-    class Options(GroupOptions):
+    class Options(OfferedOptions):
         name: Literal["asymre"] = "asymre"
-        traces: Annotated[int, Field(ge=0)] = 0
-        """Of the rows, at most."""
         shift: Annotated[float, Field(le=0)] = -0.1
         """What the baseline lies below the mean."""
-
-        @property
-        def shown(self) -> int:
-            return self.traces
 
     def token_losses(self) -> tuple[TokenLoss, ...]:
         from luffy_kernels.token_losses import reinforce

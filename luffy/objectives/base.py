@@ -1,6 +1,6 @@
 """What an objective is.
 
-    rollouts, traces    of a problem, before sampling
+    choose, rollouts    the traces of a problem that it is shown, and what to sample beside them
     terms               of the groups of one update, graded: which rows enter the model, their advantages, losses and
                         weights, and what the sum is divided by
     weigh               where `looks`: what depends on the policy's own log-probs or entropies, per micro-batch
@@ -11,10 +11,17 @@ whatever the micro-batches and ranks.
 
 from __future__ import annotations
 
+import math
+import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from pydantic import PositiveInt
+
 from luffy.sections import Section
+
+Ids = tuple[int, ...]
 
 if TYPE_CHECKING:
     from luffy_kernels.token_losses import TokenLoss
@@ -39,6 +46,21 @@ class Options(Section):
     def shown(self) -> int:
         """Traces of such a problem."""
         return 0
+
+
+class TraceOptions(Options):
+    """Of objectives that are shown traces: which of a problem's."""
+
+    traces: PositiveInt = 1
+    """Traces of a problem that join its group, at most."""
+    trace_choice: Literal["first", "random", "shortest", "longest"] = "first"
+    """Which of them, where a problem has more: as they come, drawn anew each time, or by their tokens."""
+    trace_tokens: PositiveInt | None = None
+    """Tokens that the chosen ones may have together; one that does not fit is passed over. null: any number."""
+
+    @property
+    def shown(self) -> int:
+        return self.traces
 
 
 @dataclass(slots=True, kw_only=True)
@@ -69,13 +91,32 @@ class Objective:
         """Indexed by a row's `loss_id`."""
         raise NotImplementedError
 
-    def rollouts(self, example: Example) -> int:
-        """To sample for a problem; one that lacks traces gets a rollout for each."""
-        return self.options.sampled + self.options.shown - self.traces(example)
+    def rollouts(self, traces: int) -> int:
+        """To sample for a problem that is shown so many traces; one that lacks some gets a rollout for each."""
+        return self.options.sampled + self.options.shown - traces
 
-    def traces(self, example: Example) -> int:
-        """Of the problem, that join its group."""
-        return min(self.options.shown, len(example.traces))
+    def choose(self, example: Example, seed: int) -> list[Ids]:
+        """The traces of a problem that join its group, as token ids. The same for the same seed."""
+        most, left = self.options.shown, getattr(self.options, "trace_tokens", None) or math.inf
+        found: list[Ids] = []
+        for trace in self._in_order(example.traces, seed):
+            if len(found) < most and len(trace) <= left:
+                found.append(trace)
+                left -= len(trace)
+        return found
+
+    def may_choose(self, example: Example) -> list[Ids]:
+        """All that `choose` may give, whatever the seed."""
+        if getattr(self.options, "trace_choice", "first") != "random":
+            return self.choose(example, 0)
+        most = self.options.trace_tokens or math.inf
+        return [trace for trace in example.traces if len(trace) <= most]
+
+    def _in_order(self, traces: Sequence[Ids], seed: int) -> list[Ids]:
+        choice = getattr(self.options, "trace_choice", "first")
+        if choice == "random":
+            return random.Random(seed).sample(traces, len(traces))
+        return list(traces) if choice == "first" else sorted(traces, key=len, reverse=choice == "longest")
 
     def assign(self, group: Group, progress: float) -> list[Row]:
         """Fill `advantage`, `loss_id` and `weight` of the rows, rewards being known; returns those that enter the

@@ -4,12 +4,12 @@ mean over the update's trace tokens, whatever the policy loss is divided by.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
-from pydantic import PositiveInt
+from pydantic import model_validator
 
 from luffy.advantages import group_advantages
-from luffy.objectives.base import Terms
+from luffy.objectives.base import Terms, TraceOptions
 from luffy.objectives.grpo import GroupOptions, Grpo
 
 if TYPE_CHECKING:
@@ -20,13 +20,12 @@ if TYPE_CHECKING:
 ROLLOUT, IMITATED = 0, 1
 
 
-class GuidedOptions(GroupOptions):
-    traces: PositiveInt = 1
-    """Of the rows, at most."""
-
-    @property
-    def shown(self) -> int:
-        return self.traces
+class GuidedOptions(GroupOptions, TraceOptions):
+    @model_validator(mode="after")
+    def _has_rollouts(self) -> Self:
+        if self.traces >= self.rows:
+            raise ValueError(f"traces must be fewer than rows, got {self.traces} of {self.rows}")
+        return self
 
 
 class Guided(Grpo):

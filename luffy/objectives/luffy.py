@@ -19,9 +19,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import PositiveInt, model_validator
-
-from luffy.objectives.grpo import GroupOptions, Grpo
+from luffy.objectives.grpo import Grpo
+from luffy.objectives.guided import GuidedOptions
 from luffy.sections import NonNegative, Positive
 
 if TYPE_CHECKING:
@@ -34,14 +33,12 @@ Reshape = Literal["shaped", "ratio", "logp", "p_logp", "square_root", "pow"]
 
 
 class Luffy(Grpo):
-    class Options(GroupOptions):
+    class Options(GuidedOptions):
         name: Literal["luffy"] = "luffy"
         normalizer: Positive | Literal["tokens", "sequences"] = 65536.0
         entropy_coef: NonNegative = 0.001
         gamma: Positive = 0.1
         """Shaping of trace tokens: f(p) = p / (p + gamma); of rollouts too where `on_policy` is "shaped"."""
-        traces: PositiveInt = 1
-        """Of the rows, at most."""
         on_policy: Reshape = "ratio"
         """What the advantage of a rollout's token multiplies."""
         off_policy: Reshape = "shaped"
@@ -56,16 +53,6 @@ class Luffy(Grpo):
         """Largest one (off_policy_max_clip)."""
         p_max: Positive | None = None
         """Tokens of any row whose p exceeds it have no gradient (all_max_clip); null: none."""
-
-        @model_validator(mode="after")
-        def _has_rollouts(self) -> Any:
-            if self.traces >= self.rows:
-                raise ValueError(f"traces must be fewer than rows, got {self.traces} of {self.rows}")
-            return self
-
-        @property
-        def shown(self) -> int:
-            return self.traces
 
     def token_losses(self) -> tuple[TokenLoss, ...]:
         from luffy_kernels import token_losses as t

@@ -8,35 +8,26 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import PositiveInt
-
 from luffy.objectives import base
 
 if TYPE_CHECKING:
     from luffy_kernels.token_losses import TokenLoss
 
-    from luffy.data import Example
     from luffy.groups import Group, Row
 
 
 class Sft(base.Objective):
-    class Options(base.Options):
+    class Options(base.TraceOptions):
         name: Literal["sft"] = "sft"
-        traces: PositiveInt = 1
-        """Per problem, at most."""
         trace_filter: bool = False
         """Leave out traces that fail the verifier."""
-
-        @property
-        def shown(self) -> int:
-            return self.traces
 
     def token_losses(self) -> tuple[TokenLoss, ...]:
         from luffy_kernels.token_losses import nll
 
         return (nll(),)
 
-    def rollouts(self, example: Example) -> int:
+    def rollouts(self, traces: int) -> int:
         return 0
 
     def assign(self, group: Group, progress: float) -> list[Row]:

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from luffy.objectives.asymre import Asymre
-from luffy.objectives.grpo import GroupOptions
+from luffy.objectives.asymre import Asymre, OfferedOptions
 
 if TYPE_CHECKING:
     from luffy.groups import Group, Row
@@ -23,16 +22,10 @@ if TYPE_CHECKING:
 
 
 class Topr(Asymre):
-    class Options(GroupOptions):
+    class Options(OfferedOptions):
         name: Literal["topr"] = "topr"
-        traces: Annotated[int, Field(ge=0)] = 0
-        """Of the rows, at most."""
         wrong: Annotated[float, Field(le=0)] = -1.0
         """What a reward of 0 counts as."""
-
-        @property
-        def shown(self) -> int:
-            return self.traces
 
     looks: ClassVar = "logp"
 
