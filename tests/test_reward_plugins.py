@@ -120,7 +120,7 @@ def test_a_program_leaves_nothing_behind(tmp_path, monkeypatch):
     spawn = f"import os, subprocess, sys\ntry:\n    subprocess.Popen({child})\nexcept OSError:\n    pass\n"
     look = "assert 'LUFFY_API_KEY' not in os.environ\n"
     code_module.run(spawn + look)
-    left = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+    left = subprocess.run(["ps", "-ewwo", "args"], capture_output=True, text=True).stdout
     assert marker not in left
     assert code_module.run(look.replace("os.environ", "__import__('os').environ")) == ""
 
@@ -133,7 +133,7 @@ def test_a_grader_that_is_killed_takes_its_program_along(tmp_path):
         assert verdict.status == "timeout"
         assert pool.grade([(ADD, "assert add(2, 3) == 5")])[0].reward == 1.0
     deadline = time.monotonic() + 5
-    while "sandbox.py" in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout:
+    while "sandbox.py" in subprocess.run(["ps", "-ewwo", "args"], capture_output=True, text=True).stdout:
         assert time.monotonic() < deadline
         time.sleep(0.1)
 

