@@ -375,6 +375,7 @@ def _model_of(values: dict[str, Any], overrides: list[str]) -> type[Config]:
     except ValueError as error:
         raise UserError(f"config: {error}") from None
     if isinstance(section, dict) and named != section.get("name", "luffy"):
+        _refuse_unknown({"objective": section}, config_of(section.get("name", "luffy")), "the recipe")
         kept = model.model_fields["objective"].annotation.model_fields  # type: ignore[union-attr]
         values["objective"] = {key: value for key, value in section.items() if key in kept and key != "name"}
     return model

@@ -377,8 +377,18 @@ def test_which_traces_a_problem_is_shown():
     random = make("luffy", trace_choice="random", trace_tokens=5)
     assert [trace[0] for trace in random.may_choose(made)] == [1, 2, 4]
     assert [trace[0] for trace in make("luffy", traces=2).may_choose(made)] == [1, 2]
-    with pytest.raises(ValueError, match="traces must be fewer than rows, got 8 of 8"):
-        make("luffy", traces=8)
+    for name in ("luffy", "srft", "topr"):
+        with pytest.raises(ValueError, match="traces must be fewer than rows, got 8 of 8"):
+            make(name, traces=8)
+
+
+def test_an_option_that_would_do_nothing_is_refused(tmp_path):
+    for name, option in (("topr", "clip_low"), ("oapl", "advantage_std"), ("cispo", "clip_low"), ("srft", "clip_high")):
+        with pytest.raises(ValueError, match=option):
+            make(name, **{option: 0.5})
+    (tmp_path / "mine.toml").write_text("[objective]\ngama = 0.2\n")  # also where another objective is asked for
+    with pytest.raises(UserError, match=r"unknown key 'objective.gama'.*did you mean objective.gamma"):
+        load_config(str(tmp_path / "mine.toml"), ["--objective.name", "dapo"])
 
 
 @pytest.mark.parametrize("name", KNOWN)
@@ -415,9 +425,9 @@ def test_standard_deviation_only_when_asked_for():
 def test_one_of_ones_own(tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text(
         "from typing import Literal\n"
-        "from luffy.objectives.grpo import GroupOptions, Grpo\n"
+        "from luffy.objectives.grpo import Grpo, RatioOptions\n"
         "class Halved(Grpo):\n"
-        "    class Options(GroupOptions):\n"
+        "    class Options(RatioOptions):\n"
         "        name: Literal['mine:Halved'] = 'mine:Halved'\n"
         "        factor: float = 0.5\n"
         "    def rewards(self, group):\n"

@@ -112,7 +112,7 @@ def test_programs_that_take_too_much(program, monkeypatch):
 
 
 def test_a_program_leaves_nothing_behind(tmp_path, monkeypatch):
-    """Neither processes, nor files, nor what is in the environment."""
+    """No processes; and it is given nothing of the environment."""
     monkeypatch.setattr(code_module, "SECONDS", 1)
     monkeypatch.setenv("LUFFY_API_KEY", "secret")
     marker = f"luffy-sandbox-{os.getpid()}"

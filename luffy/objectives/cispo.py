@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from luffy.objectives.grpo import GroupOptions, Grpo
+from luffy.objectives.grpo import ComparedOptions, Grpo
 from luffy.sections import Positive
 
 if TYPE_CHECKING:
@@ -17,9 +17,10 @@ if TYPE_CHECKING:
 
 
 class Cispo(Grpo):
-    class Options(GroupOptions):
+    class Options(ComparedOptions):
         name: Literal["cispo"] = "cispo"
         clip_high: Positive | None = 4.0
+        """The ratio counts up to 1 + clip_high; null: all of it."""
         advantage_std: bool = True
 
     def token_losses(self) -> tuple[TokenLoss, ...]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import PositiveInt
 
-from luffy.objectives.grpo import GroupOptions, Grpo
+from luffy.objectives.grpo import Grpo, RatioOptions
 from luffy.sections import Positive
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Dapo(Grpo):
-    class Options(GroupOptions):
+    class Options(RatioOptions):
         name: Literal["dapo"] = "dapo"
         clip_low: Positive | None = 0.2
         clip_high: Positive | None = 0.28

@@ -10,9 +10,9 @@ Criterion: the mean reward of rollouts rises.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from luffy.advantages import group_advantages
 from luffy.objectives import base
@@ -32,21 +32,33 @@ class GroupOptions(base.Options):
     (every token counts the same) or `sequences` (the mean over rows of each row's mean)."""
     entropy_coef: NonNegative = 0.0
     """Weight of the entropy bonus, a mean over response tokens."""
-    clip_low: Positive | None = None
-    """Clip of the ratio to the policy that sampled below, as a distance from 1; null: no clip. With one update a step
-    the ratio is 1 and a clip does nothing."""
-    clip_high: Positive | None = None
-    """The same above."""
-    advantage_std: bool = False
-    """Divide advantages by the group's standard deviation."""
+
+    @model_validator(mode="after")
+    def _has_rollouts(self) -> Self:
+        if self.shown >= self.rows:
+            raise ValueError(f"traces must be fewer than rows, got {self.shown} of {self.rows}")
+        return self
 
     @property
     def sampled(self) -> int:
         return self.rows - self.shown
 
 
+class ComparedOptions(GroupOptions):
+    advantage_std: bool = False
+    """Divide advantages by the group's standard deviation."""
+
+
+class RatioOptions(ComparedOptions):
+    clip_low: Positive | None = None
+    """Clip of the ratio to the policy that sampled below, as a distance from 1; null: no clip. With one update a step
+    the ratio is 1 and a clip does nothing."""
+    clip_high: Positive | None = None
+    """The same above."""
+
+
 class Grpo(base.Objective):
-    class Options(GroupOptions):
+    class Options(RatioOptions):
         name: Literal["grpo"] = "grpo"
         clip_low: Positive | None = 0.2
         clip_high: Positive | None = 0.2
@@ -73,7 +85,7 @@ class Grpo(base.Objective):
 
 
 class DrGrpo(Grpo):
-    class Options(GroupOptions):
+    class Options(RatioOptions):
         name: Literal["dr_grpo"] = "dr_grpo"
         clip_low: Positive | None = 0.2
         clip_high: Positive | None = 0.2

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from luffy.objectives.grpo import GroupOptions, Grpo
+from luffy.objectives.grpo import Grpo, RatioOptions
 from luffy.sections import Positive
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Gspo(Grpo):
-    class Options(GroupOptions):
+    class Options(RatioOptions):
         name: Literal["gspo"] = "gspo"
         clip_low: Positive | None = 3e-4
         clip_high: Positive | None = 4e-4

@@ -4,13 +4,11 @@ mean over the update's trace tokens, whatever the policy loss is divided by.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Self
-
-from pydantic import model_validator
+from typing import TYPE_CHECKING
 
 from luffy.advantages import group_advantages
 from luffy.objectives.base import Terms, TraceOptions
-from luffy.objectives.grpo import GroupOptions, Grpo
+from luffy.objectives.grpo import Grpo, RatioOptions
 
 if TYPE_CHECKING:
     from luffy_kernels.token_losses import TokenLoss
@@ -20,12 +18,8 @@ if TYPE_CHECKING:
 ROLLOUT, IMITATED = 0, 1
 
 
-class GuidedOptions(GroupOptions, TraceOptions):
-    @model_validator(mode="after")
-    def _has_rollouts(self) -> Self:
-        if self.traces >= self.rows:
-            raise ValueError(f"traces must be fewer than rows, got {self.traces} of {self.rows}")
-        return self
+class GuidedOptions(RatioOptions, TraceOptions):
+    pass
 
 
 class Guided(Grpo):

@@ -10,7 +10,7 @@ non-positive advantage: it is pushed down, as published. `on_policy` and `off_po
 
     shaped  x / (x + gamma)    ratio  x    logp  w log x    p_logp  x + w log x    square_root  x^0.5    pow  x^a
 
-of x = p for traces and x = pi/pi_old for rollouts, whose `shaped` is f(p) / f(p_old).
+of x = p for traces and x = pi/pi_old for rollouts, whose `shaped` is f(p) / f(p_old) and whose `logp` has w = 1.
 
 Criterion: the mean reward of rollouts rises, on problems that no rollout solves at first.
 """

@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from luffy.advantages import group_advantages
-from luffy.objectives.grpo import GroupOptions
+from luffy.objectives.grpo import ComparedOptions
 from luffy.objectives.oapl import Oapl
 from luffy.sections import Positive
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Pessimistic(Oapl):
-    class Options(GroupOptions):
+    class Options(ComparedOptions):
         name: Literal["pessimistic"] = "pessimistic"
         beta: Positive = 0.1
         """Ours."""

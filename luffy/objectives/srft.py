@@ -15,8 +15,8 @@ from copy import copy
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from luffy.advantages import group_advantages
-from luffy.objectives.grpo import Grpo
-from luffy.objectives.guided import GuidedOptions
+from luffy.objectives.base import TraceOptions
+from luffy.objectives.grpo import ComparedOptions, Grpo
 from luffy.sections import Positive
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ ROLLOUT, GUIDED, IMITATED = 0, 1, 2
 
 
 class Srft(Grpo):
-    class Options(GuidedOptions):
+    class Options(ComparedOptions, TraceOptions):
         name: Literal["srft"] = "srft"
         gamma: Positive = 0.1
         """Of the traces' policy loss, p / (p + gamma)."""

@@ -1,8 +1,9 @@
 """Runs one Python file with little to lose: `python -I -S -B sandbox.py FILE SECONDS MEMORY_BYTES`.
 
 Limits of time, memory, open files and file sizes; no processes of its own for an ordinary user; and where the kernel
-lets a user have namespaces, no network and no sight of other processes. Files that the user may read it may read. It
-dies with whoever started it. Imports nothing of this project: it is run by path.
+lets a user have namespaces, no network and no signals to other processes. What the user may read it may read, files
+and what /proc says of the user's processes alike. It dies with whoever started it. Imports nothing of this project: it
+is run by path.
 """
 
 import ctypes
