@@ -44,8 +44,10 @@ def check_lengths(config: Config, objective: Objective, examples: list[Example],
         )
 
     def longest(example: Example) -> int:
-        traces = [len(trace) for trace in objective.may_choose(example)]
-        answer = [config.rollout.max_tokens] if objective.rollouts(len(objective.choose(example, 0))) else []
+        may = objective.may_choose(example)
+        traces = [len(example.traces[at]) for at in may]
+        # a choice may leave some of them out, and then there is a rollout in place of each
+        answer = [config.rollout.max_tokens] if objective.rollouts(min(len(may), objective.options.shown)) else []
         return len(example.prompt_ids) + max([0, *answer, *traces])
 
     worst = max(examples, key=longest)

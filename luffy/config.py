@@ -323,7 +323,8 @@ class Config(BaseSettings):
     def first_pass(self) -> bool:
         """Whether a step computes the log-probs of all its rows before its first update."""
         looks = find(self.objective.name).looks != "nothing"
-        return self.train.updates_per_step > 1 or self.correction.kind != "none" or looks
+        several = self.train.updates_per_step > 1
+        return several or self.correction.kind != "none" or looks or self.objective.compares
 
     @classmethod
     def settings_customise_sources(cls, settings_cls, init_settings, **_):  # type: ignore[override]

@@ -17,6 +17,9 @@ class Row:
     `token_ids` ends with the EOS when the answer is finished. `sampler_logp` are the engine's log-probs of the same
     tokens (nats; empty for a trace), `versions` which weights sampled them. The objective fills `advantage`, `loss_id`
     and `weight`, which multiplies the policy loss of its tokens.
+
+    `is_trace`: it is stored, and of a stronger model (`teacher`). `behaviour`: log-probs of its tokens under who wrote
+    it, where they are known and a loss compares with them.
     """
 
     token_ids: tuple[int, ...]
@@ -30,6 +33,8 @@ class Row:
     advantage: float = 0.0
     loss_id: int = 0
     weight: float = 1.0
+    teacher: str = ""
+    behaviour: tuple[float, ...] = ()
 
     @property
     def solved(self) -> bool:

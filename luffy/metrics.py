@@ -157,7 +157,8 @@ class UpdateMetrics:
         if micro.old_logp is None:  # the step's only pass; elsewhere its first has been counted
             self.add_ratios(log_ratios(out.logp, micro.sampler_logp), torch.ones_like(out.logp))
         rows = self.table.to(out.logp.device)[micro.loss_id]
-        value = evaluate(out.logp, micro.advantages, old_logp, rows).loss
+        compared = old_logp if micro.behaviour is None else micro.compared_logp
+        value = evaluate(out.logp, micro.advantages, compared, rows).loss
         off, on, prob = micro.is_trace, ~micro.is_trace, out.logp.exp()
         self._sum("pg_loss", micro.token_weight * value / normalizer)
         self._sum("tokens", torch.ones_like(prob))

@@ -50,7 +50,8 @@ class Policy(nn.Module):
             return linear_logprobs(hidden, head.weight, micro.targets, **options).logp
         if loss.get("entropy"):
             return linear_logprobs(hidden, head.weight, micro.targets, return_entropy=True, **options)[:2]
-        options |= {"old_logp": "current" if micro.old_logp is None else micro.old_logp}
+        before = micro.compared_logp
+        options |= {"old_logp": "current" if before is None else before}
         options |= {"advantages": micro.advantages, "loss_id": micro.loss_id, "token_weight": micro.token_weight}
         return linear_policy_loss(hidden, head.weight, micro.targets, **options, **loss)
 

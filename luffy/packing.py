@@ -32,6 +32,7 @@ class MicroBatch:
     token_weight: Tensor  # [N] float32
     sampler_logp: Tensor  # [N] float32, NaN where nobody sampled
     old_logp: Tensor | None = None  # [N] float32; None: this pass's own
+    behaviour: Tensor | None = None  # [N] float32, NaN where a row does not say who wrote it; None: nowhere
     row: Tensor | None = None  # [N] int64, which of the micro-batch's rows; None: not made by `pack`
     num_rows: int = 0  # of the whole micro-batch, also where ranks share its tokens
 
@@ -42,6 +43,15 @@ class MicroBatch:
     @property
     def num_targets(self) -> int:
         return self.targets.numel()
+
+    @property
+    def compared_logp(self) -> Tensor | None:
+        """[N] what the loss compares a token's log-prob with: that of who wrote it, where a row says so, else that of
+        the policy before the step; None: the policy's own."""
+        if self.behaviour is None:
+            return self.old_logp
+        assert self.old_logp is not None, "the pass at the beginning of the step comes first"
+        return torch.where(self.behaviour.isnan(), self.old_logp, self.behaviour)
 
     def to(self, device: torch.device) -> "MicroBatch":
         for name in self.__slots__:
@@ -107,6 +117,10 @@ def _assemble(units: Bin) -> MicroBatch:
     def per_row(values: list, dtype: torch.dtype) -> Tensor:
         return torch.tensor(values, dtype=dtype).repeat_interleave(sizes)
 
+    def known(logps: list[tuple[float, ...]]) -> Tensor:
+        values = [x for row, found in zip(rows, logps, strict=True) for x in found or [nan] * len(row.token_ids)]
+        return torch.tensor(values, dtype=torch.float32)
+
     return MicroBatch(
         token_ids=torch.tensor(token_ids),
         positions=torch.tensor(positions),
@@ -117,9 +131,8 @@ def _assemble(units: Bin) -> MicroBatch:
         loss_id=per_row([row.loss_id for row in rows], torch.int64),
         is_trace=per_row([row.is_trace for row in rows], torch.bool),
         token_weight=per_row([row.weight for row in rows], torch.float32),
-        sampler_logp=torch.tensor(
-            [x for row in rows for x in (row.sampler_logp or [nan] * len(row.token_ids))], dtype=torch.float32
-        ),
+        sampler_logp=known([row.sampler_logp for row in rows]),
+        behaviour=known([row.behaviour for row in rows]) if any(row.behaviour for row in rows) else None,
         row=per_row(list(range(len(rows))), torch.int64),
         num_rows=len(rows),
     )

@@ -12,18 +12,22 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from statistics import fmean
+from typing import TypeVar
 
 from luffy import optim
 from luffy.data import Example
 from luffy.data.batches import Ledger
 from luffy.dtypes import dtype_of
 from luffy.groups import Group, Row
+from luffy.objectives.choice import Known
 from luffy.rollout.ahead import Ahead
 from luffy.rollout.engine import Completion, Ids, Request
 from luffy.seeds import derive
 from luffy.setup import Trainer
 from luffy.timing import Phases
 
+T = TypeVar("T")
 Phase = Callable[[str], AbstractContextManager[None]]
 COUNTED = ("batch/refills", "batch/groups_given_up", "rollout/answers_cut")
 POLL_S = 0.2
@@ -46,7 +50,8 @@ class Work:
 
     position: int
     example: Example
-    traces: list[Ids]
+    traces: list[int]
+    """Numbers of those of its example that join the group."""
     count: int
     answers: list[Completion] = field(default_factory=list)
     open: int = 0
@@ -82,7 +87,8 @@ class Sampler:
         self._ready: list[Group] = []  # graded, and more than the step needed
         self._grader = ThreadPoolExecutor(1, thread_name_prefix="grade")
         self._needs = len(t.world.share(list(range(t.config.train.prompts_per_step))))
-        self._samples = any(t.objective.rollouts(len(t.objective.choose(example, 0))) for example in t.examples)
+        least = min((len(t.objective.may_choose(example)) for example in t.examples), default=0)
+        self._samples = t.objective.rollouts(min(least, t.objective.options.shown)) > 0
 
     def batch(self, phases: Phase) -> Batch:
         """This rank's groups of the next step, in the order of their prompts. With `before` collective: ranks enter it
@@ -157,14 +163,44 @@ class Sampler:
         """Carried prompts, then fresh ones, those with long traces first: a step ends with its longest answer, which
         should not be the last to begin."""
         works, self._carried = self._carried[:number], self._carried[number:]
+        positions = [next(self._fresh) for _ in range(number - len(works))]
+        examples = [self.t.examples[self._stream.index(position)] for position in positions]
         fresh = []
-        for _ in range(number - len(works)):
-            position = next(self._fresh)
-            example = self.t.examples[self._stream.index(position)]
-            traces = self.t.objective.choose(example, derive(self.t.config.train.seed, "traces", position))
+        for position, example, known in zip(positions, examples, self._known(positions, examples), strict=True):
+            traces = self.t.objective.choose(example, known)
             count = self.t.objective.rollouts(len(traces))
             fresh.append(Work(position=position, example=example, traces=traces, count=count))
         return works + sorted(fresh, key=lambda work: -max(map(len, work.example.traces), default=0))
+
+    def _known(self, positions: list[int], examples: list[Example]) -> list[Known]:
+        """What the choice among each problem's traces depends on."""
+        t, asked = self.t, self.t.config.objective
+        steps = t.config.train.steps * t.config.train.prompts_per_step
+        several = [example.traces for example in examples]
+        right = _of_each(several, self._right(examples)) if getattr(asked, "trace_right", False) else None
+        chosen = getattr(asked, "trace_choice", "first")
+        logp = _of_each(several, self._logp(examples)) if chosen in ("likely", "unlikely") else None
+        return [
+            Known(
+                seed=derive(t.config.train.seed, "traces", position),
+                progress=position / steps,
+                right=None if right is None else right[at],
+                logp=None if logp is None else logp[at],
+            )
+            for at, position in enumerate(positions)
+        ]
+
+    def _right(self, examples: list[Example]) -> list[bool]:
+        decode = self.t.template.decode
+        pairs = [(decode(trace), example.problem.answer) for example in examples for trace in example.traces]
+        return [verdict.reward >= 1 for verdict in self.t.verifier.grade(pairs)]
+
+    def _logp(self, examples: list[Example]) -> list[float]:
+        """Mean log-prob of a token of each trace, by the engine's weights."""
+        sequences = [example.prompt_ids + trace for example in examples for trace in example.traces]
+        sizes = [len(trace) for example in examples for trace in example.traces]
+        scored = self.t.engine.score(sequences) if sequences else []
+        return [fmean(logps[-size:]) for logps, size in zip(scored, sizes, strict=True)]
 
     def _requests(self, work: Work) -> list[tuple[int, Request]]:
         """(which answer, or -1 for all, request) of what is left to sample."""
@@ -207,12 +243,20 @@ class Sampler:
             )
             for answer in work.answers
         ]
-        for trace in work.traces:
-            rows.append(Row(token_ids=trace, text=decode(trace), is_trace=True))
+        for at in work.traces:
+            trace, teacher = work.example.traces[at], work.example.teachers[at]
+            logps = work.example.trace_logps[at] if self.t.objective.options.compares else ()
+            rows.append(Row(token_ids=trace, text=decode(trace), is_trace=True, teacher=teacher, behaviour=logps))
         verdicts = self.t.verifier.grade([(row.text, work.example.problem.answer) for row in rows])
         for row, verdict in zip(rows, verdicts, strict=True):
             row.reward, row.verdict = verdict.reward, verdict.status
         return Group(example=work.example, rows=rows, position=work.position)
+
+
+def _of_each(several: list[tuple[Ids, ...]], values: list[T]) -> list[list[T]]:
+    """Values of all traces, one after the other -> those of each problem."""
+    rest = iter(values)
+    return [[next(rest) for _ in traces] for traces in several]
 
 
 @contextmanager

@@ -42,7 +42,8 @@ def slice_of(micro: MicroBatch, rank: int, group: dist.ProcessGroup | None) -> M
     fill = micro.token_ids.new_zeros(padded - tokens)
     first, last = padded // ranks * rank, padded // ranks * (rank + 1)
     mine = (micro.source >= first) & (micro.source < last)
-    per_target = {name: getattr(micro, name)[mine] for name in PER_TARGET}
+    names = [*PER_TARGET, *(["behaviour"] if micro.behaviour is not None else [])]
+    per_target = {name: getattr(micro, name)[mine] for name in names}
     per_target["source"] = per_target["source"] - first
     return MicroBatch(
         token_ids=torch.cat([micro.token_ids, fill])[first:last],

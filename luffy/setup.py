@@ -141,6 +141,7 @@ def _set_up(
     check_heads(described, world.sequence_ranks)
     check_body(described)
     objective = make_objective(config.objective)
+    objective.prepare(training.examples)
     max_model_len = check_lengths(config, objective, training.examples, described)
     keep_freed_memory()
     torch.manual_seed(config.train.seed)

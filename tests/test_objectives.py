@@ -15,6 +15,7 @@ from luffy.data.problem import Problem
 from luffy.errors import UserError
 from luffy.groups import Group, Row
 from luffy.objectives import KNOWN, find, make_objective, options_of
+from luffy.objectives.choice import Known
 from luffy.objectives.looking import Seen
 from luffy.packing import pack
 
@@ -73,6 +74,7 @@ class World:
             micro.sampler_logp = micro.sampler_logp.double()
             objective.weigh(micro, Seen(logp.detach(), self.of(self.entropy, micro.targets)))
             given = {"losses": objective.losses, "loss_id": micro.loss_id, "old_logp": micro.old_logp}
+            given["old_logp"] = micro.compared_logp.double()
             given |= {"advantages": micro.advantages.double(), "token_weight": micro.token_weight.double()}
             loss = token_loss(logp, **given).loss.sum() / terms.normalizer
             [grad] = torch.autograd.grad(loss, logp)
@@ -349,7 +351,7 @@ def test_rows_add_up(name):
     objective = make(name)
     options = objective.options
     for traces in (2, 0):
-        shown = len(objective.choose(example(traces), 0))
+        shown = len(objective.choose(example(traces), Known()))
         assert shown == min(traces, options.shown)
         assert objective.rollouts(shown) == (0 if name == "sft" else options.sampled + options.shown - shown)
     module = __import__(find(name).__module__, fromlist=["_"])
@@ -361,7 +363,8 @@ def test_which_traces_a_problem_is_shown():
     made = Example(example().problem, (1, 2, 3), ((1,) * 5, (2,) * 2, (3,) * 9, (4,) * 3))
 
     def chosen(seed: int = 0, **options) -> list[int]:
-        return [trace[0] for trace in make("luffy", **options).choose(made, seed)]
+        known = Known(seed=seed, right=[False, True, True, False], logp=[-2.0, -1.0, -4.0, -3.0])
+        return [made.traces[at][0] for at in make("luffy", **options).choose(made, known)]
 
     assert chosen() == [1]
     assert chosen(traces=2) == [1, 2]
@@ -375,11 +378,87 @@ def test_which_traces_a_problem_is_shown():
     assert {number for pair in drawn for number in pair} == {1, 2, 3, 4}
     assert all(len(set(pair)) == 2 for pair in drawn)
     random = make("luffy", trace_choice="random", trace_tokens=5)
-    assert [trace[0] for trace in random.may_choose(made)] == [1, 2, 4]
-    assert [trace[0] for trace in make("luffy", traces=2).may_choose(made)] == [1, 2]
+    assert random.may_choose(made) == [0, 1, 3]
+    assert chosen(traces=4, trace_right=True) == [2, 3]
+    assert chosen(trace_choice="shortest", trace_right=True) == [2]
+    assert chosen(traces=2, trace_choice="likely") == [2, 1]
+    assert chosen(traces=2, trace_choice="unlikely") == [3, 4]
     for name in ("luffy", "srft", "topr"):
         with pytest.raises(ValueError, match="traces must be fewer than rows, got 8 of 8"):
             make(name, traces=8)
+
+
+def test_traces_of_several_teachers():
+    traces = tuple((number,) * number for number in range(1, 7))
+    made = Example(example().problem, (1, 2, 3), traces, ("a", "a", "b", "b", "c", "c"))
+
+    def chosen(seed: int = 0, progress: float = 0.0, **options) -> list[int]:
+        known = Known(seed=seed, progress=progress)
+        return [at + 1 for at in make("luffy", **options).choose(made, known)]
+
+    assert chosen(traces=6, trace_per_teacher=1) == [1, 3, 5]
+    assert chosen(traces=3, trace_per_teacher=2, trace_choice="longest") == [6, 5, 4]
+    assert chosen(traces=6, teacher_weights={"a": 0.0}) == [3, 4, 5, 6]
+    weighted = {"trace_choice": "random", "teacher_weights": {"a": 8.0, "b": 0.0}}
+    drawn = [chosen(seed, **weighted)[0] for seed in range(2000)]
+    # of the first draw: a has 8 of each 9 parts, between two traces each, b none, c what is left
+    assert sum(number in (1, 2) for number in drawn) / 2000 == pytest.approx(8 / 9, abs=0.03)
+    assert sum(number in (3, 4) for number in drawn) == 0
+    assert sum(number == 1 for number in drawn) / 2000 == pytest.approx(4 / 9, abs=0.04)
+    assert [chosen(progress=p, trace_choice="curriculum")[0] for p in (0.0, 0.5, 0.99)] == [1, 4, 6]
+    assert chosen(progress=0.99, traces=3, trace_choice="curriculum") == [4, 5, 6]
+    assert chosen(traces=6, trace_choice="curriculum", progress=0.5) == [1, 2, 3, 4, 5, 6]
+
+
+def test_luffy_compares_with_the_teacher_where_the_data_say_what_it_thought():
+    for choice, formula in (
+        ("teacher", lambda p, q: p / (q + 1e-6)),
+        ("shaped_teacher", lambda p, q: GAMMA * (p / q) / (p / q + GAMMA) ** 2),
+    ):
+        w = guided()
+        told, untold = w.groups[0].traces[0], w.groups[1].traces[0]
+        told.behaviour = tuple(-0.1 * n for n in range(1, 1 + len(told.token_ids)))
+        q = dict(zip(told.token_ids, map(math.exp, told.behaviour), strict=True))
+
+        def gradient(g, row, token, formula=formula, w=w, q=q, told=told):
+            p = math.exp(w.now[token])
+            if not row.is_trace:
+                slope = math.exp(w.now[token] - w.old[token])
+            elif row is told:
+                slope = formula(p, q[token])
+            else:
+                slope = GAMMA * p / (p + GAMMA) ** 2
+            return -centred(g, row) * slope / 65536
+
+        w.expect(make("luffy", off_policy=choice, entropy_coef=0.0), gradient)
+        assert centred(w.groups[1], untold)
+    objective = make("luffy", off_policy="teacher")
+    with pytest.raises(UserError, match="of 2 problems with traces none has its log-probs"):
+        objective.prepare([example(), example(), example(0)])
+    assert load_config("quickstart", ["--objective.off_policy=teacher"]).first_pass
+    assert not load_config("quickstart").first_pass
+
+
+def test_luffy_divides_as_published_with_parity():
+    w = guided()
+    terms = make("luffy", parity=True, entropy_coef=0.001).terms(w.groups, 0.0)
+    rows = [row for g in w.groups for row in g.rows]
+    # 8 GPUs, each with an eighth of the tokens, far below 32768: one micro-batch; the bonus is a mean over tokens
+    assert terms.normalizer == 8 * 8192
+    assert terms.entropy_coef / terms.normalizer == pytest.approx(0.001 / tokens(rows))
+    long = Row(token_ids=(7,) * (8 * 32768), text="")
+    many = Group(example=example(), rows=[long, Row(token_ids=(8,) * 8, text="", reward=1.0)])
+    terms = make("luffy", parity=True, entropy_coef=0.001).terms([many], 0.0)
+    assert terms.entropy_coef / terms.normalizer == pytest.approx(0.001 * 2 / (8 * 32768 + 8))
+    with pytest.raises(ValueError, match="normalizer is 65536 with parity"):
+        make("luffy", parity=True, normalizer=8192.0)
+
+
+@pytest.mark.parametrize("name", [name for name in KNOWN if options_of(name).model_validate({}).shown])
+def test_data_without_traces_are_refused(name):
+    with pytest.raises(UserError, match="learns from traces, and none of the 3 problems has one"):
+        make(name).prepare([example(0)] * 3)
+    make(name).prepare([example(0), example(1)])
 
 
 def test_an_option_that_would_do_nothing_is_refused(tmp_path):

@@ -16,11 +16,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A problem as token ids; every trace ends in the EOS."""
+    """A problem as token ids; every trace ends in the EOS.
+
+    teachers: who wrote each trace, "" where nobody says. trace_logps: log-probs of each one's tokens under its teacher,
+    nats; () where they are not known.
+    """
 
     problem: Problem
     prompt_ids: tuple[int, ...]
     traces: tuple[tuple[int, ...], ...]
+    teachers: tuple[str, ...] = ()
+    trace_logps: tuple[tuple[float, ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, nothing in (("teachers", ""), ("trace_logps", ())):
+            if not getattr(self, name):
+                object.__setattr__(self, name, (nothing,) * len(self.traces))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +70,8 @@ def tokenize(
     """Examples of the problems that fit, in order, and the report.
 
     max_prompt_tokens, max_trace_tokens: inclusive limits in tokens; a trace's EOS counts.
-    Raises DataError when no example is left, with what removed how many.
+    Raises DataError when no example is left, with what removed how many, and where a trace has other teacher log-probs
+    than tokens.
     """
     examples: list[Example] = []
     longest, longest_id = 0, ""
@@ -71,20 +83,27 @@ def tokenize(
             if len(prompt_ids) > longest:
                 longest, longest_id = len(prompt_ids), problem.id
             continue
-        traces: list[tuple[int, ...]] = []
+        kept: list[tuple[tuple[int, ...], str, tuple[float, ...]]] = []
         counts["no_trace"] += not problem.traces
-        for text in problem.traces:
+        for at, text in enumerate(problem.traces):
             counts["traces"] += 1
             try:
                 trace = tuple(template.encode_trace(text))
             except ValueError:
                 counts["traces_broken"] += 1
                 continue
+            logps = problem.trace_logps[at] if problem.trace_logps else ()
             if len(trace) > max_trace_tokens:
                 counts["traces_too_long"] += 1
+            elif logps and len(logps) != len(trace):
+                raise DataError(
+                    f"{problem.id}: trace {at + 1} has {len(logps)} teacher log-probs and {len(trace)} tokens, EOS "
+                    f"included; score it with this model's tokenizer and prompt style (luffy data score)"
+                )
             else:
-                traces.append(trace)
-        examples.append(Example(problem, prompt_ids, tuple(traces)))
+                kept.append((trace, problem.teachers[at] if problem.teachers else "", logps))
+        traces, teachers, known = zip(*kept, strict=True) if kept else ((), (), ())
+        examples.append(Example(problem, prompt_ids, traces, teachers, known))
     report = FilterReport(
         problems=len(problems),
         kept=len(examples),

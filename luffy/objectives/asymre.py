@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from luffy.objectives.base import TraceOptions
+from luffy.objectives.choice import TraceOptions
 from luffy.objectives.grpo import GroupOptions, Grpo
 
 if TYPE_CHECKING:

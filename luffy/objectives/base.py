@@ -11,23 +11,18 @@ whatever the micro-batches and ranks.
 
 from __future__ import annotations
 
-import math
-import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import PositiveInt
-
+from luffy.errors import UserError
 from luffy.sections import Section
-
-Ids = tuple[int, ...]
 
 if TYPE_CHECKING:
     from luffy_kernels.token_losses import TokenLoss
 
     from luffy.data import Example
     from luffy.groups import Group, Row
+    from luffy.objectives.choice import Known
     from luffy.objectives.looking import Seen
     from luffy.packing import MicroBatch
 
@@ -47,20 +42,10 @@ class Options(Section):
         """Traces of such a problem."""
         return 0
 
-
-class TraceOptions(Options):
-    """Of objectives that are shown traces: which of a problem's."""
-
-    traces: PositiveInt = 1
-    """Traces of a problem that join its group, at most."""
-    trace_choice: Literal["first", "random", "shortest", "longest"] = "first"
-    """Which of them, where a problem has more: as they come, drawn anew each time, or by their tokens."""
-    trace_tokens: PositiveInt | None = None
-    """Tokens that the chosen ones may have together; one that does not fit is passed over. null: any number."""
-
     @property
-    def shown(self) -> int:
-        return self.traces
+    def compares(self) -> bool:
+        """Whether a loss compares stored tokens with the probability that who wrote them gave them."""
+        return False
 
 
 @dataclass(slots=True, kw_only=True)
@@ -95,28 +80,29 @@ class Objective:
         """To sample for a problem that is shown so many traces; one that lacks some gets a rollout for each."""
         return self.options.sampled + self.options.shown - traces
 
-    def choose(self, example: Example, seed: int) -> list[Ids]:
-        """The traces of a problem that join its group, as token ids. The same for the same seed."""
-        most, left = self.options.shown, getattr(self.options, "trace_tokens", None) or math.inf
-        found: list[Ids] = []
-        for trace in self._in_order(example.traces, seed):
-            if len(found) < most and len(trace) <= left:
-                found.append(trace)
-                left -= len(trace)
-        return found
+    def choose(self, example: Example, known: Known) -> list[int]:
+        """Numbers of the traces of a problem that join its group. The same where the same is known."""
+        from luffy.objectives.choice import choose
 
-    def may_choose(self, example: Example) -> list[Ids]:
-        """All that `choose` may give, whatever the seed."""
-        if getattr(self.options, "trace_choice", "first") != "random":
-            return self.choose(example, 0)
-        most = self.options.trace_tokens or math.inf
-        return [trace for trace in example.traces if len(trace) <= most]
+        return choose(example, self.options, known) if self.options.shown else []
 
-    def _in_order(self, traces: Sequence[Ids], seed: int) -> list[Ids]:
-        choice = getattr(self.options, "trace_choice", "first")
-        if choice == "random":
-            return random.Random(seed).sample(traces, len(traces))
-        return list(traces) if choice == "first" else sorted(traces, key=len, reverse=choice == "longest")
+    def may_choose(self, example: Example) -> list[int]:
+        """All that `choose` may give, whatever is known."""
+        from luffy.objectives.choice import allowed
+
+        return allowed(example, self.options) if self.options.shown else []
+
+    def prepare(self, examples: list[Example]) -> None:
+        """Look at the training data, once.
+
+        Raises:
+            UserError: they lack what the objective learns from.
+        """
+        if self.options.shown and not any(self.may_choose(example) for example in examples):
+            raise UserError(
+                f"objective: {self.options.name} learns from traces, and none of the {len(examples)} problems has one "
+                f"that it may take; bring data with traces (target), raise data.max_trace_tokens, or choose another one"
+            )
 
     def assign(self, group: Group, progress: float) -> list[Row]:
         """Fill `advantage`, `loss_id` and `weight` of the rows, rewards being known; returns those that enter the

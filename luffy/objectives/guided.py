@@ -7,7 +7,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from luffy.advantages import group_advantages
-from luffy.objectives.base import Terms, TraceOptions
+from luffy.objectives.base import Terms
+from luffy.objectives.choice import TraceOptions
 from luffy.objectives.grpo import Grpo, RatioOptions
 
 if TYPE_CHECKING:

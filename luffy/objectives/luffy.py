@@ -10,15 +10,25 @@ non-positive advantage: it is pushed down, as published. `on_policy` and `off_po
 
     shaped  x / (x + gamma)    ratio  x    logp  w log x    p_logp  x + w log x    square_root  x^0.5    pow  x^a
 
-of x = p for traces and x = pi/pi_old for rollouts, whose `shaped` is f(p) / f(p_old) and whose `logp` has w = 1.
+of x = p for traces and x = pi/pi_old for rollouts, whose `shaped` is f(p) / f(p_old) and whose `logp` has w = 1. Where
+the data have the teachers' log-probs (`luffy data score`) traces may be compared with them:
+
+    teacher  p / (q + 1e-6)    shaped_teacher  r / (r + gamma), r = p / q    q: the teacher's probability of it
+
+the former as in the published code (use_off_policy_probs), the latter as the paper writes its eq. 6 before it takes q
+as 1. Traces without them keep q = 1.
 
 Criterion: the mean reward of rollouts rises, on problems that no rollout solves at first.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+import math
+from typing import TYPE_CHECKING, Any, Literal, Self
 
+from pydantic import model_validator
+
+from luffy.errors import UserError
 from luffy.objectives.grpo import Grpo
 from luffy.objectives.guided import GuidedOptions
 from luffy.sections import NonNegative, Positive
@@ -26,9 +36,12 @@ from luffy.sections import NonNegative, Positive
 if TYPE_CHECKING:
     from luffy_kernels.token_losses import TokenLoss
 
+    from luffy.data import Example
     from luffy.groups import Group, Row
+    from luffy.objectives.base import Terms
 
-ROLLOUT, TRACE = 0, 1
+ROLLOUT, TRACE, COMPARED = 0, 1, 2
+GPUS, PUBLISHED = 8, 8 * 8192.0
 Reshape = Literal["shaped", "ratio", "logp", "p_logp", "square_root", "pow"]
 
 
@@ -41,7 +54,7 @@ class Luffy(Grpo):
         """Shaping of trace tokens: f(p) = p / (p + gamma); of rollouts too where `on_policy` is "shaped"."""
         on_policy: Reshape = "ratio"
         """What the advantage of a rollout's token multiplies."""
-        off_policy: Reshape = "shaped"
+        off_policy: Reshape | Literal["teacher", "shaped_teacher"] = "shaped"
         """What the advantage of a trace's token multiplies."""
         logp_weight: Positive = 0.1
         """w."""
@@ -53,6 +66,20 @@ class Luffy(Grpo):
         """Largest one (off_policy_max_clip)."""
         p_max: Positive | None = None
         """Tokens of any row whose p exceeds it have no gradient (all_max_clip); null: none."""
+
+        parity: bool = False
+        """Divide as the published code does on its 8 GPUs: the policy loss by 8192 on each, whose gradients are
+        averaged; the entropy bonus is a mean over each of the micro-batches of 32768 tokens, and these add up."""
+
+        @property
+        def compares(self) -> bool:
+            return self.off_policy in ("teacher", "shaped_teacher")
+
+        @model_validator(mode="after")
+        def _one_divisor(self) -> Self:
+            if self.parity and "normalizer" in self.model_fields_set and self.normalizer != PUBLISHED:
+                raise ValueError(f"normalizer is {PUBLISHED:.0f} with parity; leave one of them out")
+            return self
 
     def token_losses(self) -> tuple[TokenLoss, ...]:
         from luffy_kernels import token_losses as t
@@ -76,9 +103,38 @@ class Luffy(Grpo):
             "square_root": lambda: t.power(0.5, "prob", **bounds),
             "pow": lambda: t.power(o.exponent, "prob", **bounds),
         }
+        compared = {
+            "teacher": lambda: t.behaviour_ratio(1e-6, **bounds),
+            "shaped_teacher": lambda: t.shaped(o.gamma, "old", **bounds),
+        }
+        if o.compares:
+            return rollout[o.on_policy](), trace["shaped"](), compared[o.off_policy]()
         return rollout[o.on_policy](), trace[o.off_policy]()
+
+    def prepare(self, examples: list[Example]) -> None:
+        super().prepare(examples)
+        shown = [example for example in examples if self.may_choose(example)]
+        scored = sum(any(example.trace_logps[at] for at in self.may_choose(example)) for example in shown)
+        if self.options.compares and not scored:
+            raise UserError(
+                f"objective: off_policy {self.options.off_policy!r} compares with the teacher, and of {len(shown)} "
+                f"problems with traces none has its log-probs (target_logps); run luffy data score, or take shaped"
+            )
 
     def assign(self, group: Group, progress: float) -> list[Row]:
         for row in group.rows:
-            row.loss_id = TRACE if row.is_trace else ROLLOUT
+            row.loss_id = ROLLOUT if not row.is_trace else COMPARED if row.behaviour else TRACE
         return super().assign(group, progress)
+
+    def terms(self, groups: list[Group], progress: float) -> Terms:
+        terms = super().terms(groups, progress)
+        if self.options.parity:
+            rows = [row for group in groups for row in group.rows]
+            tokens = sum(len(group.example.prompt_ids) * len(group.rows) for group in groups)
+            tokens += sum(len(row.token_ids) for row in rows)
+            terms.normalizer = PUBLISHED
+            micro_batches = math.ceil(tokens / GPUS / 32768)
+            responses = max(1, sum(len(row.token_ids) for row in rows))
+            # sum / normalizer * coefficient = entropy_coef * micro-batches * mean entropy
+            terms.entropy_coef = self.options.entropy_coef * micro_batches * PUBLISHED / responses
+        return terms

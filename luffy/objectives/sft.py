@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from luffy.objectives import base
+from luffy.objectives.choice import TraceOptions
 
 if TYPE_CHECKING:
     from luffy_kernels.token_losses import TokenLoss
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Sft(base.Objective):
-    class Options(base.TraceOptions):
+    class Options(TraceOptions):
         name: Literal["sft"] = "sft"
         trace_filter: bool = False
         """Leave out traces that fail the verifier."""

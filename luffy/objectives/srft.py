@@ -15,7 +15,7 @@ from copy import copy
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from luffy.advantages import group_advantages
-from luffy.objectives.base import TraceOptions
+from luffy.objectives.choice import TraceOptions
 from luffy.objectives.grpo import ComparedOptions, Grpo
 from luffy.sections import Positive
 

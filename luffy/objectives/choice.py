@@ -1,0 +1,103 @@
+"""Which of a problem's traces join its group."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import PositiveInt
+
+from luffy.objectives.base import Options
+from luffy.sections import NonNegative
+
+if TYPE_CHECKING:
+    from luffy.data import Example
+
+
+class TraceOptions(Options):
+    """Of objectives that are shown traces: which of a problem's."""
+
+    traces: PositiveInt = 1
+    """Traces of a problem that join its group, at most."""
+    trace_choice: Literal["first", "random", "shortest", "longest", "likely", "unlikely", "curriculum"] = "first"
+    """Which of them, where a problem has more: as they come; drawn anew each time; by their tokens; by their perplexity
+    under the policy as it is, lowest or highest; `curriculum`: by tokens, short ones at first, long ones at last."""
+    trace_tokens: PositiveInt | None = None
+    """Tokens that the chosen ones may have together; one that does not fit is passed over. null: any number."""
+    trace_right: bool = False
+    """Only those that pass the verifier: with `shortest`, the shortest right one."""
+    trace_per_teacher: PositiveInt | None = None
+    """Of one teacher's, at most so many; null: any number."""
+    teacher_weights: dict[str, NonNegative] = {}
+    """Teacher -> how often its traces are drawn, relative to others (which have 1), with `trace_choice = "random"`; 0:
+    never, whatever the choice."""
+
+    @property
+    def shown(self) -> int:
+        return self.traces
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Known:
+    """What a choice may depend on beside the options. progress: the share of the run's steps that is over."""
+
+    seed: int = 0
+    progress: float = 0.0
+    right: Sequence[bool] | None = None
+    """Of each trace, whether it passes the verifier; only `trace_right` asks."""
+    logp: Sequence[float] | None = None
+    """Of each trace, the policy's mean log-prob of a token; only `likely` and `unlikely` ask."""
+
+
+def allowed(example: Example, options: TraceOptions) -> list[int]:
+    """Numbers of the traces that may be chosen, whatever else is known."""
+    most = options.trace_tokens or math.inf
+    weights = options.teacher_weights
+    return [
+        at
+        for at, trace in enumerate(example.traces)
+        if len(trace) <= most and weights.get(example.teachers[at], 1.0) > 0
+    ]
+
+
+def choose(example: Example, options: TraceOptions, known: Known) -> list[int]:
+    """Numbers of the traces of a problem that join its group, in the order of the choice."""
+    candidates = allowed(example, options)
+    if options.trace_right and known.right is not None:
+        candidates = [at for at in candidates if known.right[at]]
+    most, left = options.traces, options.trace_tokens or math.inf
+    found: list[int] = []
+    for at in _in_order(candidates, example, options, known):
+        teacher, size = example.teachers[at], len(example.traces[at])
+        theirs = sum(example.teachers[other] == teacher for other in found)
+        if len(found) < most and size <= left and theirs < (options.trace_per_teacher or math.inf):
+            found.append(at)
+            left -= size
+    return found
+
+
+def _in_order(candidates: list[int], example: Example, options: TraceOptions, known: Known) -> list[int]:
+    def tokens(at: int) -> int:
+        return len(example.traces[at])
+
+    match options.trace_choice:
+        case "random":
+            # the order of u^(1/w), largest first, is a draw by weights without replacement (Efraimidis and Spirakis)
+            rng = random.Random(known.seed)
+            weights = [options.teacher_weights.get(example.teachers[at], 1.0) for at in candidates]
+            keys = {at: rng.random() ** (1 / weight) for at, weight in zip(candidates, weights, strict=True)}
+            return sorted(candidates, key=keys.__getitem__, reverse=True)
+        case "shortest" | "longest":
+            return sorted(candidates, key=tokens, reverse=options.trace_choice == "longest")
+        case "likely" | "unlikely":
+            if known.logp is None:
+                return candidates
+            return sorted(candidates, key=known.logp.__getitem__, reverse=options.trace_choice == "likely")
+        case "curriculum":
+            by_tokens = sorted(candidates, key=tokens)
+            first = max(0, min(int(known.progress * len(by_tokens)), len(by_tokens) - options.traces))
+            return by_tokens[first:] + by_tokens[:first][::-1]
+    return candidates
