@@ -189,7 +189,7 @@ def test_a_gsm8k_row_without_gold_is_named(tmp_path):
 
 def test_bad_parquet_columns_are_named(tmp_path):
     path = write_parquet(tmp_path / "bad.parquet", [{"question": "x", "solution": "y"}])
-    with pytest.raises(DataError, match="column 'prompt' is missing, the nearest column present is"):
+    with pytest.raises(DataError, match="column 'problem' is missing, the nearest column present is 'solution'"):
         load_problems(path)
     path = write_parquet(tmp_path / "bad.parquet", [row(), row(reward_model={"ground_truth": None, "style": "rule"})])
     with pytest.raises(DataError, match="row 2: column 'reward_model.ground_truth' must be"):
