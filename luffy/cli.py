@@ -11,6 +11,7 @@ from typing import Any
 
 from luffy.errors import UserError
 from luffy.launch import add_options
+from luffy.prepare.command import add_prepare, run_prepare
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -90,8 +91,10 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("question")
     _add_model_options(generate, temperature=0.6)
 
-    data = commands.add_parser("data", help="look at problems before a run is spent on them")
-    check = data.add_subparsers(dest="what", required=True, metavar="check").add_parser(
+    data = commands.add_parser("data", help="look at problems before a run is spent on them, or prepare them")
+    whats = data.add_subparsers(dest="what", required=True, metavar="check|prepare")
+    add_prepare(whats)
+    check = whats.add_parser(
         "check", help="lengths, rendering, traces by the verifier, problems that are also judged by"
     )
     check.add_argument("file", metavar="FILE", help="parquet or JSONL file, folder, or dataset id")
@@ -226,6 +229,9 @@ def run_eval(args: argparse.Namespace, _: list[str]) -> int:
 
 def run_data(args: argparse.Namespace, _: list[str]) -> int:
     """0, or 1 where something is wrong with the problems."""
+    if args.what == "prepare":
+        _quiet()
+        return run_prepare(args)
     import json
     from contextlib import nullcontext
 

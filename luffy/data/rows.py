@@ -5,6 +5,7 @@ Deliberately absent: caching, downloads other than through the `datasets` packag
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,23 +25,28 @@ class SourceRow(NamedTuple):
 
 
 def read_rows(
-    source: str | Path, split: str | None = None, *, streaming: bool = False, revision: str | None = None
+    source: str | Path,
+    split: str | None = None,
+    *,
+    skip: int = 0,
+    streaming: bool = False,
+    revision: str | None = None,
 ) -> Iterator[SourceRow]:
     """Rows in the source's order, read as they are asked for.
 
-    source, split: as `load_problems` takes them. streaming: a Hugging Face data set is not downloaded first.
-    revision: of a Hugging Face data set.
+    source, split: as `load_problems` takes them. skip: so many of the first rows.
+    streaming: a Hugging Face data set is not downloaded first. revision: of a Hugging Face data set.
     Raises DataError with one sentence.
     """
     path = Path(source).expanduser()
     if path.is_dir():
-        return (row for file in files_of(path, split) for row in _read(file))
+        return islice((row for file in files_of(path, split) for row in _read(file)), skip, None)
     if path.is_file():
-        return _of_split(_read(path), split, path)
+        return islice(_of_split(_read(path), split, path), skip, None)
     if not is_hub_id(source):
         raise DataError(f"{source}: no such file or folder, and not a Hugging Face data set id (owner/name)")
     options = {"streaming": True} if streaming else {}
-    return _hub_rows(str(source), split or "train", options | ({"revision": revision} if revision else {}))
+    return _hub_rows(str(source), split or "train", skip, options | ({"revision": revision} if revision else {}))
 
 
 def is_hub_id(source: str | Path) -> bool:
@@ -127,7 +133,7 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         raise DataError(f"{path}: unreadable after line {number}: {error}") from error
 
 
-def _hub_rows(source: str, split: str, options: Mapping[str, Any]) -> Iterator[SourceRow]:
+def _hub_rows(source: str, split: str, skip: int, options: Mapping[str, Any]) -> Iterator[SourceRow]:
     name, _, config = source.partition(":")
     try:
         from datasets import load_dataset
@@ -137,7 +143,8 @@ def _hub_rows(source: str, split: str, options: Mapping[str, Any]) -> Iterator[S
         ) from error
     number = 0
     try:
-        for number, row in enumerate(load_dataset(name, config or None, split=split, **options), start=1):
+        rows = load_dataset(name, config or None, split=split, **options)
+        for number, row in enumerate(rows.skip(skip) if skip else rows, start=skip + 1):
             yield SourceRow(f"{source}, row {number}", source, number - 1, row)
     except Exception as error:  # of whichever of its HTTP clients
         reason = (str(error).splitlines() or ["no reason given"])[0]

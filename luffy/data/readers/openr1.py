@@ -8,15 +8,20 @@ from luffy.data.columns import Row, answers, asked, distinct, scalars, texts, wr
 from luffy.data.problem import DataError, Problem
 
 RIGHT, COMPLETE = "correctness_math_verify", "is_reasoning_complete"
+TEACHER = "DeepSeek-R1"
 
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """A text, and what its source says of it; what it says nothing of counts as true."""
+    """A text, and what its source says of it; what it says nothing of counts as true.
+
+    teacher: who wrote it, "" where nobody says.
+    """
 
     text: str
     right: bool = True
     complete: bool = True
+    teacher: str = ""
 
 
 def read_openr1(row: Row, *, name: str, number: int, where: str) -> Problem:
@@ -40,7 +45,7 @@ def generations(row: Row, where: str) -> list[Generation]:
         found = ["" if text is None else text for text in found]
     found = texts({"generations": found}, "generations", where)
     right, complete = (_marks(row, column, len(found), where) for column in (RIGHT, COMPLETE))
-    return [Generation(*one) for one in zip(found, right, complete, strict=True)]
+    return [Generation(*one, teacher=TEACHER) for one in zip(found, right, complete, strict=True)]
 
 
 def _marks(row: Row, column: str, count: int, where: str) -> list[bool]:
