@@ -3,8 +3,9 @@
 Deliberately absent: caching, downloads other than through the `datasets` package.
 """
 
+import gc
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,7 +32,7 @@ def read_rows(
     skip: int = 0,
     streaming: bool = False,
     revision: str | None = None,
-) -> Iterator[SourceRow]:
+) -> Generator[SourceRow, None, None]:
     """Rows in the source's order, read as they are asked for.
 
     source, split: as `load_problems` takes them. skip: so many of the first rows.
@@ -40,13 +41,15 @@ def read_rows(
     """
     path = Path(source).expanduser()
     if path.is_dir():
-        return islice((row for file in files_of(path, split) for row in _read(file)), skip, None)
-    if path.is_file():
-        return islice(_of_split(_read(path), split, path), skip, None)
-    if not is_hub_id(source):
+        yield from islice((row for file in files_of(path, split) for row in _read(file)), skip, None)
+    elif path.is_file():
+        yield from islice(_of_split(_read(path), split, path), skip, None)
+    elif not is_hub_id(source):
         raise DataError(f"{source}: no such file or folder, and not a Hugging Face data set id (owner/name)")
-    options = {"streaming": True} if streaming else {}
-    return _hub_rows(str(source), split or "train", skip, options | ({"revision": revision} if revision else {}))
+    else:
+        options: dict[str, Any] = {"streaming": True} if streaming else {}
+        options |= {"revision": revision} if revision else {}
+        yield from _hub_rows(str(source), split or "train", skip, options)
 
 
 def is_hub_id(source: str | Path) -> bool:
@@ -133,7 +136,7 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         raise DataError(f"{path}: unreadable after line {number}: {error}") from error
 
 
-def _hub_rows(source: str, split: str, skip: int, options: Mapping[str, Any]) -> Iterator[SourceRow]:
+def _hub_rows(source: str, split: str, skip: int, options: Mapping[str, Any]) -> Generator[SourceRow, None, None]:
     name, _, config = source.partition(":")
     try:
         from datasets import load_dataset
@@ -141,7 +144,7 @@ def _hub_rows(source: str, split: str, skip: int, options: Mapping[str, Any]) ->
         raise DataError(
             f"{source}: not a file here, and a Hugging Face data set needs the datasets package (pip install datasets)"
         ) from error
-    number = 0
+    number, rows = 0, None
     try:
         rows = load_dataset(name, config or None, split=split, **options)
         for number, row in enumerate(rows.skip(skip) if skip else rows, start=skip + 1):
@@ -150,3 +153,7 @@ def _hub_rows(source: str, split: str, skip: int, options: Mapping[str, Any]) ->
         reason = (str(error).splitlines() or ["no reason given"])[0]
         after = f"broke off after row {number}" if number else "offline or no such data set"
         raise DataError(f"{source}: split {split!r} could not be loaded, {after}: {reason}") from error
+    finally:
+        # Arrow ends the process with an abort where a stream that was not read to its end lives until then.
+        del rows
+        gc.collect()

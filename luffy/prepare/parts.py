@@ -5,8 +5,8 @@ killed and taken up again ends in the same bytes. Memory is one part's rows, and
 """
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, closing
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,8 @@ def prepare(options: Options, out: str | Path, progress: Callable[[Tally], None]
         sieve = make_sieve(options, stack)
         paths = _resume(work, sieve, tally)
         first = len(paths) * options.part_rows
-        for rows in _batches(_source(options, wanted["revision"], first), options.part_rows):
+        source = stack.enter_context(closing(_source(options, wanted["revision"], first)))
+        for rows in _batches(source, options.part_rows):
             kept, counts = sieve.sift(rows, first)
             first += len(rows)
             paths.append(_part(work, len(paths)))
@@ -83,9 +84,9 @@ def _resume(work: Path, sieve: Sieve, tally: Tally) -> list[Path]:
     return paths
 
 
-def _source(options: Options, revision: str | None, skip: int) -> Iterator[SourceRow]:
-    rows = read_rows(options.place, options.split, streaming=True, revision=revision, skip=skip)
-    return rows if options.limit is None else islice(rows, max(0, options.limit - skip))
+def _source(options: Options, revision: str | None, skip: int) -> Generator[SourceRow, None, None]:
+    with closing(read_rows(options.place, options.split, streaming=True, revision=revision, skip=skip)) as rows:
+        yield from rows if options.limit is None else islice(rows, max(0, options.limit - skip))
 
 
 def _batches(rows: Iterator[SourceRow], size: int) -> Iterator[list[SourceRow]]:
