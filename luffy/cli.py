@@ -107,6 +107,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--model", default="embedded:smollm2-135m-instruct", help="whose tokenizer (default: %(default)s)"
     )
     check.add_argument("--prompt-style", choices=("chat", "luffy", "plain"), default="chat")
+    check.add_argument("--max-prompt-tokens", type=_positive, default=1024, metavar="N", help="default: %(default)s")
+    check.add_argument("--max-trace-tokens", type=_positive, default=8192, metavar="N", help="default: %(default)s")
     check.add_argument("--json", action="store_true", help="print what was found as JSON")
 
     commands.add_parser("doctor", help="what this machine has, what it lacks, and what was never run")
@@ -251,7 +253,8 @@ def run_data(args: argparse.Namespace, _: list[str]) -> int:
         graded = args.grader != "none"
         pool = VerifierPool(args.grader, reward.workers, reward.timeout_s) if graded else nullcontext()
         with pool as verifier:
-            found = check(problems, template, verifier, against, words=args.words)
+            limits = {name: getattr(args, name) for name in ("max_prompt_tokens", "max_trace_tokens")}
+            found = check(problems, template, verifier, against, words=args.words, **limits)
     print(json.dumps(found.record(), indent=1) if args.json else "\n".join(report(found, problems, template)))
     return int(bool(found.wrong))
 
