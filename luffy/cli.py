@@ -11,6 +11,7 @@ from typing import Any
 
 from luffy.errors import UserError
 from luffy.launch import add_options
+from luffy.prepare.command import add_prepare, run_prepare
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -90,8 +91,10 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("question")
     _add_model_options(generate, temperature=0.6)
 
-    data = commands.add_parser("data", help="look at problems before a run is spent on them")
-    check = data.add_subparsers(dest="what", required=True, metavar="check").add_parser(
+    data = commands.add_parser("data", help="look at problems before a run is spent on them, or prepare them")
+    whats = data.add_subparsers(dest="what", required=True, metavar="check|prepare")
+    add_prepare(whats)
+    check = whats.add_parser(
         "check", help="lengths, rendering, traces by the verifier, problems that are also judged by"
     )
     check.add_argument("file", metavar="FILE", help="parquet or JSONL file, folder, or dataset id")
@@ -104,6 +107,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--model", default="embedded:smollm2-135m-instruct", help="whose tokenizer (default: %(default)s)"
     )
     check.add_argument("--prompt-style", choices=("chat", "luffy", "plain"), default="chat")
+    check.add_argument("--max-prompt-tokens", type=_positive, default=1024, metavar="N", help="default: %(default)s")
+    check.add_argument("--max-trace-tokens", type=_positive, default=8192, metavar="N", help="default: %(default)s")
     check.add_argument("--json", action="store_true", help="print what was found as JSON")
 
     commands.add_parser("doctor", help="what this machine has, what it lacks, and what was never run")
@@ -226,6 +231,9 @@ def run_eval(args: argparse.Namespace, _: list[str]) -> int:
 
 def run_data(args: argparse.Namespace, _: list[str]) -> int:
     """0, or 1 where something is wrong with the problems."""
+    if args.what == "prepare":
+        _quiet()
+        return run_prepare(args)
     import json
     from contextlib import nullcontext
 
@@ -245,7 +253,8 @@ def run_data(args: argparse.Namespace, _: list[str]) -> int:
         graded = args.grader != "none"
         pool = VerifierPool(args.grader, reward.workers, reward.timeout_s) if graded else nullcontext()
         with pool as verifier:
-            found = check(problems, template, verifier, against, words=args.words)
+            limits = {name: getattr(args, name) for name in ("max_prompt_tokens", "max_trace_tokens")}
+            found = check(problems, template, verifier, against, words=args.words, **limits)
     print(json.dumps(found.record(), indent=1) if args.json else "\n".join(report(found, problems, template)))
     return int(bool(found.wrong))
 

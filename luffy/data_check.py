@@ -1,8 +1,8 @@
 """`luffy data check`: what a file of problems holds, before a run is spent on it.
 
 Reads it as training would, then says how long prompts and traces are, how three problems look as the model sees them,
-whether the verifier agrees with the traces, and which problems are also among those that a run is judged by: the same
-question, less spaces and case, or one that shares so many words in a row.
+what training would leave out, whether the verifier agrees with the traces, and which problems are also among those that
+a run is judged by: the same question, less spaces and case, or one that shares so many words in a row.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from luffy.data import Problem
+from luffy.data.examples import TRACE_FAULTS, encode_trace, within
+from luffy.data.think import CLOSE
+from luffy.rewards.graders import SYMBOLIC, last_boxed
 
 if TYPE_CHECKING:
     from luffy.prompts import PromptTemplate
@@ -32,7 +35,9 @@ class Checked:
 
     problems: int
     without_trace: int = 0
+    without_answer: int = 0
     traces: int = 0
+    left_out: Counter[str] = field(default_factory=Counter)
     prompt_lengths: list[int] = field(default_factory=list)
     trace_lengths: list[int] = field(default_factory=list)
     verdicts: Counter[str] = field(default_factory=Counter)
@@ -42,8 +47,11 @@ class Checked:
     def record(self) -> dict[str, Any]:
         lengths = {"prompt_tokens": self.prompt_lengths, "trace_tokens": self.trace_lengths}
         spread = {name: [min(x), sorted(x)[len(x) // 2], max(x)] for name, x in lengths.items() if x}
-        found = {"problems": self.problems, "without_trace": self.without_trace, "traces": self.traces}
-        return found | spread | {"verdicts": dict(self.verdicts), "overlaps": self.overlaps, "wrong": self.wrong}
+        found: dict[str, Any] = {"problems": self.problems, "without_trace": self.without_trace, "traces": self.traces}
+        counts = {"without_answer": self.without_answer, "left_out": dict(self.left_out)}
+        return (
+            found | counts | spread | {"verdicts": dict(self.verdicts), "overlaps": self.overlaps, "wrong": self.wrong}
+        )
 
 
 def check(
@@ -53,25 +61,18 @@ def check(
     against: Mapping[str, Sequence[Problem]],
     *,
     words: int = 13,
+    max_prompt_tokens: int = 1024,
+    max_trace_tokens: int = 8192,
 ) -> Checked:
     """
     Args:
         verifier: grades every trace; None: none is graded.
         against: problems that a run is judged by, by the name of their source.
         words: in a row that two questions share to be called alike (13: as GPT-3 was cleaned, arXiv 2005.14165).
+        max_prompt_tokens, max_trace_tokens: as `tokenize` takes them.
     """
     found = Checked(problems=len(problems), without_trace=sum(not problem.traces for problem in problems))
-    broken = []
-    for problem in problems:
-        found.prompt_lengths.append(len(template.encode_prompt(problem.messages)))
-        for text in problem.traces:
-            found.traces += 1
-            try:
-                found.trace_lengths.append(len(template.encode_trace(text)))
-            except ValueError as error:
-                broken.append(f"{problem.id} ({error})")
-    if broken:
-        found.wrong.append(f"{len(broken)} traces cannot be encoded, {named(broken)}")
+    encode(found, problems, template, max_prompt_tokens, max_trace_tokens)
     if verifier is not None:
         grade(found, problems, verifier)
     for name, others in against.items():
@@ -83,12 +84,58 @@ def check(
     return found
 
 
+FAULTS = {
+    "without_answer": "problems have no verifiable answer",
+    "prompts_too_long": "prompts are too long",
+    "prompts_outside": "prompts have tokens outside the model's vocabulary",
+    **{fault: f"traces cannot be learnt from: {words}" for fault, words in TRACE_FAULTS.items()},
+    "traces_open": "traces never close the think tag that the prompt opens",
+}
+
+
+def encode(
+    found: Checked, problems: Sequence[Problem], template: PromptTemplate, max_prompt: int, max_trace: int
+) -> None:
+    """Lengths in tokens, and what training would leave out because of what it is as tokens."""
+    faults: dict[str, list[str]] = {name: [] for name in FAULTS}
+    for problem in problems:
+        prompt_ids = template.encode_prompt(problem.messages)
+        found.prompt_lengths.append(len(prompt_ids))
+        for name, wrong in (
+            ("without_answer", not problem.answer),
+            ("prompts_too_long", len(prompt_ids) > max_prompt),
+            ("prompts_outside", not within(prompt_ids, template.vocab_size)),
+        ):
+            if wrong:
+                faults[name].append(problem.id)
+        for text in problem.traces:
+            found.traces += 1
+            trace, fault = encode_trace(text, template, max_trace)
+            if trace:
+                found.trace_lengths.append(len(trace))
+            if not fault and template.opens_think and CLOSE not in text:
+                fault = "traces_open"
+            if fault:
+                faults[fault].append(problem.id)
+    found.without_answer = len(faults["without_answer"])
+    for name, ids in faults.items():
+        if ids:
+            found.left_out[name] = len(ids)
+            found.wrong.append(f"{len(ids)} {FAULTS[name]}, {named(ids)}")
+
+
 def grade(found: Checked, problems: Sequence[Problem], verifier: VerifierPool) -> None:
-    pairs = [(problem.id, text, problem.answer) for problem in problems for text in problem.traces]
+    pairs = [(problem.id, text, problem.answer) for problem in problems if problem.answer for text in problem.traces]
     verdicts = verifier.grade([(text, answer) for _, text, answer in pairs])
     said = ["right" if v.reward >= 1 else "wrong" if v.status == "ok" else v.status for v in verdicts]
+    if verifier.grader in SYMBOLIC:
+        empty = [last_boxed(text) is None for _, text, _ in pairs]
+        said = ["no answer" if what == "wrong" and none else what for what, none in zip(said, empty, strict=True)]
     found.verdicts.update(said)
     wrong = [id for (id, _, _), verdict in zip(pairs, said, strict=True) if verdict != "right"]
+    without = [id for (id, _, _), verdict in zip(pairs, said, strict=True) if verdict == "no answer"]
+    if without:
+        found.wrong.append(f"{len(without)} traces have no \\boxed{{}} nor another verifiable answer, {named(without)}")
     if wrong:
         found.wrong.append(f"the verifier does not accept {len(wrong)} of {len(pairs)} traces, {named(wrong)}")
 

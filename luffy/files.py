@@ -60,6 +60,19 @@ def write_text(path: Path, text: str) -> None:
             raise
 
 
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A temporary name that becomes `path`, flushed to the disk, if the block succeeds, and vanishes if it does not."""
+    temporary = temporary_name(path)
+    with disk_errors(f"cannot write {path.name}"):
+        try:
+            yield temporary
+            _flush(temporary)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
 def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 

@@ -46,6 +46,7 @@ class PromptTemplate:
         `luffy`, whose system text is fixed, it must be None.
     chat_template: a Jinja text used instead of the tokenizer's own (say, `CHATML`); `chat` only.
     eos_token: the token that ends a trace and must stop generation; the tokenizer's own by default.
+    vocab_size: ids that the model has an embedding for; None: not known. Kept for who encodes data, not checked here.
     Raises ValueError when the tokenizer has no chat template or no EOS, and when the template closes a turn with
     another token than the EOS: the model would learn to end turns in a way that generation does not stop on.
     """
@@ -58,6 +59,7 @@ class PromptTemplate:
         system: str | None = None,
         chat_template: str | None = None,
         eos_token: str | None = None,
+        vocab_size: int | None = None,
     ) -> None:
         if style not in get_args(Style):
             raise ValueError(f"PromptTemplate: style must be among {', '.join(get_args(Style))}, got {style!r}")
@@ -71,6 +73,7 @@ class PromptTemplate:
                 "give one as chat_template, or use style 'luffy' or 'plain'"
             )
         self.tokenizer, self.style, self.system, self.chat_template = tokenizer, style, system, chat_template
+        self.vocab_size = vocab_size
         self.eos_token_id = self._find_eos(eos_token)
         self._eos_text = str(tokenizer.convert_ids_to_tokens(self.eos_token_id))
         # Whether the prompt itself opens the think block, so that a trace must not open it again.

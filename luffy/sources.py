@@ -34,7 +34,19 @@ def load_template(path: str, config: ModelConfig) -> PromptTemplate:
             if config.eos_token not in tokenizer.get_vocab():
                 raise ValueError(f"model.eos_token {config.eos_token!r} is not a token of the tokenizer")
             tokenizer.eos_token = config.eos_token
-        return PromptTemplate(tokenizer, style=config.prompt_style, system=config.system)
+        size = _vocab_size(path, config)
+        return PromptTemplate(tokenizer, style=config.prompt_style, system=config.system, vocab_size=size)
+
+
+def _vocab_size(path: str, config: ModelConfig) -> int | None:
+    """None where the tokenizer comes without a model."""
+    from transformers import AutoConfig
+
+    try:
+        found = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+    except (ValueError, OSError):
+        return None
+    return getattr(found.get_text_config(), "vocab_size", None)
 
 
 def generated(config: Config) -> dict[str, Path]:

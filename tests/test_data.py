@@ -51,6 +51,9 @@ def shared(name):
 class Letters:
     """A stand-in for a prompt template: one id a character, EOS 0, and '#' spells an EOS inside a trace."""
 
+    opens_think = False
+    vocab_size: int | None = None
+
     def encode_prompt(self, messages):
         return [ord(c) for message in messages for c in message["content"]]
 
@@ -189,7 +192,7 @@ def test_a_gsm8k_row_without_gold_is_named(tmp_path):
 
 def test_bad_parquet_columns_are_named(tmp_path):
     path = write_parquet(tmp_path / "bad.parquet", [{"question": "x", "solution": "y"}])
-    with pytest.raises(DataError, match="column 'prompt' is missing, the nearest column present is"):
+    with pytest.raises(DataError, match="column 'problem' is missing, the nearest column present is 'solution'"):
         load_problems(path)
     path = write_parquet(tmp_path / "bad.parquet", [row(), row(reward_model={"ground_truth": None, "style": "rule"})])
     with pytest.raises(DataError, match="row 2: column 'reward_model.ground_truth' must be"):
@@ -275,6 +278,22 @@ def test_tokenize_filters_and_counts():
     line = str(report)
     assert "\n" not in line
     assert "kept 4 of 6 problems: 2 prompts too long (e.g. longest); kept 2 of 5 traces: 2 too long, 1 with" in line
+
+
+def test_traces_that_cannot_be_learnt_from_are_dropped_and_counted():
+    template = Letters()
+    template.vocab_size = 200
+    opened = ("<think>\na</think>b", "<think>\na", "<think>a<think>b</think>c", "<think>a</think>b</think>", "\xff")
+    given = [problem("tags", traces=opened), problem("outside", question="\xff"), problem("fine", traces=("ab",))]
+    given.append(Problem(id="bare", data_source="d", messages=given[0].messages, answer="", traces=("ab",)))
+    examples, report = tokenize(given, template, max_prompt_tokens=20, max_trace_tokens=50)
+    assert [(example.problem.id, len(example.traces)) for example in examples] == [("tags", 1), ("fine", 1)]
+    assert (report.no_answer, report.prompts_outside, report.traces) == (1, 1, 6)
+    assert (report.traces_unclosed, report.traces_repeated, report.traces_outside) == (1, 2, 1)
+    line = str(report)
+    for words in ("1 without an answer (e.g. bare)", "kept 2 of 6 traces", "2 with a think tag twice (e.g. tags)"):
+        assert words in line
+    assert "never closed" not in str(tokenize([problem("a")], Letters(), max_prompt_tokens=9, max_trace_tokens=9)[1])
 
 
 def test_nothing_left_is_an_error_that_says_why():

@@ -45,14 +45,52 @@ def test_every_fault_is_found_and_named(files):
     assert found.overlaps == {"test": [ids[1], ids[2]]}
     assert len(found.trace_lengths) == 3
     said = " ".join(found.wrong)
-    for words in ("1 traces cannot be encoded", "does not accept 1 of 4 traces", "2 problems are among those of test",
+    for words in ("1 traces cannot be learnt from: with an EOS inside",
+                  "does not accept 1 of 4 traces", "2 problems are among those of test",
                   "1 questions are there more than once"):  # fmt: skip
         assert words in said
     assert ids[0] in found.wrong[1]
+    assert found.left_out == {"traces_broken": 1}
     text = "\n".join(report(found, problems[:1], template))
     assert "<|im_start|>user\n1 + 1?<|im_end|>" in text
     assert "It is \\boxed{2}.<|im_end|>" in text  # with the token that ends it
     assert "! 1 traces" in text
+
+
+def test_what_training_would_leave_out_is_named(tmp_path):
+    rows = [
+        {"prompt": "1 + 1?", "answer": "2", "traces": ["<think>\n\\boxed{2}", "<think><think></think>\\boxed{2}"]},
+        {"prompt": "2 + 2?", "answer": None, "traces": ["\\boxed{4}"]},
+        {"prompt": "3 + 3?", "answer": "6", "traces": ["It is what it is.", "\\boxed{6}" + "!" * 60, "\\boxed{5}"]},
+        {"prompt": "why" * 30, "answer": "7", "traces": []},
+        {"prompt": "\u00ad", "answer": "8", "traces": ["\\boxed{8}\u00ad"]},
+    ]
+    path = tmp_path / "mine.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = make_tokenizer()
+    template = PromptTemplate(tokenizer, vocab_size=len(tokenizer) - 1)  # one byte of U+00AD is outside
+    limits = {"max_prompt_tokens": 80, "max_trace_tokens": 50}
+    with VerifierPool("answer", workers=1) as pool:
+        found = check(load_problems(path), template, pool, {}, **limits)
+    assert found.without_answer == 1
+    assert found.left_out == {
+        "without_answer": 1,
+        "prompts_too_long": 1,
+        "prompts_outside": 1,
+        "traces_too_long": 1,
+        "traces_unclosed": 1,
+        "traces_repeated": 1,
+        "traces_outside": 1,
+    }
+    assert found.verdicts == {"right": 4, "no answer": 1, "wrong": 1}, "nothing is graded where there is no answer"
+    said = "\n".join(found.wrong)
+    for words in ("1 problems have no verifiable answer, such as mine/1", "1 prompts are too long, such as mine/3",
+                  "never closed, such as mine/0", "tag twice, such as mine/0",
+                  "outside the model's vocabulary, such as mine/4",
+                  "1 traces have no \\boxed{} nor another verifiable answer, such as mine/2"):  # fmt: skip
+        assert words in said, words
+    opening = PromptTemplate(tokenizer, style="luffy")
+    assert check(load_problems(path), opening, None, {}).left_out["traces_open"] == 5
 
 
 def test_nothing_wrong_is_said_too(tmp_path):

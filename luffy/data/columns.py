@@ -1,0 +1,83 @@
+"""Take values out of a row, or say in one sentence which column holds what it must not."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from luffy.data.problem import DataError
+
+Row = Mapping[str, Any]
+
+
+def typed(row: Row, column: str, kind: type, meaning: str, where: str) -> Any:
+    value = row.get(column)
+    if not isinstance(value, kind):
+        raise wrong_type(column, meaning, value, where)
+    return value
+
+
+def text(row: Row, column: str, where: str) -> str:
+    """A string; "" for null or an absent column."""
+    value = row.get(column)
+    return "" if value is None else typed(row, column, str, "a string", where)
+
+
+def texts(row: Row, column: str, where: str) -> list[str]:
+    """A list of strings; empty for null or an absent column."""
+    value = row.get(column)
+    if value is None:
+        return []
+    if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+        raise wrong_type(column, "a list of strings", value, where)
+    return value
+
+
+def lists(row: Row, column: str, where: str) -> list[list[Any]]:
+    """A list of lists; empty for null or an absent column."""
+    value = row.get(column)
+    if value is None:
+        return []
+    if not isinstance(value, list) or not all(isinstance(one, list) for one in value):
+        raise wrong_type(column, "a list of lists", value, where)
+    return value
+
+
+def turns(row: Row, column: str, where: str) -> tuple[Mapping[str, str], ...]:
+    """Chat turns as {role, content}; whatever else a turn holds is left out."""
+    found = typed(row, column, list, "a list of {content, role}", where)
+    for turn in found:
+        if not isinstance(turn, Mapping) or not all(isinstance(turn.get(key), str) for key in ("role", "content")):
+            raise wrong_type(column, "a list of {content, role} with string values", turn, where)
+    if not found:
+        raise DataError(f"{where}: column {column!r} must not be empty")
+    return tuple({"role": turn["role"], "content": turn["content"]} for turn in found)
+
+
+def asked(row: Row, column: str, where: str) -> tuple[Mapping[str, str], ...]:
+    """The one user turn of a question that must not be empty."""
+    question = typed(row, column, str, "a string", where)
+    if not question.strip():
+        raise DataError(f"{where}: column {column!r} must not be empty")
+    return ({"role": "user", "content": question},)
+
+
+def answers(row: Row, column: str, where: str) -> str | tuple[str, ...]:
+    """The accepted answer or answers; "" for null, an absent column and an empty text."""
+    value = row.get(column)
+    if isinstance(value, list) and value and all(isinstance(one, str) and one.strip() for one in value):
+        return tuple(value)
+    if value is None or isinstance(value, str):
+        return (value or "").strip()
+    raise wrong_type(column, "a string, or a list of strings that are not empty", value, where)
+
+
+def distinct(found: Iterable[str]) -> tuple[str, ...]:
+    """The first of equal texts, in order; an empty text is none."""
+    return tuple(dict.fromkeys(one for one in found if one))
+
+
+def scalars(row: Row, *names: str) -> dict[str, Any]:
+    return {name: row[name] for name in names if isinstance(row.get(name), str | int | float)}
+
+
+def wrong_type(column: str, meaning: str, value: Any, where: str) -> DataError:
+    return DataError(f"{where}: column {column!r} must be {meaning}, got {type(value).__name__} {value!r:.60}")

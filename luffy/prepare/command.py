@@ -1,0 +1,69 @@
+"""`luffy data prepare` on the command line. Heavy imports happen inside `run_prepare`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from luffy.prepare.tally import Tally
+
+
+def add_prepare(commands: Any) -> None:
+    parser = commands.add_parser(
+        "prepare",
+        help="make a training set in LUFFY's schema, each filter counted",
+        description="Write a training set in LUFFY's schema, and report.json with what each filter left out. A call "
+        "that was killed is taken up again by the same command.",
+    )
+    parser.add_argument("source", metavar="SOURCE", help="openr1, a file, a folder, or a dataset id")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder of train.parquet and report.json")
+    parser.add_argument("--split", help="of a folder, file or dataset id (default: the only one, or `train`)")
+    parser.add_argument("--revision", metavar="COMMIT", help="of a dataset id (default: the newest)")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N problems")
+    parser.add_argument("--traces", type=int, default=1, metavar="N", help="of each problem at most (default: 1)")
+    parser.add_argument("--max-tokens", type=int, default=8192, metavar="N", help="of a trace (default: %(default)s)")
+    parser.add_argument("--max-prompt-tokens", type=int, metavar="N", help="default: training filters prompts itself")
+    parser.add_argument(
+        "--tokenizer",
+        default="Qwen/Qwen2.5-Math-7B",
+        metavar="NAME",
+        help="that counts tokens: folder, Hugging Face id or embedded: (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--verify",
+        nargs="?",
+        const="answer",
+        metavar="GRADER",
+        help="grade the traces, whatever the source says of them",
+    )
+    parser.add_argument("--complement", metavar="FILE", help="leave out the problems that FILE has")
+    parser.add_argument("--no-system", dest="system", action="store_false", help="leave out LUFFY's system turn")
+
+
+def run_prepare(args: argparse.Namespace) -> int:
+    import dataclasses
+
+    from luffy.errors import user_errors
+    from luffy.prepare.options import Options
+    from luffy.prepare.parts import prepare
+    from luffy.prepare.tally import Tally
+
+    given = {
+        field.name: getattr(args, field.name) for field in dataclasses.fields(Options) if hasattr(args, field.name)
+    }
+    with user_errors("data"):
+        try:
+            report = prepare(Options(**given), args.out, _progress)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("interrupted; the same command goes on from here") from None
+    print("\n".join(Tally.of(report).lines()))
+    print(f"{args.out}/{report['file']}, what was left out in {args.out}/report.json")
+    return 0
+
+
+def _progress(tally: Tally) -> None:
+    if sys.stderr.isatty():
+        end = f"\r{tally.problems['read']:,} problems read, {tally.problems['kept']:,} kept "
+        print(end, end="", file=sys.stderr, flush=True)
