@@ -91,7 +91,9 @@ def build_parser() -> argparse.ArgumentParser:
     _add_model_options(generate, temperature=0.6)
 
     data = commands.add_parser("data", help="look at problems before a run is spent on them")
-    check = data.add_subparsers(dest="what", required=True, metavar="check").add_parser(
+    what = data.add_subparsers(dest="what", required=True, metavar="check|score")
+    _add_score(what)
+    check = what.add_parser(
         "check", help="lengths, rendering, traces by the verifier, problems that are also judged by"
     )
     check.add_argument("file", metavar="FILE", help="parquet or JSONL file, folder, or dataset id")
@@ -108,6 +110,30 @@ def build_parser() -> argparse.ArgumentParser:
 
     commands.add_parser("doctor", help="what this machine has, what it lacks, and what was never run")
     return parser
+
+
+def _add_score(commands: Any) -> None:
+    score = commands.add_parser("score", help="add the log-probs of traces under the model that wrote them")
+    score.add_argument("file", metavar="FILE", help="parquet or JSONL file in LUFFY's schema; it stays as it is")
+    score.add_argument("--model", required=True, metavar="TEACHER", help="model folder or Hugging Face id")
+    score.add_argument("--out", required=True, metavar="FILE2", help="where to write the file with its scores")
+    score.add_argument("--student", metavar="MODEL", help="model that will be trained, whose tokens are scored")
+    score.add_argument("--recipe", metavar="RECIPE|FILE.toml", help="of that training; --student need not be given")
+    score.add_argument("--prompt-style", choices=("chat", "luffy", "plain"), help="default: the recipe's, else chat")
+    score.add_argument(
+        "--teacher-prompt",
+        choices=("chat", "luffy", "plain"),
+        help="show it prompts in its own template of this style (default: as the student sees them)",
+    )
+    score.add_argument(
+        "--teacher", metavar="NAME", help="in the file: score its traces alone (default: the end of TEACHER)"
+    )
+    score.add_argument("--max-tokens", type=_positive, default=16384, metavar="N", help="longest prompt and trace")
+    score.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto")
+    score.add_argument(
+        "--memory-fraction", type=_fraction, default=0.85, metavar="F", help="of a GPU's memory (default: %(default)s)"
+    )
+    score.add_argument("--kv-cache-gib", type=_gib, metavar="G", help="size of vLLM's KV cache, GiB (on a CPU: 1)")
 
 
 def _add_model_options(parser: argparse.ArgumentParser, temperature: float) -> None:
@@ -225,6 +251,10 @@ def run_eval(args: argparse.Namespace, _: list[str]) -> int:
 
 
 def run_data(args: argparse.Namespace, _: list[str]) -> int:
+    return {"check": run_check, "score": run_score}[args.what](args)
+
+
+def run_check(args: argparse.Namespace) -> int:
     """0, or 1 where something is wrong with the problems."""
     import json
     from contextlib import nullcontext
@@ -248,6 +278,22 @@ def run_data(args: argparse.Namespace, _: list[str]) -> int:
             found = check(problems, template, verifier, against, words=args.words)
     print(json.dumps(found.record(), indent=1) if args.json else "\n".join(report(found, problems, template)))
     return int(bool(found.wrong))
+
+
+def run_score(args: argparse.Namespace) -> int:
+    from luffy.config import ModelConfig, load_config
+
+    if not (args.student or args.recipe):
+        raise UserError("score: --student or --recipe must say which model will be trained: its tokens are scored")
+    student = load_config(args.recipe).model if args.recipe else ModelConfig()
+    student.name = args.student or student.name
+    student.prompt_style = args.prompt_style or student.prompt_style
+    _quiet()
+    from luffy.score import score
+
+    counts = score(args, student)
+    print(f"{args.out}: " + ", ".join(f"{count:,} {what}" for what, count in counts.items()))
+    return 0
 
 
 def run_generate(args: argparse.Namespace, _: list[str]) -> int:
