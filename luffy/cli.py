@@ -170,32 +170,36 @@ def keys_help() -> str:
 
 
 def run_train(args: argparse.Namespace, overrides: list[str]) -> int:
-    from luffy import launch, rank
-    from luffy.config import load_config
+    from luffy import launch, rank, stages
+    from luffy.config import load_stages
 
     rank.become_rank()
     job = launch.parse(args)
-    config = load_config(args.source, overrides)
+    configs = load_stages(args.source, overrides)
     from luffy.run_folder import RunFolder
 
-    run = RunFolder(args.run_dir or f"runs/{config.name}")
+    whole = RunFolder(args.run_dir or f"runs/{configs[-1].name}")
     resume = args.resume is not None or rank.restarted()
+    run, config = stages.due(whole, configs, resume)
     run.check(config, resume)  # before anything slow
     complete = resume and run.is_complete(config)
+    # the folder was checked here: from now on the ranks, and those that a restart starts, go on with what is in it
+    again = ["-m", "luffy", "train", args.source, f"--run-dir={whole.path}", "--resume", *overrides]
     if job.wanted and not complete:
-        # the folder was checked here: from now on the ranks, and those that a restart starts, go on with what is in it
-        return launch.start(job, ["-m", "luffy", "train", args.source, f"--run-dir={run.path}", "--resume", *overrides])
+        return launch.start(job, again)
     from luffy.report import draw_curves, print_result
 
     if not complete:
         _quiet()
         from luffy.train import train
 
-        train(config, run, resume)
+        result = train(config, run, resume)
     if rank.speaks():
         if not (complete and run.curves.is_file()):  # a kill may come between the last step and the picture
             draw_curves(run)
         print_result(run)
+    if run is not whole:  # `due` gives the first stage while it is not complete
+        stages.begin_second(again, result)
     return 0
 
 
