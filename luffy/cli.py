@@ -166,6 +166,10 @@ def keys_help() -> str:
         lines.append(f"  --{key} {'null' if default is None else default}")
         if field.description:
             lines.append(f"      {' '.join(field.description.split())}")
+    lines += [
+        "",
+        "--first.KEY VALUE sets a key of a first stage alone; first.objective.name makes one (docs/baselines.md)",
+    ]
     return "\n".join(lines)
 
 
