@@ -91,9 +91,10 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("question")
     _add_model_options(generate, temperature=0.6)
 
-    data = commands.add_parser("data", help="look at problems before a run is spent on them, or prepare them")
-    whats = data.add_subparsers(dest="what", required=True, metavar="check|prepare")
+    data = commands.add_parser("data", help="look at problems before a run is spent on them, prepare or score them")
+    whats = data.add_subparsers(dest="what", required=True, metavar="check|prepare|score")
     add_prepare(whats)
+    _add_score(whats)
     check = whats.add_parser(
         "check", help="lengths, rendering, traces by the verifier, problems that are also judged by"
     )
@@ -113,6 +114,30 @@ def build_parser() -> argparse.ArgumentParser:
 
     commands.add_parser("doctor", help="what this machine has, what it lacks, and what was never run")
     return parser
+
+
+def _add_score(commands: Any) -> None:
+    score = commands.add_parser("score", help="add the log-probs of traces under the model that wrote them")
+    score.add_argument("file", metavar="FILE", help="parquet or JSONL file in LUFFY's schema; it stays as it is")
+    score.add_argument("--model", required=True, metavar="TEACHER", help="model folder or Hugging Face id")
+    score.add_argument("--out", required=True, metavar="FILE2", help="where to write the file with its scores")
+    score.add_argument("--student", metavar="MODEL", help="model that will be trained, whose tokens are scored")
+    score.add_argument("--recipe", metavar="RECIPE|FILE.toml", help="of that training; --student need not be given")
+    score.add_argument("--prompt-style", choices=("chat", "luffy", "plain"), help="default: the recipe's, else chat")
+    score.add_argument(
+        "--teacher-prompt",
+        choices=("chat", "luffy", "plain"),
+        help="show it prompts in its own template of this style (default: as the student sees them)",
+    )
+    score.add_argument(
+        "--teacher", metavar="NAME", help="in the file: score its traces alone (default: the end of TEACHER)"
+    )
+    score.add_argument("--max-tokens", type=_positive, default=16384, metavar="N", help="longest prompt and trace")
+    score.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto")
+    score.add_argument(
+        "--memory-fraction", type=_fraction, default=0.85, metavar="F", help="of a GPU's memory (default: %(default)s)"
+    )
+    score.add_argument("--kv-cache-gib", type=_gib, metavar="G", help="size of vLLM's KV cache, GiB (on a CPU: 1)")
 
 
 def _add_model_options(parser: argparse.ArgumentParser, temperature: float) -> None:
@@ -145,36 +170,44 @@ def keys_help() -> str:
         lines.append(f"  --{key} {'null' if default is None else default}")
         if field.description:
             lines.append(f"      {' '.join(field.description.split())}")
+    lines += [
+        "",
+        "--first.KEY VALUE sets a key of a first stage alone; first.objective.name makes one (docs/baselines.md)",
+    ]
     return "\n".join(lines)
 
 
 def run_train(args: argparse.Namespace, overrides: list[str]) -> int:
-    from luffy import launch, rank
-    from luffy.config import load_config
+    from luffy import launch, rank, stages
+    from luffy.config import load_stages
 
     rank.become_rank()
     job = launch.parse(args)
-    config = load_config(args.source, overrides)
+    configs = load_stages(args.source, overrides)
     from luffy.run_folder import RunFolder
 
-    run = RunFolder(args.run_dir or f"runs/{config.name}")
+    whole = RunFolder(args.run_dir or f"runs/{configs[-1].name}")
     resume = args.resume is not None or rank.restarted()
+    run, config = stages.due(whole, configs, resume)
     run.check(config, resume)  # before anything slow
     complete = resume and run.is_complete(config)
+    # the folder was checked here: from now on the ranks, and those that a restart starts, go on with what is in it
+    again = ["-m", "luffy", "train", args.source, f"--run-dir={whole.path}", "--resume", *overrides]
     if job.wanted and not complete:
-        # the folder was checked here: from now on the ranks, and those that a restart starts, go on with what is in it
-        return launch.start(job, ["-m", "luffy", "train", args.source, f"--run-dir={run.path}", "--resume", *overrides])
+        return launch.start(job, again)
     from luffy.report import draw_curves, print_result
 
     if not complete:
         _quiet()
         from luffy.train import train
 
-        train(config, run, resume)
+        result = train(config, run, resume)
     if rank.speaks():
         if not (complete and run.curves.is_file()):  # a kill may come between the last step and the picture
             draw_curves(run)
         print_result(run)
+    if run is not whole:  # `due` gives the first stage while it is not complete
+        stages.begin_second(again, result)
     return 0
 
 
@@ -230,10 +263,12 @@ def run_eval(args: argparse.Namespace, _: list[str]) -> int:
 
 
 def run_data(args: argparse.Namespace, _: list[str]) -> int:
+    _quiet()
+    return {"check": run_check, "prepare": run_prepare, "score": run_score}[args.what](args)
+
+
+def run_check(args: argparse.Namespace) -> int:
     """0, or 1 where something is wrong with the problems."""
-    if args.what == "prepare":
-        _quiet()
-        return run_prepare(args)
     import json
     from contextlib import nullcontext
 
@@ -244,7 +279,6 @@ def run_data(args: argparse.Namespace, _: list[str]) -> int:
     from luffy.rewards import VerifierPool
     from luffy.sources import load_template, resolve
 
-    _quiet()
     with user_errors("data"):
         problems = load_problems(args.file, split=args.split, limit=args.limit)
         against = {name: load_problems(name) for name in args.against}
@@ -257,6 +291,21 @@ def run_data(args: argparse.Namespace, _: list[str]) -> int:
             found = check(problems, template, verifier, against, words=args.words, **limits)
     print(json.dumps(found.record(), indent=1) if args.json else "\n".join(report(found, problems, template)))
     return int(bool(found.wrong))
+
+
+def run_score(args: argparse.Namespace) -> int:
+    from luffy.config import ModelConfig, load_config
+
+    if not (args.student or args.recipe):
+        raise UserError("score: --student or --recipe must say which model will be trained: its tokens are scored")
+    student = load_config(args.recipe).model if args.recipe else ModelConfig()
+    student.name = args.student or student.name
+    student.prompt_style = args.prompt_style or student.prompt_style
+    from luffy.score import score
+
+    counts = score(args, student)
+    print(f"{args.out}: " + ", ".join(f"{count:,} {what}" for what, count in counts.items()))
+    return 0
 
 
 def run_generate(args: argparse.Namespace, _: list[str]) -> int:

@@ -5,6 +5,7 @@ resolved one is written into the run folder, and `luffy train THAT_FILE` repeats
 name the nearest valid one. This module imports neither torch nor transformers nor vllm.
 """
 
+import copy
 import difflib
 import tomllib
 from functools import cache
@@ -353,12 +354,76 @@ def load_config(source: str, overrides: list[str] | None = None) -> Config:
     Raises:
         UserError: no such recipe or file, not TOML, an unknown key (the nearest valid one is named), a bad value.
     """
+    return load_stages(source, overrides)[-1]
+
+
+def load_stages(source: str, overrides: list[str] | None = None) -> list[Config]:
+    """The configuration of each stage of a recipe: one, or with a table [first] two.
+
+    The first stage is the second with the keys of [first] in place of its own, then `--first.section.key` overrides;
+    other overrides are of both stages, where [first] does not say otherwise.
+
+    Raises:
+        UserError: as `load_config`; or [first] has no objective, a name or a [first], or a stage replays rollouts.
+    """
     values, overrides = _read_toml(source), overrides or []
+    first = values.pop("first", None)
+    of_last, of_first = _by_stage(overrides)
+    last_values = _overridden(values, of_last, source)
+    last = _validated(last_values)
+    if first is None and not of_first:
+        return [last]
+    first = {} if first is None else first
+    if not isinstance(first, dict):
+        raise UserError(f"config: first in {source} must be a table [first], got {first!r}")
+    try:
+        return [_first_stage(last, last_values, first, of_first, source), last]
+    except UserError as error:
+        raise UserError(str(error).replace("config:", "config: of the first stage,", 1)) from None
+
+
+def _first_stage(
+    last: Config, last_values: dict[str, Any], table: dict[str, Any], overrides: list[str], source: str
+) -> Config:
+    for key in ("name", "first"):
+        if key in table or any(arg.startswith((f"--{key}.", f"--{key}=")) or arg == f"--{key}" for arg in overrides):
+            raise UserError(f"config: {key} cannot be set: it runs in the folder `first` of the run, and has no other")
+    section = table.get("objective", {})
+    named = (section.get("name") if isinstance(section, dict) else None) or _objective_named(overrides)
+    if named is None:
+        raise UserError("config: objective.name must be set, such as sft; else it would do what the second does")
+    values = copy.deepcopy(last_values)
+    model = _model_of(values, [f"--objective.name={named}"])
+    _refuse_unknown(table, model, f"[first] of {source}")
+    values = _merge(values, table)
+    values["objective"] = values.get("objective", {}) | {"name": named}
+    first = _validated(_overridden(values, overrides, source))
+    first.name = f"{last.name}-first"
+    if "replay" in (first.rollout.engine, last.rollout.engine):
+        raise UserError('config: rollout.engine = "replay" cannot be: what was recorded is of one stage')
+    return first
+
+
+def _by_stage(overrides: list[str]) -> tuple[list[str], list[str]]:
+    """Arguments of all stages, and those of the first alone without their `first.`; values stay with their key."""
+    found: tuple[list[str], list[str]] = ([], [])
+    which = 0
+    for arg in overrides:
+        if arg.startswith("--"):
+            which = arg.startswith("--first.")
+        found[which].append(arg.replace("--first.", "--", 1) if which else arg)
+    return found
+
+
+def _overridden(values: dict[str, Any], overrides: list[str], source: str) -> dict[str, Any]:
     model = _model_of(values, overrides)
     _refuse_unknown(values, model, source)
-    merged = _merge(values, _parse_overrides(overrides, model))
+    return _merge(values, _parse_overrides(overrides, model))
+
+
+def _validated(values: dict[str, Any]) -> Config:
     try:
-        return model(**merged)
+        return _model_of(values, [])(**values)
     except ValidationError as error:
         raise UserError(_first_problem(error)) from None
 
@@ -366,11 +431,7 @@ def load_config(source: str, overrides: list[str] | None = None) -> Config:
 def _model_of(values: dict[str, Any], overrides: list[str]) -> type[Config]:
     """By the objective that is named last: of another one, the options of the recipe's do not count."""
     section = values.get("objective", {})
-    named = section.get("name", "luffy") if isinstance(section, dict) else "luffy"
-    for at, arg in enumerate(overrides):
-        key, _, value = arg.partition("=")
-        if key == "--objective.name":
-            named = value or (overrides[at + 1] if at + 1 < len(overrides) else named)
+    named = _objective_named(overrides) or (section.get("name", "luffy") if isinstance(section, dict) else "luffy")
     try:
         model = config_of(named)
     except ValueError as error:
@@ -380,6 +441,15 @@ def _model_of(values: dict[str, Any], overrides: list[str]) -> type[Config]:
         kept = model.model_fields["objective"].annotation.model_fields  # type: ignore[union-attr]
         values["objective"] = {key: value for key, value in section.items() if key in kept and key != "name"}
     return model
+
+
+def _objective_named(overrides: list[str]) -> str | None:
+    named = None
+    for at, arg in enumerate(overrides):
+        key, _, value = arg.partition("=")
+        if key == "--objective.name":
+            named = value or (overrides[at + 1] if at + 1 < len(overrides) else named)
+    return named
 
 
 def flat_keys(model: type[BaseModel] = Config, prefix: str = "") -> dict[str, Any]:

@@ -75,7 +75,7 @@ class PromptTemplate:
         self.tokenizer, self.style, self.system, self.chat_template = tokenizer, style, system, chat_template
         self.vocab_size = vocab_size
         self.eos_token_id = self._find_eos(eos_token)
-        self._eos_text = str(tokenizer.convert_ids_to_tokens(self.eos_token_id))
+        self.eos_text = str(tokenizer.convert_ids_to_tokens(self.eos_token_id))
         # Whether the prompt itself opens the think block, so that a trace must not open it again.
         self.opens_think = self.render([{"role": "user", "content": "?"}]).endswith(THINK_START)
 
@@ -109,9 +109,9 @@ class PromptTemplate:
         """
         if self.opens_think:
             text = text.removeprefix(THINK_START)
-        ids = list(self.tokenizer.encode(text.removesuffix(self._eos_text), add_special_tokens=False))
+        ids = list(self.tokenizer.encode(text.removesuffix(self.eos_text), add_special_tokens=False))
         if self.eos_token_id in ids:
-            raise ValueError(f"PromptTemplate: the trace has the EOS token {self._eos_text!r} inside")
+            raise ValueError(f"PromptTemplate: the trace has the EOS token {self.eos_text!r} inside")
         return [*ids, self.eos_token_id]
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -7,6 +7,7 @@ samples/           what was answered in each evaluation, JSON lines
 checkpoints/       step-000040/: a Hugging Face model folder plus optimizer and loop state
 tensorboard/       the same metrics            curves.png    learning curves
 result.json        written when the run is complete
+first/             the first stage of a recipe of two, a run folder of its own
 """
 
 import errno
@@ -52,6 +53,11 @@ PACKAGES = (
 class RunFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+
+    @property
+    def first(self) -> "RunFolder":
+        """Of the first stage, where there are two (`luffy.stages`)."""
+        return RunFolder(self.path / "first")
 
     @property
     def metrics(self) -> Path:
@@ -138,6 +144,9 @@ class RunFolder:
         write_text(self.path / "config.toml", tomli_w.dumps(config.model_dump(exclude_none=True, mode="json")))
 
     def finish(self, result: dict[str, Any]) -> None:
+        if before := self.first.result:
+            kept = ("objective", "steps", "train_minutes", "response_tokens")
+            result["first"] = {key: before[key] for key in kept} | {"checkpoint": f"first/{before['checkpoint']}"}
         write_json(self.path / "result.json", result)
 
     def _refuse_other(self, config: Config) -> None:
