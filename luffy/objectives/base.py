@@ -88,9 +88,9 @@ class Objective:
 
     def may_choose(self, example: Example) -> list[int]:
         """All that `choose` may give, whatever is known."""
-        from luffy.objectives.choice import allowed
+        from luffy.objectives.choice import may_choose
 
-        return allowed(example, self.options) if self.options.shown else []
+        return may_choose(example, self.options) if self.options.shown else []
 
     def prepare(self, examples: list[Example]) -> None:
         """Look at the training data, once.

@@ -53,7 +53,7 @@ class Known:
 
 
 def allowed(example: Example, options: TraceOptions) -> list[int]:
-    """Numbers of the traces that may be chosen, whatever else is known."""
+    """Numbers of the traces that no limit or weight forbids by itself."""
     most = options.trace_tokens or math.inf
     weights = options.teacher_weights
     return [
@@ -61,6 +61,12 @@ def allowed(example: Example, options: TraceOptions) -> list[int]:
         for at, trace in enumerate(example.traces)
         if len(trace) <= most and weights.get(example.teachers[at], 1.0) > 0
     ]
+
+
+def may_choose(example: Example, options: TraceOptions) -> list[int]:
+    """All that `choose` may give, whatever is known."""
+    fixed = not options.trace_right and options.trace_choice in ("first", "shortest", "longest")
+    return choose(example, options, Known()) if fixed else allowed(example, options)
 
 
 def choose(example: Example, options: TraceOptions, known: Known) -> list[int]:
