@@ -5,6 +5,7 @@
       model*.safetensors             `luffy eval` open it as it is
       adapter/                       PEFT's folder, of a LoRA run: its model files hold merged weights, `model.dtype`
       trainer/optimizer/shard-*      Adam's moments, files of each rank, as torch.distributed.checkpoint writes them
+      trainer/objective.safetensors  what the objective remembers, if it does
       trainer/loop.json              the loop's counters
       trainer/manifest.json          every file with its size and checksum; written last
 
@@ -28,6 +29,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim import Optimizer
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
@@ -45,6 +48,7 @@ from luffy.staging import Staged, save_shards
 from luffy.weights import model_weights, trained_of, weights_of
 
 LOOP, OPTIMIZER, SHARDS = "trainer/loop.json", "trainer/optimizer", "trainer/weights"
+OBJECTIVE = "trainer/objective.safetensors"
 FILE_BYTES = 2 * 2**30
 """Size of a model file, bytes. A rank serialises its shards of one file at a time, so this bounds what that takes."""
 TIMEOUT = timedelta(hours=2)  # of a rank that waits while another writes
@@ -71,10 +75,12 @@ class Checkpointer:
         loop: dict[str, Any],
         tokenizer,
         score: float | None = None,
+        remembered: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Copy the state and return; the writing goes on in the background. Collective over all ranks.
 
-        loop: of rank 0, JSON. score: higher is better; a checkpoint without one is never the best.
+        loop: of rank 0, JSON. score: higher is better; a checkpoint without one is never the best. remembered: by the
+        objective, of rank 0, on the CPU; nobody changes it.
 
         Raises:
             UserError: the previous writing failed, or this one cannot begin (disk full, not writable); checkpoints that
@@ -97,6 +103,7 @@ class Checkpointer:
                     weights={name: Staged.copy_of(name, tensor) for name, tensor in model_weights(policy)},
                     moments={name: Staged.copy_of(name, tensor) for name, tensor in moments.items()},
                     architecture=type(policy.lm).__name__,
+                    remembered=remembered or {},
                 )
         except BaseException:
             self._discard(temporary_name(target))
@@ -157,6 +164,8 @@ class Checkpointer:
     def _finish(self, work: "_Work", files: dict[str, Facts]) -> None:
         """Rank 0: the manifest, the rename, and older checkpoints away."""
         shutil.rmtree(work.temporary / SHARDS)
+        if work.remembered:
+            save_file(dict(work.remembered), work.temporary / OBJECTIVE)
         if len(names := set(work.files_of.values())) > 1:
             index = {"metadata": {"total_size": sum(int(files[name]["bytes"]) for name in names)}}
             write_json(work.temporary / SAFE_WEIGHTS_INDEX_NAME, index | {"weight_map": work.files_of})
@@ -207,6 +216,7 @@ class _Work:
     shapes: dict[str, Shape]
     weights: dict[str, Staged]
     moments: dict[str, Staged]
+    remembered: Mapping[str, Tensor]
     files_of: dict[str, str] = field(default_factory=dict)
     """Weight -> name of its file."""
 
@@ -305,6 +315,19 @@ def load_loop(checkpoint: Path) -> dict[str, Any]:
         return json.loads((checkpoint / LOOP).read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"checkpoint: {checkpoint.name}/{LOOP} cannot be read: {error}") from error
+
+
+def load_remembered(checkpoint: Path) -> dict[str, Tensor]:
+    """What the objective remembered; nothing, where it was one that does not.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    path = checkpoint / OBJECTIVE
+    try:
+        return load_file(path) if path.exists() else {}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"checkpoint: {checkpoint.name}/{OBJECTIVE} cannot be read: {error}") from error
 
 
 def load_optimizer(checkpoint: Path, policy: Policy, optimizer: Optimizer) -> None:

@@ -305,6 +305,9 @@ class Config(BaseSettings):
             raise ValueError("rollout.record keeps whole answers, and rollout.oversample samples them in parts")
         if sampled_by_need and (rollout.engine == "replay" or not self.objective.sampled):
             raise ValueError(f"rollout.{sampled_by_need[0]} needs an objective and an engine that sample")
+        if find(self.objective.name).recalls and (sampled_by_need or rollout.max_staleness):
+            name = sampled_by_need[0] if sampled_by_need else "max_staleness"
+            raise ValueError(f"rollout.{name} does not go with {self.objective.name}, which chooses a step's prompts")
         if rollout.engine != "server" and (rollout.urls or rollout.transport != "files"):
             raise ValueError('rollout.urls and rollout.transport need rollout.engine = "server"')
         if rollout.engine != "colocated" and rollout.sleep:

@@ -18,8 +18,8 @@ class Row:
     tokens (nats; empty for a trace), `versions` which weights sampled them. The objective fills `advantage`, `loss_id`
     and `weight`, which multiplies the policy loss of its tokens.
 
-    `is_trace`: it is stored, and of a stronger model (`teacher`). `behaviour`: log-probs of its tokens under who wrote
-    it, where they are known and a loss compares with them.
+    `is_trace`: it is stored, of a stronger model (`teacher`) or of an earlier step. `behaviour`: log-probs of its
+    tokens under who wrote it, where they are known and a loss compares with them.
     """
 
     token_ids: tuple[int, ...]
@@ -47,7 +47,9 @@ class Group:
     example: Example
     rows: list[Row] = field(default_factory=list)
     position: int = -1
-    """Of its prompt in the stream (`luffy.data.batches`)."""
+    """Of its prompt in the stream (`luffy.data.batches`); -1: it is no prompt of the stream."""
+    index: int = -1
+    """Of its example in the training data."""
 
     @property
     def traces(self) -> list[Row]:

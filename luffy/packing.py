@@ -86,10 +86,11 @@ def pack(
     """
     if not 0 <= rank < ranks:
         raise ValueError(f"pack: rank must be one of {ranks} ranks, counted from 0, got {rank}")
-    return [_assemble(slot[rank]) for slot in plan(groups, rows_of, budget, ranks, attention_weight)]
+    return [assemble(slot[rank]) for slot in plan(groups, rows_of, budget, ranks, attention_weight)]
 
 
-def _assemble(units: Bin) -> MicroBatch:
+def assemble(units: Bin) -> MicroBatch:
+    """One micro-batch; its rows are those of the units, in their order."""
     token_ids: list[int] = []
     positions: list[int] = []
     source: list[int] = []

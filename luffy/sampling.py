@@ -3,7 +3,8 @@
 `rollout.oversample` begins more prompts than a step needs and ends sampling when enough are done; what has been sampled
 of the others is carried on with in the next step. `rollout.refill` draws further prompts for those whose rows all have
 the same reward: their gradient is zero. Every rank does so for its share of the step and asks nobody; what all have
-taken is told when the groups are gathered, and goes into the ledger (`luffy.data.batches`).
+taken is told when the groups are gathered, and goes into the ledger (`luffy.data.batches`). An objective that remembers
+answers chooses some of a step's groups (`luffy.recall`), and may pass over prompts that it is done with.
 """
 
 import math
@@ -13,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from statistics import fmean
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from luffy import optim
 from luffy.data import Example
@@ -21,6 +22,7 @@ from luffy.data.batches import Ledger
 from luffy.dtypes import dtype_of
 from luffy.groups import Group, Row
 from luffy.objectives.choice import Known
+from luffy.recall import recall
 from luffy.rollout.ahead import Ahead
 from luffy.rollout.engine import Completion, Ids, Request
 from luffy.seeds import derive
@@ -40,7 +42,7 @@ class Batch:
 
     groups: list[Group]
     given_up: list[int]
-    """Positions of prompts that were sampled and had no signal."""
+    """Positions of prompts that were sampled and had no signal, or were passed over."""
     counts: Counter[str]
 
 
@@ -48,10 +50,17 @@ class Batch:
 class Work:
     """A prompt and what there is of its answers."""
 
-    position: int
+    index: int
+    """Of its example in the training data."""
+    position: int = -1
+    """In the stream; -1: an answer was recalled."""
     example: Example
-    traces: list[int]
+    seed: tuple[Any, ...]
+    """What its requests' seeds are derived from, and nobody else's."""
+    traces: list[int] = field(default_factory=list)
     """Numbers of those of its example that join the group."""
+    recalled: Row | None = None
+    """A stored answer that does."""
     count: int
     answers: list[Completion] = field(default_factory=list)
     open: int = 0
@@ -85,17 +94,22 @@ class Sampler:
         self._fresh = ledger.unused(t.world.rank, t.world.size)
         self._carried: list[Work] = []
         self._ready: list[Group] = []  # graded, and more than the step needed
+        self._skipped: list[int] = []
         self._grader = ThreadPoolExecutor(1, thread_name_prefix="grade")
         self._needs = len(t.world.share(list(range(t.config.train.prompts_per_step))))
         least = min((len(t.objective.may_choose(example)) for example in t.examples), default=0)
         self._samples = t.objective.rollouts(min(least, t.objective.options.shown)) > 0
 
-    def batch(self, phases: Phase) -> Batch:
+    def batch(self, step: int, phases: Phase) -> Batch:
         """This rank's groups of the next step, in the order of their prompts. With `before` collective: ranks enter it
         whether they need to sample or not."""
         counts = Counter(dict.fromkeys(COUNTED, 0))
         ready, self._ready = self._ready, []
         found = [done(group) for group in ready]
+        recalled: list[Work] = []
+        if self.t.objective.recalls:
+            with phases("recall"):
+                recalled = self._recalled(step)
         with phases("sync"):
             if self._samples:
                 self._before()
@@ -105,7 +119,7 @@ class Sampler:
                 if missing <= 0:
                     break
                 counts["batch/refills"] += number > 0
-                found += self._sample(missing, counts)
+                found += self._sample(missing, counts, [] if number else recalled)
                 if self.t.config.rollout.refill:
                     wait(found)  # what is missing is known by their verdicts
         with phases("verify"):
@@ -115,9 +129,10 @@ class Sampler:
         kept, self._ready = wanted[: self._needs], wanted[self._needs :]
         kept += [dull.pop() for _ in range(self._needs - len(kept))]  # the last ones: there will be no other
         counts["batch/groups_given_up"] = len(dull)
+        skipped, self._skipped = self._skipped, []
         return Batch(
-            groups=sorted(kept, key=lambda group: group.position),
-            given_up=[group.position for group in dull],
+            groups=sorted(kept, key=lambda group: (group.position, group.index)),
+            given_up=[group.position for group in dull] + skipped,
             counts=counts,
         )
 
@@ -130,9 +145,10 @@ class Sampler:
     def _is_wanted(self, group: Group) -> bool:
         return not self.t.config.rollout.refill or len({row.reward for row in group.rows}) > 1
 
-    def _sample(self, wanted: int, counts: Counter[str]) -> list[Future[Group]]:
-        """Groups being graded: as soon as `wanted` of them have a signal, or else all that were drawn for this many."""
-        works = self._draw(math.ceil(wanted * self.t.config.rollout.oversample))
+    def _sample(self, wanted: int, counts: Counter[str], recalled: list[Work]) -> list[Future[Group]]:
+        """Groups being graded: as soon as `wanted` of them have a signal, or else all that were drawn for this many,
+        those of `recalled` answers among them."""
+        works = recalled + self._draw(math.ceil((wanted - len(recalled)) * self.t.config.rollout.oversample))
         asked = [(work, request) for work in works for request in self._requests(work)]
         graded = [self._grader.submit(self._grade, work) for work in works if not work.open]
         generation = self.t.engine.begin([request for _, (_, request) in asked], self.t.config.rollout.temperature)
@@ -159,18 +175,48 @@ class Sampler:
     def _with_signal(self, graded: list[Future[Group]]) -> int:
         return sum(future.done() and self._is_wanted(future.result()) for future in graded)
 
+    def _recalled(self, step: int) -> list[Work]:
+        """This rank's part of what the objective recalls. Collective."""
+        seed = self.t.config.train.seed
+        return [
+            Work(
+                index=index,
+                example=self.t.examples[index],
+                seed=(seed, "recall", step, index),
+                recalled=row,
+                count=self.t.objective.rollouts(self.t.objective.options.shown) - 1,
+            )
+            for index, row in self.t.world.share(recall(self.t, derive(seed, "recall", step)))
+        ]
+
     def _draw(self, number: int) -> list[Work]:
         """Carried prompts, then fresh ones, those with long traces first: a step ends with its longest answer, which
         should not be the last to begin."""
         works, self._carried = self._carried[:number], self._carried[number:]
-        positions = [next(self._fresh) for _ in range(number - len(works))]
+        positions = [self._next() for _ in range(number - len(works))]
         examples = [self.t.examples[self._stream.index(position)] for position in positions]
         fresh = []
         for position, example, known in zip(positions, examples, self._known(positions, examples), strict=True):
             traces = self.t.objective.choose(example, known)
-            count = self.t.objective.rollouts(len(traces))
-            fresh.append(Work(position=position, example=example, traces=traces, count=count))
+            fresh.append(
+                Work(
+                    index=self._stream.index(position),
+                    position=position,
+                    example=example,
+                    seed=(self.t.config.train.seed, "rollout", position),
+                    traces=traces,
+                    count=self.t.objective.rollouts(len(traces)),
+                )
+            )
         return works + sorted(fresh, key=lambda work: -max(map(len, work.example.traces), default=0))
+
+    def _next(self) -> int:
+        """The next position of this rank that the objective is not done with."""
+        while True:
+            position = next(self._fresh)
+            if not self.t.objective.skips(self._stream.index(position), self.t.config.train.prompts_per_step):
+                return position
+            self._skipped.append(position)
 
     def _known(self, positions: list[int], examples: list[Example]) -> list[Known]:
         """What the choice among each problem's traces depends on."""
@@ -205,14 +251,13 @@ class Sampler:
     def _requests(self, work: Work) -> list[tuple[int, Request]]:
         """(which answer, or -1 for all, request) of what is left to sample."""
         most, prompt = self.t.config.rollout.max_tokens, work.example.prompt_ids
-        seed = (self.t.config.train.seed, "rollout", work.position)
         found = []
         if not work.answers and work.count:
-            found = [(-1, Request(prompt, work.count, most, derive(*seed)))]
+            found = [(-1, Request(prompt, work.count, most, derive(*work.seed)))]
         for slot, answer in enumerate(work.answers):
             if self._is_open(answer):
                 begun = len(answer.token_ids)
-                more = Request(prompt + answer.token_ids, 1, most - begun, derive(*seed, slot, begun))
+                more = Request(prompt + answer.token_ids, 1, most - begun, derive(*work.seed, slot, begun))
                 found.append((slot, more))
         work.open = len(found)
         return found
@@ -247,10 +292,12 @@ class Sampler:
             trace, teacher = work.example.traces[at], work.example.teachers[at]
             logps = work.example.trace_logps[at] if self.t.objective.options.compares else ()
             rows.append(Row(token_ids=trace, text=decode(trace), is_trace=True, teacher=teacher, behaviour=logps))
+        if work.recalled is not None:
+            rows.append(work.recalled)
         verdicts = self.t.verifier.grade([(row.text, work.example.problem.answer) for row in rows])
         for row, verdict in zip(rows, verdicts, strict=True):
             row.reward, row.verdict = verdict.reward, verdict.status
-        return Group(example=work.example, rows=rows, position=work.position)
+        return Group(example=work.example, rows=rows, position=work.position, index=work.index)
 
 
 def _of_each(several: list[tuple[Ids, ...]], values: list[T]) -> list[list[T]]:
@@ -267,13 +314,14 @@ def sampling(t: Trainer, ledger: Ledger, first: int) -> Iterator[Callable[[int, 
     depth = t.config.rollout.max_staleness
     if not depth:
         with Sampler(t, ledger, before=lambda: sync(t)) as sampler:
-            yield lambda step, phases: sampler.batch(phases)
+            yield sampler.batch
         return
     sync(t)  # a resumed run may have an engine that it must not begin with
-    with (
-        Sampler(t, ledger) as sampler,
-        Ahead(lambda step: sampler.batch(lambda name: nullcontext()), first, t.config.train.steps, depth) as ahead,
-    ):
+
+    def sample(step: int) -> Batch:
+        return sampler.batch(step, lambda name: nullcontext())
+
+    with Sampler(t, ledger) as sampler, Ahead(sample, first, t.config.train.steps, depth) as ahead:
 
         def later(step: int, phases: Phases) -> Batch:
             with phases("rollout"):

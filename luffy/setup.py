@@ -177,6 +177,8 @@ def _set_up(
         if adapts:
             checkpoint.load_adapters(found, policy)
         checkpoint.load_optimizer(found, policy, optimizer)
+        if remembered := checkpoint.load_remembered(found):
+            objective.load_state(remembered)
         with user_errors("resume"):
             ledger.load_state_dict(loop.get("ledger") or from_batches(loop["batches"]))
     if adapts:

@@ -74,11 +74,12 @@ def train_steps(t: Trainer, loop: dict[str, Any], ledger: Ledger) -> dict[str, A
                 with phases("update"):
                     parts = split(t, groups, (step - 1) / config.train.steps)
                     metrics = update(t, parts, loop)
+                t.objective.observe(groups)
                 if config.rollout.max_staleness:
                     with phases("sync"):
                         sync(t)  # what is being sampled goes on with these
 
-                record = record_step(t, loop, parts, metrics, phases) | behind | counts
+                record = record_step(t, loop, parts, metrics, phases) | behind | counts | t.objective.metrics()
                 if config.rollout.engine != "replay":
                     check_engine(record)
                 if t.world.is_main:
@@ -331,7 +332,8 @@ def save(t: Trainer, loop: dict[str, Any], score: float | None = None) -> None:
         return
     t.watch.phase("save", loop["step"])
     loop["saved"] = loop["step"]
-    t.checkpoints.save(loop["step"], t.policy, t.optimizer, loop, t.template.tokenizer, score)
+    remembered = t.objective.state() if t.world.is_main else {}
+    t.checkpoints.save(loop["step"], t.policy, t.optimizer, loop, t.template.tokenizer, score, remembered)
 
 
 def out_of_time(config: Config, loop: dict[str, Any]) -> bool:

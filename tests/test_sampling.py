@@ -122,7 +122,7 @@ def example(number: int, length: int, word: int = 1, trace: int = 0) -> Example:
 
 
 def a_step(sampler: Sampler):
-    return sampler.batch(lambda name: nullcontext())
+    return sampler.batch(1, lambda name: nullcontext())
 
 
 def names(batch) -> list[int]:

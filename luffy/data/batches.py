@@ -49,8 +49,10 @@ class Ledger:
         self.stream, self.low, self.beyond = stream, 0, set[int]()
 
     def use(self, positions: Iterable[int]) -> None:
-        """Raises ValueError where one is used up already."""
+        """Those below 0 are none of the stream's. Raises ValueError where one is used up already."""
         for position in positions:
+            if position < 0:
+                continue
             if position < self.low or position in self.beyond:
                 raise ValueError(f"Ledger: position {position} is used twice")
             self.beyond.add(position)

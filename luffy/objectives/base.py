@@ -4,6 +4,8 @@
     terms               of the groups of one update, graded: which rows enter the model, their advantages, losses and
                         weights, and what the sum is divided by
     weigh               where `looks`: what depends on the policy's own log-probs or entropies, per micro-batch
+    recall, observe     where an objective remembers: answers of earlier steps that join a step's groups; what it
+                        keeps of a step
 
 Losses are summed over tokens. What they are divided by is known before the first backward: of the whole update,
 whatever the micro-batches and ranks.
@@ -19,6 +21,7 @@ from luffy.sections import Section
 
 if TYPE_CHECKING:
     from luffy_kernels.token_losses import TokenLoss
+    from torch import Tensor
 
     from luffy.data import Example
     from luffy.groups import Group, Row
@@ -67,6 +70,9 @@ class Objective:
     Options: ClassVar[type[Options]] = Options
     looks: ClassVar[Literal["nothing", "logp", "entropy"]] = "nothing"
     """What of the policy's `weigh` needs, in a pass of its own before an update's: a third more arithmetic."""
+
+    recalls: ClassVar[bool] = False
+    """Whether `recall` may put stored answers into a step's groups."""
 
     def __init__(self, options: Any) -> None:
         self.options = options
@@ -127,6 +133,33 @@ class Objective:
         normalizer = normalizer or 1.0
         entropy_coef = getattr(self.options, "entropy_coef", 0.0) * normalizer / max(tokens, 1)
         return Terms(groups=groups, rows=rows, normalizer=normalizer, entropy_coef=entropy_coef)
+
+    def skips(self, index: int, prompts: int) -> bool:
+        """Whether the stream passes over this example of the training data. prompts: of a step."""
+        return False
+
+    def recall(self, prompts: int, seed: int) -> list[tuple[int, list[Row]]]:
+        """(number of the example, stored answers of which one joins its rollouts) for fewer than `prompts` questions of
+        the step that begins. The same on every rank."""
+        return []
+
+    def pick(self, rows: list[Row], entropies: list[float]) -> Row:
+        """Which of several answers that were recalled. entropies: of each, the policy's, summed over its tokens."""
+        return rows[0]
+
+    def observe(self, groups: list[Group]) -> None:
+        """The groups of a step, of all ranks, after its updates."""
+
+    def metrics(self) -> dict[str, float]:
+        """What is said of a step beside what `luffy.metrics` does."""
+        return {}
+
+    def state(self) -> dict[str, Tensor]:
+        """What `load_state` needs to go on; saved with a checkpoint, by one rank. Tensors that nobody changes."""
+        return {}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        pass
 
     def weigh(self, micro: MicroBatch, seen: Seen) -> None:
         """Change `token_weight` and `advantages` of a micro-batch by what the policy itself says. Where ranks share its
