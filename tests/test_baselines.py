@@ -21,6 +21,7 @@ SFT = SCHEDULE | {"train.updates_per_step", "eval.every", "checkpoint.every"}
 DIFFER: dict[str, list[set[str]]] = {
     "on-policy": [set()],
     "rl-sft": [set()],
+    "exgrpo": [{"train.steps"}],
     "sft": [SFT],
     "sft-then-rl": [SFT, {"data.path"}],
 }
@@ -48,6 +49,9 @@ def test_the_published_settings():
     assert (on_policy.objective.clip_low, on_policy.objective.clip_high) == (0.2, 0.2)
     assert (rl_sft.objective.sampled, rl_sft.objective.shown, rl_sft.objective.coef) == (7, 1, 1.0)
     assert (rl_sft.objective.clip_low, rl_sft.objective.clip_high) == (None, None)
+    [exgrpo] = stages("exgrpo")
+    assert (exgrpo.objective.normalizer, exgrpo.objective.entropy_coef, exgrpo.objective.advantage_std) == shared
+    assert (exgrpo.objective.replayed, exgrpo.objective.start, exgrpo.objective.beta) == (0.5, 0.35, 0.1)
     assert (sft.optim.lr, sft.train.prompts_per_step, sft.objective.trace_filter) == (5e-5, 64, False)
     assert sft.train.steps * sft.train.prompts_per_step == pytest.approx(3 * 45_000, rel=1e-3)
     assert sft.optim.warmup_steps == sft.train.steps // 10
