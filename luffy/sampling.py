@@ -131,7 +131,7 @@ class Sampler:
         counts["batch/groups_given_up"] = len(dull)
         skipped, self._skipped = self._skipped, []
         return Batch(
-            groups=sorted(kept, key=lambda group: (group.position, group.index)),
+            groups=_in_order(kept),
             given_up=[group.position for group in dull] + skipped,
             counts=counts,
         )
@@ -298,6 +298,15 @@ class Sampler:
         for row, verdict in zip(rows, verdicts, strict=True):
             row.reward, row.verdict = verdict.reward, verdict.status
         return Group(example=work.example, rows=rows, position=work.position, index=work.index)
+
+
+def _in_order(groups: list[Group]) -> list[Group]:
+    """By position; those that were recalled evenly among them, so that every update of a step has its part."""
+    parts: tuple[list[Group], list[Group]] = [], []
+    for group in sorted(groups, key=lambda group: (group.position, group.index)):
+        parts[group.position < 0].append(group)
+    placed = [((n + 0.5) / len(part), group) for part in parts for n, group in enumerate(part)]
+    return [group for _, group in sorted(placed, key=lambda item: item[0])]
 
 
 def _of_each(several: list[tuple[Ids, ...]], values: list[T]) -> list[list[T]]:

@@ -21,7 +21,7 @@ from luffy.data import Ledger, Stream
 from luffy.groups import Group, Row
 from luffy.objectives.replay import Replay
 from luffy.recall import total_entropies
-from luffy.sampling import Sampler
+from luffy.sampling import Sampler, _in_order
 
 BETA = 0.1
 
@@ -319,3 +319,11 @@ def test_a_run_that_is_resumed_replays_the_same(tmp_path, ranks):
     assert one[-1]["batch/avg_prefix_ratio"] > 0
     assert one[0]["batch/avg_prefix_ratio"] == 0
     assert_same_state(tmp_path / "whole", tmp_path / "again", "step-000005")
+
+
+def test_every_update_of_a_step_has_its_part_of_what_is_replayed():
+    made = [Group(example=None, position=n, index=n) for n in range(8)]
+    made += [Group(example=None, index=n) for n in range(4)]
+    order = [group.position for group in _in_order(made[::-1])]
+    assert [p for p in order if p >= 0] == list(range(8))
+    assert [sum(p < 0 for p in order[at : at + 3]) for at in range(0, 12, 3)] == [1, 1, 1, 1]
