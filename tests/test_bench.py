@@ -106,6 +106,7 @@ def test_what_is_not_installed_is_listed(tmp_path, monkeypatch):
     assert {"impl": "liger_grpo", "why": "not installed"}.items() <= next(r for r in records if "why" in r).items()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks Linux's /proc")
 def test_memory_is_that_of_one_step():
     """Eager holds several [N, V] tensors; ours a chunk's exponentials."""

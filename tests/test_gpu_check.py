@@ -86,6 +86,7 @@ luffy_kernels.testing.assert_as_good_as = assert_as_good_as
 """
 
 
+@pytest.mark.slow
 def test_failed_correctness_is_the_exit_code_and_the_table_still_comes(tmp_path):
     (tmp_path / "broken.py").write_text(BROKEN)
     chosen = "-p broken -k 'test_logprobs and bfloat16-torch-small or test_auto'"

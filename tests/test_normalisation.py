@@ -180,7 +180,11 @@ def test_micro_batches_of_one_rank(whole):
     ("world", "meshes"),
     [
         (2, [MeshConfig(), MeshConfig(replicate=2), MeshConfig(sequence=2)]),
-        (4, [MeshConfig(), MeshConfig(replicate=2), MeshConfig(sequence=2), MeshConfig(sequence=4)]),
+        pytest.param(
+            4,
+            [MeshConfig(), MeshConfig(replicate=2), MeshConfig(sequence=2), MeshConfig(sequence=4)],
+            marks=pytest.mark.slow,
+        ),
         (4, [MeshConfig(replicate=2, sequence=2)]),
     ],
     ids=["2", "4", "4-hybrid"],

@@ -113,7 +113,7 @@ def test_two_ranks_follow_the_curve_of_one(alone, two):
     assert_same_curve(two, alone)
 
 
-@pytest.mark.parametrize("ranks", [1, 4])
+@pytest.mark.parametrize("ranks", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_run_of_two_ranks_goes_on_with_other_numbers(home, alone, two, ranks):
     run = home / f"on-{ranks}"
     shutil.copytree(two, run)
