@@ -7,6 +7,7 @@ except that every mean is over the whole step, never a mean of micro-batch means
 import errno
 import json
 import math
+import re
 from collections import defaultdict
 from pathlib import Path
 from statistics import fmean
@@ -108,7 +109,21 @@ def group_metrics(groups: list[Group], updated: int) -> dict[str, float]:
         **_spread("prompt_length", [len(group.example.prompt_ids) for group in groups for _ in group.rows]),
         "verify/timeouts": verdicts.count("timeout"),
         "verify/crashes": verdicts.count("crash"),
+        **teacher_metrics(off),
     }
+
+
+def teacher_metrics(traces: list[Row]) -> dict[str, float]:
+    """`traces/TEACHER/...` of every teacher that is named: how many of its traces joined the step's groups, their mean
+    reward and length."""
+    found = {}
+    for teacher in sorted({row.teacher for row in traces if row.teacher}):
+        theirs = [row for row in traces if row.teacher == teacher]
+        name = re.sub(r"[^\w.-]+", "_", teacher)
+        found[f"traces/{name}/count"] = float(len(theirs))
+        found[f"traces/{name}/reward"] = _mean([row.reward for row in theirs])
+        found[f"traces/{name}/tokens"] = _mean([len(row.token_ids) for row in theirs])
+    return found
 
 
 def work_metrics(

@@ -41,6 +41,21 @@ def test_group_metrics():
     assert got["verify/timeouts"] == 1
 
 
+def test_each_named_teacher_has_its_own():
+    groups = [group([1.0, 0.0], 1.0), group([0.0, 0.0], 0.0), group([0.0], 1.0), group([0.0], 1.0)]
+    for one, teacher in zip(groups, ("deepseek-ai/R1", "deepseek-ai/R1", "me", ""), strict=True):
+        one.traces[0].teacher = teacher
+    got = {name: value for name, value in group_metrics(groups, 0).items() if name.startswith("traces/")}
+    assert got == {
+        "traces/deepseek-ai_R1/count": 2,
+        "traces/deepseek-ai_R1/reward": 0.5,
+        "traces/deepseek-ai_R1/tokens": 3,
+        "traces/me/count": 1,
+        "traces/me/reward": 1.0,
+        "traces/me/tokens": 3,
+    }
+
+
 def test_partial_credit_is_not_a_solution():
     got = group_metrics([group([0.5, 0.5])], updated=2)
     assert (got["batch/solved"], got["batch/solve_none"], got["critic/score/mean"]) == (0, 1, 0.5)

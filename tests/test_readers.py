@@ -1,6 +1,7 @@
 """Every schema that problems come in: its columns tell it apart, and a row that does not fit is named."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,37 @@ def test_plain_rows_are_written_by_hand(tmp_path):
     assert (text.messages, text.answer, text.traces, text.data_source) == ((USER,), "42", ("a", "b"), "mine")
     assert (turns.messages[-1], len(turns.messages), turns.answer, turns.data_source) == (USER, 2, ("42", "42.0"), "d")
     assert (bare.answer, bare.traces) == ("", ())
+
+
+def test_a_trace_may_say_who_wrote_it(tmp_path):
+    """The teachers stay those of the traces that stay."""
+    mine = {"prompt": "Why?", "answer": "42", "traces": ["", "a", "b", "a"], "teachers": ["w", "x", "y", "z"]}
+    target = {"target": [ASSISTANT], "target_lst": ["b", ASSISTANT["content"]], "target_teachers": ["x", "y", "z"]}
+    theirs = {"prompt": [USER], "reward_model": {"ground_truth": "42"}} | target
+    probs = {"target_ds_qwen_7b_probs": [0.5, 0.25, -1, -1]}
+    [plain] = load(tmp_path, mine)
+    scored, published = load(tmp_path, theirs | {"target_logps": [[-1.0, -2], [], [-3.0]]}, theirs | probs)
+    assert (plain.traces, plain.teachers) == (("a", "b"), ("x", "y"))
+    assert (scored.traces, scored.teachers) == ((ASSISTANT["content"], "b"), ("x", "y"))
+    assert scored.trace_logps == ((-1.0, -2.0), ())
+    assert published.trace_logps == ((math.log(0.5), math.log(0.25)), ())  # of the target alone, less its padding
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"target_teachers": ["x"]}, "column 'target_teachers' must have an entry for each of 2 traces, got 1"),
+        ({"target_logps": [[], [], []]}, "column 'target_logps' must have an entry for each of 2 traces, got 3"),
+        ({"target_logps": [[0.5], []]}, "column 'target_logps' must hold log-probs, numbers of at most 0"),
+        ({"target_ds_qwen_7b_probs": [0.5, 0.0]}, "column 'target_ds_qwen_7b_probs' must hold probabilities above 0"),
+    ],
+)
+def test_what_is_said_of_traces_must_be_said_of_each(tmp_path, changes, message):
+    row = {"prompt": [USER], "reward_model": {"ground_truth": "42"}, "target": [ASSISTANT], "target_lst": ["b"]}
+    with pytest.raises(DataError, match=message):
+        load(tmp_path, row | changes)
+    with pytest.raises(DataError, match="'teachers' must have an entry for each of 2 traces, got 1"):
+        load(tmp_path, {"prompt": "Why?", "answer": "42", "traces": ["a", "b"], "teachers": ["x"]})
 
 
 def test_chats_end_in_their_trace(tmp_path):

@@ -144,6 +144,39 @@ def test_a_step_has_its_prompts_in_order_with_all_their_answers():
     assert len({request.seed for request in t.engine.asked}) == 12
 
 
+def test_traces_are_chosen_by_what_the_policy_and_the_verifier_say():
+    """Likely ones by the mean log-prob of a token, over the trace's own; the verifier is asked where that is wanted."""
+    lie, short, sure = (5, 5), (1, 6, 6), (1, 7, 7, 7, 7)
+    problem = example(0, 3)
+    problem = Example(problem.problem, problem.prompt_ids, (lie, short, sure))
+    plain = example(1, 3)
+
+    class Scoring(Scripted):
+        def score(self, sequences):
+            says = {5: -0.1, 6: -2.0, 7: -0.5, 1: -1.0}
+            return [[-9.0] * 2 + [says[token] for token in ids[3:]] for ids in sequences]
+
+    def chosen(**options):
+        t = trainer([problem, plain], prompts=2)
+        t.engine = Scoring()
+        t.config = config_of("luffy")(
+            rollout=t.config.rollout, objective={"rows": 3} | options, train=TrainConfig(prompts_per_step=2)
+        )
+        t.objective = make_objective(t.config.objective)
+        with Sampler(t, Ledger(Stream(2, 2, 0))) as sampler:
+            sampler._grader = AtOnce()
+            groups = {group.index: group for group in a_step(sampler).groups}
+        assert [len(group.rows) for group in groups.values()] == [3, 3]
+        return [row.token_ids for row in groups[0].traces]
+
+    assert chosen() == [lie]
+    assert chosen(trace_choice="likely") == [lie]
+    assert chosen(trace_choice="likely", trace_right=True) == [sure]  # -0.6 a token
+    assert chosen(trace_choice="unlikely", traces=2) == [short, sure]
+    assert chosen(trace_right=True, traces=2) == [short, sure]
+    assert chosen(trace_right=True, trace_tokens=2) == []
+
+
 def test_long_traces_begin_first():
     t = trainer([example(i, 2, trace=10 * (i % 3)) for i in range(6)], prompts=6)
     with Sampler(t, Ledger(Stream(6, 6, seed=3))) as sampler:

@@ -1,6 +1,6 @@
 """Take values out of a row, or say in one sentence which column holds what it must not."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from luffy.data.problem import DataError
@@ -73,6 +73,20 @@ def answers(row: Row, column: str, where: str) -> str | tuple[str, ...]:
 def distinct(found: Iterable[str]) -> tuple[str, ...]:
     """The first of equal texts, in order; an empty text is none."""
     return tuple(dict.fromkeys(one for one in found if one))
+
+
+def first_of_equals(found: Sequence[str]) -> list[int]:
+    """Where `distinct` finds its texts."""
+    first = {one: at for at, one in reversed(list(enumerate(found))) if one}
+    return sorted(first.values())
+
+
+def one_for_each(column: str, given: Sequence[Any], traces: Sequence[str], where: str) -> None:
+    """Raises DataError where a column that is there has not an entry for each trace."""
+    if given and len(given) != len(traces):
+        raise DataError(
+            f"{where}: column {column!r} must have an entry for each of {len(traces)} traces, got {len(given)}"
+        )
 
 
 def scalars(row: Row, *names: str) -> dict[str, Any]:

@@ -52,7 +52,7 @@ SCHEMAS = (
     ),
     Schema("numina", ("problem", "solution"), ("answer", "source"), read_numina),
     Schema("chat", ("messages",), ("answer", "data_source"), read_chat),
-    Schema("plain", ("prompt", "answer"), ("traces", "data_source"), read_plain),
+    Schema("plain", ("prompt", "answer"), ("traces", "teachers", "data_source"), read_plain),
     Schema("gsm8k", ("question", "answer"), (), read_gsm8k),
 )
 

@@ -7,7 +7,7 @@ target_logps (log-probs of the trace's tokens, EOS included, under who wrote it;
 import math
 from collections.abc import Mapping, Sequence
 
-from luffy.data.columns import Row, lists, texts, turns, typed, wrong_type
+from luffy.data.columns import Row, first_of_equals, lists, one_for_each, texts, turns, typed, wrong_type
 from luffy.data.problem import DataError, Logps, Problem
 
 
@@ -56,14 +56,9 @@ def _traces(row: Row, where: str) -> tuple[tuple[str, ...], tuple[str, ...], tup
     logps = [_logps(one, where) for one in lists(row, "target_logps", where)]
     if not logps and row.get("target_ds_qwen_7b_probs"):  # the published column: probabilities, of `target` alone
         logps = [_from_probs(row, where), *[()] * (len(found) - 1)]
-    for column, given in (("target_teachers", teachers), ("target_logps", logps)):
-        if given and len(given) != len(found):
-            raise DataError(
-                f"{where}: column {column!r} must have an entry for each of {len(found)} traces, got {len(given)}"
-            )
-    # the first of equal traces stays, in order; an empty text is no trace
-    first = {text: at for at, text in reversed(list(enumerate(found))) if text}
-    kept = sorted(first.values())
+    one_for_each("target_teachers", teachers, found, where)
+    one_for_each("target_logps", logps, found, where)
+    kept = first_of_equals(found)
     return (
         tuple(found[at] for at in kept),
         tuple(teachers[at] for at in kept if teachers),
