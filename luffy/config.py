@@ -82,6 +82,8 @@ class ProblemsConfig(Section):
     """Fraction of traces told at length."""
     teachers: list[str] = ["terse"]
     """Styles mixed at random; `python -m luffy.problems --help` lists them."""
+    traces: PositiveInt = 1
+    """Traces of a training problem, each of another teacher."""
     suffix: str = " Put the answer in \\boxed{}."
     """Added to every question."""
     think: bool = False

@@ -7,6 +7,8 @@ Micro-batches go to replicate x shard ranks; the `sequence` ranks behind one of 
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -146,6 +148,17 @@ def _join(backend: str) -> tuple[dist.Store, int, int]:
 def _mesh(device: torch.device, dims: tuple[tuple[str, int], ...]) -> DeviceMesh:
     names, sizes = zip(*dims, strict=True)
     return init_device_mesh(device.type, sizes, mesh_dim_names=names)
+
+
+@contextmanager
+def joined(config: MeshConfig) -> Iterator[World]:
+    """`start`; a process group that it begins ends with this, one of whoever embeds the trainer does not."""
+    embedded = dist.is_initialized()
+    try:
+        yield start(config)
+    finally:
+        if not embedded:
+            close()
 
 
 def close() -> None:

@@ -81,15 +81,19 @@ class Trainer:
         self.resources.__exit__(*exception)
 
 
-def set_up(config: Config, run: RunFolder, resume: bool) -> tuple[Trainer, dict[str, Any], Ledger]:
-    """Check everything cheap first, then load; returns the trainer, the loop's state and the ledger of prompts."""
+def set_up(
+    config: Config, run: RunFolder, resume: bool, engine: Engine | None = None
+) -> tuple[Trainer, dict[str, Any], Ledger]:
+    """Check everything cheap first, then load; returns the trainer, the loop's state and the ledger of prompts.
+
+    engine: one that is there already, as `luffy.train.train` says.
+    """
     with ExitStack() as resources:
-        world = distributed.start(config.mesh)
-        resources.callback(distributed.close)
+        world = resources.enter_context(distributed.joined(config.mesh))
         stop, hang_s = StopOnInterrupt(), 60 * config.train.hang_minutes or None
         watch = resources.enter_context(Watchdog(world.store, world.rank, world.size, stop, hang_s=hang_s))
         with watch.together():
-            trainer, loop, ledger = _set_up(config, run, resume, world, watch, stop, resources)
+            trainer, loop, ledger = _set_up(config, run, resume, engine, world, watch, stop, resources)
         trainer.resources = resources.pop_all()  # what fails before this line is closed here, the rest by the trainer
         return trainer, loop, ledger
 
@@ -98,6 +102,7 @@ def _set_up(
     config: Config,
     run: RunFolder,
     resume: bool,
+    engine: Engine | None,
     world: World,
     watch: Watchdog,
     stop: StopOnInterrupt,
@@ -152,21 +157,23 @@ def _set_up(
     if found:
         loop = checkpoint.load_loop(found)
     rounded = adapts and found is not None  # the merged weights in its files
-    engine = make_engine(
-        path,
-        config,
-        eos_token_id=template.eos_token_id,
-        sizes={
-            "vocabulary": described.vocab_size,
-            "hidden size": described.hidden_size,
-            "blocks": described.num_hidden_layers,
-        },
-        max_model_len=max_model_len,
-        folder=run.path,
-        world=world,
-        version=-1 if rounded else loop["updates"],
-    )
-    resources.enter_context(engine)
+    given = engine is not None
+    if engine is None:
+        engine = make_engine(
+            path,
+            config,
+            eos_token_id=template.eos_token_id,
+            sizes={
+                "vocabulary": described.vocab_size,
+                "hidden size": described.hidden_size,
+                "blocks": described.num_hidden_layers,
+            },
+            max_model_len=max_model_len,
+            folder=run.path,
+            world=world,
+            version=-1 if rounded else loop["updates"],
+        )
+        resources.enter_context(engine)
     policy = shard(policy, world.params, dtype_of(config.model.dtype), config.optim.on_cpu)
     masters = torch.device("cpu") if config.optim.on_cpu else world.device
     load_weights(policy.train(), weights, world.device, weights_on=masters)
@@ -187,6 +194,8 @@ def _set_up(
             raise UserError(
                 f"resume: {config.model.name} is not what the adapters were trained on; bring its files back"
             )
+    if given:  # whatever weights it has
+        engine.sync(policy, dtype_of(config.rollout.dtype or config.model.dtype), loop["updates"])
     if world.is_main:
         run.open(config)  # last, so that a start that fails leaves no run behind
     best = "accuracy on eval.validation" if validation else None

@@ -28,6 +28,7 @@ from luffy.metrics import UpdateMetrics, count_tokens, group_metrics, work_metri
 from luffy.objectives import Terms
 from luffy.objectives.looking import Seen
 from luffy.packing import MicroBatch, pack
+from luffy.rollout.engine import Engine
 from luffy.run_folder import RunFolder
 from luffy.sampling import Batch, awake, sampling, sync
 from luffy.sequence import slice_of
@@ -38,15 +39,19 @@ MOST_GAP = 0.5
 """Nats. Types and kernels account for a hundredth of it, weights that did not arrive for several times as much."""
 
 
-def train(config: Config, run: RunFolder, resume: bool = False) -> dict[str, Any]:
+def train(config: Config, run: RunFolder, resume: bool = False, engine: Engine | None = None) -> dict[str, Any]:
     """Train as `config` says, in `run`; returns the result that is also written to result.json.
+
+    Args:
+        engine: one that is there already, for many runs of one process: of a model of the same sizes and tokenizer,
+            with room for this run's sequences. It takes the run's weights whatever it has, and stays open.
 
     Raises:
         UserError: anything the user can mend; the run folder and its earlier checkpoints stay as they are.
     """
     if resume and run.is_complete(config):
         return cast(dict[str, Any], run.result)
-    t, loop, ledger = set_up(config, run, resume)
+    t, loop, ledger = set_up(config, run, resume, engine)
     with t, t.watch.together():
         result = train_steps(t, loop, ledger)
         t.watch.close()  # what follows takes each rank its own time

@@ -115,6 +115,20 @@ def test_noise_has_its_fractions_and_leaves_questions_alone():
         assert last_boxed(row["target"][0]["content"]) == row["reward_model"]["ground_truth"]
 
 
+def test_several_traces_are_of_several_teachers_and_go_wrong_one_by_one():
+    styles = ("terse", "lines", "numbered", "arrows")
+    spec = ProblemSpec(families=["digit_sum"], train=400, teachers=styles, traces=3, wrong=0.3, missing=0.1)
+    one = ProblemSpec(families=["digit_sum"], train=400, teachers=styles, wrong=0.3, missing=0.1)
+    wrong = []
+    for row, alone in zip(rows(spec, "train"), rows(one, "train"), strict=True):
+        assert row["target"] == alone["target"], "the first trace is the only one's"
+        told = [turn["content"] for turn in row["target"] or []] + row["target_lst"]
+        assert len(told) == len(set(row["target_teachers"])) == (3 if row["target"] else 0)
+        wrong.append([last_boxed(text) != row["reward_model"]["ground_truth"] for text in told])
+    assert abs(sum(map(sum, wrong)) / sum(map(len, wrong)) - 0.3) < 0.05
+    assert {sum(each) for each in wrong} >= {0, 1, 2}
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_slip_carries_through_to_another_answer(name):
     family, rng = FAMILIES[name], random.Random(0)
@@ -156,7 +170,8 @@ def test_parquet_has_the_training_schema(tmp_path):
 
     spec = ProblemSpec(families=["gcd"], train=10, heldout=0, ood=0, missing=0.5)
     table = pq.read_table(write_splits(spec, tmp_path)["train"])
-    assert table.column_names == ["data_source", "prompt", "target", "ability", "reward_model", "extra_info"]
+    luffys = ["data_source", "prompt", "target", "ability", "reward_model", "extra_info"]
+    assert [name for name in table.column_names if name not in ("target_lst", "target_teachers")] == luffys
     assert table.to_pylist() == list(rows(spec, "train"))
     assert 0 < table.column("target").null_count < 10
 
@@ -172,6 +187,7 @@ def test_parquet_has_the_training_schema(tmp_path):
         ({"wrong": 1.5}, "wrong must be a fraction"),
         ({"teachers": ["socrates"]}, "teachers must be among"),
         ({"train": -1}, "train must be a count"),
+        ({"teachers": ["terse", "terse"], "traces": 2}, "traces must be 1 to the number of teachers, got 2 of 1"),
     ],
 )
 def test_bad_specs_are_refused(arguments, message):

@@ -36,7 +36,7 @@ class ProblemSpec:
     families: names, or name -> {knob: (low, high) or one number}, inclusive; `ood_<first knob>` sets the harder range.
     train, heldout, ood: number of problems in each split.
     wrong, missing, verbose: fractions of training problems whose trace ends wrong, is absent, or is long-winded.
-    teachers: styles mixed evenly, names of `TEACHERS`.
+    teachers: styles mixed evenly, names of `TEACHERS`. traces: of a training problem, each of another teacher.
     suffix: added to every question. system: text of a system turn, none if empty.
     think: traces put their steps between think tags, as the `train` grader demands.
     Raises ValueError for an unknown name or an impossible range.
@@ -51,6 +51,7 @@ class ProblemSpec:
     missing: float = 0.0
     verbose: float = 0.0
     teachers: Sequence[str] = ("terse",)
+    traces: int = 1
     suffix: str = " Put the answer in \\boxed{}."
     system: str = ""
     think: bool = False
@@ -65,6 +66,8 @@ class ProblemSpec:
         for teacher in self.teachers:
             if teacher not in TEACHERS:
                 raise ValueError(f"ProblemSpec: teachers must be among {', '.join(TEACHERS)}, got {teacher!r}")
+        if not 1 <= self.traces <= (most := len(set(self.teachers))):
+            raise ValueError(f"ProblemSpec: traces must be 1 to the number of teachers, got {self.traces} of {most}")
         for field in ("wrong", "missing", "verbose"):
             if not 0 <= getattr(self, field) <= 1:
                 raise ValueError(f"ProblemSpec: {field} must be a fraction in [0, 1], got {getattr(self, field)}")
@@ -140,26 +143,39 @@ def _draw(spec: ProblemSpec, split: str, index: int) -> tuple[Family, int, Param
     raise ValueError(f"ProblemSpec: {family.name} has no {split} question with knobs {knobs}; widen a range")
 
 
+def _chance(spec: ProblemSpec, noise: str, split: str, *key: int) -> bool:
+    return split == "train" and _stream(noise, spec.seed, split, *key).random() < getattr(spec, noise)
+
+
+def _trace(
+    spec: ProblemSpec, split: str, index: int, family: Family, params: Params, number: int
+) -> tuple[str, str, bool]:
+    """(text, teacher, whether it ends wrong) of one of a problem's traces; each goes wrong or on and on by itself."""
+    key = (index, number) if number else (index,)
+    first = integer(_stream("teacher", spec.seed, split, index), 0, len(spec.teachers) - 1)
+    order = list(dict.fromkeys([*spec.teachers[first:], *spec.teachers[:first]]))
+    teacher = VERBOSE if _chance(spec, "verbose", split, *key) else order[number]
+    steps, answer = family.solve(params, Pen())
+    if wrong := _chance(spec, "wrong", split, *key):
+        steps, answer = solve_wrong(family, params, _stream("slip", spec.seed, split, *key))
+    return write_trace(teacher, steps, answer, think=spec.think), teacher, wrong
+
+
 def make_row(spec: ProblemSpec, split: str, index: int) -> dict[str, Any]:
     """Problem `index` of a split, as one row of the training schema. Noise applies to `train` only."""
     family, difficulty, params = _draw(spec, split, index)
 
-    def chance(name: str, fraction: float) -> bool:
-        return split == "train" and _stream(name, spec.seed, split, index).random() < fraction
-
-    wrong, missing = chance("wrong", spec.wrong), chance("missing", spec.missing)
-    teacher = spec.teachers[integer(_stream("teacher", spec.seed, split, index), 0, len(spec.teachers) - 1)]
-    teacher = VERBOSE if chance("verbose", spec.verbose) else teacher
-    steps, truth = family.solve(params, Pen())
-    answer = truth
-    if wrong:
-        steps, answer = solve_wrong(family, params, _stream("slip", spec.seed, split, index))
-    trace = write_trace(teacher, steps, answer, think=spec.think)
+    missing = _chance(spec, "missing", split, index)
+    truth = family.solve(params, Pen())[1]
+    told = [] if missing else [_trace(spec, split, index, family, params, number) for number in range(spec.traces)]
+    texts, teachers, wrong = map(list, zip(*told, strict=True)) if told else ([], [], [])
     turns = [{"content": spec.system, "role": "system"}] if spec.system else []
     return {
         "data_source": f"luffy/{family.name}",
         "prompt": [*turns, {"content": family.ask(params) + spec.suffix, "role": "user"}],
-        "target": None if missing else [{"content": trace, "role": "assistant"}],
+        "target": [{"content": texts[0], "role": "assistant"}] if texts else None,
+        "target_lst": texts[1:],
+        "target_teachers": teachers,
         "ability": "math",
         "reward_model": {"ground_truth": truth, "style": "rule"},
         "extra_info": {
@@ -167,8 +183,8 @@ def make_row(spec: ProblemSpec, split: str, index: int) -> dict[str, Any]:
             "split": split,
             "family": family.name,
             "difficulty": difficulty,
-            "teacher": "" if missing else teacher,
-            "wrong": wrong and not missing,
+            "teacher": teachers[0] if teachers else "",
+            "wrong": any(wrong),
         },
     }
 

@@ -26,6 +26,8 @@ def schema() -> Any:
             ("data_source", pa.string()),
             ("prompt", turns),
             ("target", turns),
+            ("target_lst", pa.list_(pa.string())),
+            ("target_teachers", pa.list_(pa.string())),
             ("ability", pa.string()),
             ("reward_model", pa.struct([("ground_truth", pa.string()), ("style", pa.string())])),
             ("extra_info", pa.struct([*extra, ("teacher", pa.string()), ("wrong", pa.bool_())])),
