@@ -205,7 +205,7 @@ def main() -> None:
         print(pace)
         return
     if not (args.table or args.readme):
-        for name in [name for name in every if name in args.only]:
+        for name in [name for name in VARIANTS | TRACES if name in args.only]:
             have = current(load())
             if name in have and not args.again:
                 continue

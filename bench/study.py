@@ -1,200 +1,233 @@
-"""The quickstart study: LUFFY, on-policy RL and SFT on the same problems, whoever wins.
+"""Guidance by traces against its baselines, in miniature: the paper's comparison on a laptop, from one command.
 
-    python -m bench.study --pace                   seconds a step of each objective, interleaved, on an idle machine
-    python -m bench.study [--only NAME ...]        run what is missing, one after the other
-    python -m bench.study --table                  print the table from bench/results/quickstart.json
-    python -m bench.study --readme                 put that table into README.md
+    python -m bench.study [--workers N]     run what is missing from bench/results/study.json, then --report
+    python -m bench.study --plan            what there is to run, and how long it takes
+    python -m bench.study --report          the tables and plots of docs/study.md from what is stored
+    python -m bench.study --preset smollm2  a subset, with the quickstart's model and problems
 
-Every variant is `luffy train quickstart` with the options shown below. A machine that others share is slower at one
-minute than at the next, so equal wall-clock is not measured run by run: the pace is (medians of interleaved runs), and
-a row has as many steps as LUFFY's minutes hold at that pace. What ends a run is always its steps, because the learning
-rate falls to 0 at the last one; so the accuracies do not depend on how busy the machine was, and rows may run side by
-side. The pace is that of a run's first steps, where on-policy groups are all wrong and cost no update: on-policy RL
-gets more steps than its share. Rows of another recipe than today's count as missing.
+A small model is first taught skills by `luffy train` itself. Then every method trains on problems that it can hardly
+solve. Three learning rates of each method are tried on one seed, and the best (held-out accuracy; of equals the lowest)
+runs on three others, whose problems, and held-out problems, are others too. Runs of a method differ in the seed alone.
+With that rate the methods that use traces run again where a third of the traces are wrong, most are missing, or half
+are long-winded.
+
+Equal data and compute: the same problems, steps, and rows in an update: supervised methods learn from as many traces a
+step as others have rollouts and traces. What they save, sampling, is not paid out to them. A worker is one process with
+one core and one vLLM engine for all its runs. What is stored is kept; a run of another recipe than today's is missing.
 """
 
 import argparse
-import fcntl
 import hashlib
 import json
-import subprocess
+import multiprocessing
+import os
 import sys
 import tempfile
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-from luffy.config import load_config
-from luffy.data import load_problems
+from bench.presets import PRESETS, Preset
 from luffy.files import write_json
-from luffy.sources import evaluation_sources
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "bench" / "results" / "quickstart.json"
-OBJECTIVES = ("luffy", "dr_grpo", "sft")
-NOISE = {"data.problems.wrong": 0.3, "data.problems.missing": 0.3}
-VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "luffy": ("LUFFY", {}),
-    "dr_grpo-steps": ("on-policy (Dr.GRPO), equal steps", {}),
-    "dr_grpo-time": ("on-policy (Dr.GRPO), equal time", {}),
-    "sft-steps": ("SFT, equal steps", {}),
-    "sft-time": ("SFT, equal time", {}),
-    "luffy-noisy": ("LUFFY, 30 % wrong, 30 % missing traces", NOISE),
-    "sft-noisy": ("SFT, the same traces, equal time", NOISE),
-    "sft-noisy-filtered": ("SFT, those that verify, equal time", NOISE | {"objective.trace_filter": True}),
+TUNING_SEED, SEEDS = 0, (1, 2, 3)
+CURVES = {
+    "reward": "on_off_metrics/on_score",
+    "entropy": "actor/entropy_loss",
+    "p(trace)": "actor/off_policy_prob",
+    "answer": "on_off_metrics/on_response_length_mean",
 }
-# Steps and not minutes end a run; looking and saving meanwhile change nothing.
-COMMON = {"train.max_minutes": 1000, "eval.every": 0, "checkpoint.every": 0}
-BEGIN, END = "<!-- study -->", "<!-- /study -->"
 
 
-def train(options: dict[str, Any]) -> tuple[dict, list[dict], dict]:
-    """Run the quickstart with these options; (result, metrics of its steps, environment)."""
-    with tempfile.TemporaryDirectory() as folder:
-        run = Path(folder, "run")
-        flags = [f"--{key}={value}" for key, value in options.items()]
-        command = [sys.executable, "-m", "luffy", "train", "quickstart", "--run-dir", run, *flags]
-        subprocess.run(command, check=True, cwd=ROOT)
-        steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        return json.loads((run / "result.json").read_text()), steps, json.loads((run / "environment.json").read_text())
+@dataclass(frozen=True, slots=True)
+class Run:
+    method: str
+    traces: str
+    """Which quality, of `Preset.traces`."""
+    lr: float
+    seed: int
+
+    @property
+    def key(self) -> str:
+        return f"{self.method}/{self.traces}/{self.lr:g}/{self.seed}"
 
 
-def measure_pace(rounds: int = 2, steps: int = 5) -> dict[str, float]:
-    """Median seconds a step, by objective. The objectives take turns; a run's first two steps are left out."""
-    seconds: dict[str, list[float]] = {objective: [] for objective in OBJECTIVES}
-    for _ in range(rounds):
-        for objective in OBJECTIVES:
-            _, metrics, _ = train(COMMON | {"objective.name": objective, "train.steps": steps, "eval.limit": 1})
-            seconds[objective] += [record["timing_s/step"] for record in metrics[2:]]
-    return {objective: round(median(values), 2) for objective, values in seconds.items()}
+class Results:
+    """One JSON file: key of a run -> what it gave. Written after each run, whole or not at all."""
+
+    def __init__(self, preset: Preset) -> None:
+        self.preset, self.path = preset, preset.results
+        stored = json.loads(self.path.read_text()) if self.path.exists() else {}
+        self.runs = {key: run for key, run in stored.items() if run["recipe"] == recipe(preset, run["method"])}
+
+    def add(self, run: Run, found: dict[str, Any]) -> None:
+        self.runs[run.key] = asdict(run) | {"recipe": recipe(self.preset, run.method)} | found
+        write_json(self.path, self.runs)
+
+    def of(self, method: str, traces: str, seeds: tuple[int, ...] = SEEDS) -> list[dict[str, Any]]:
+        """Runs of the rate that was chosen."""
+        lr = self.best(method)
+        runs = [self.runs.get(Run(method, traces, lr, seed).key) for seed in seeds] if lr else []
+        return [run for run in runs if run]
+
+    def best(self, method: str) -> float | None:
+        """The learning rate that tuning chose; None before all are tried."""
+        tried = [self.runs.get(Run(method, "perfect", lr, TUNING_SEED).key) for lr in self.preset.rates(method)]
+        if not all(tried):
+            return None
+        return max((run for run in tried if run), key=lambda run: (run["after"]["heldout"], -run["lr"]))["lr"]
 
 
-def recipe() -> str:
-    """Digest of what the quickstart recipe sets, without what `COMMON` overrides: an option that is new and left at its
-    default makes no other recipe."""
-    config = load_config("quickstart", [f"--{key}={value}" for key, value in COMMON.items()])
-    said = json.dumps(config.model_dump(mode="json", exclude_defaults=True), sort_keys=True)
+def recipe(preset: Preset, method: str) -> str:
+    """Digest of all that a run of this method depends on, but rate, seed and traces."""
+    said = json.dumps([preset.digest, asdict(preset.methods[method]), preset.traces], sort_keys=True, default=str)
     return hashlib.sha256(said.encode()).hexdigest()[:16]
 
 
-def current(results: dict) -> dict:
-    """The rows of today's recipe, and the pace."""
-    return {name: row for name, row in results.items() if name == "pace" or row.get("recipe") == recipe()}
+def due(results: Results) -> list[Run]:
+    """What can be run now: tuning first; a method's other runs once its rate is chosen."""
+    preset, found = results.preset, []
+    for name in preset.methods:
+        found += [Run(name, "perfect", lr, TUNING_SEED) for lr in preset.rates(name)]
+    for traces in preset.traces:
+        for name, method in preset.methods.items():
+            if (lr := results.best(name)) and method.runs_with(traces):
+                found += [Run(name, traces, lr, seed) for seed in SEEDS]
+    return [run for run in found if run.key not in results.runs]
 
 
-def objective_of(name: str) -> str:
-    return name.split("-")[0]
+def planned(preset: Preset) -> int:
+    """Runs of a whole study."""
+    others = sum(method.runs_with(traces) for traces in preset.traces for method in preset.methods.values())
+    return sum(len(preset.rates(name)) for name in preset.methods) + len(SEEDS) * others
 
 
-def steps_of(name: str, results: dict) -> int:
-    steps, pace = results["luffy"]["steps"], results["pace"]
-    if name.endswith("-steps") or objective_of(name) == "luffy":
-        return steps
-    return round(steps * pace["luffy"] / pace[objective_of(name)])
+class Worker:
+    """One process: an engine, and runs one after the other."""
+
+    here: "Worker"
+
+    def __init__(self, preset: Preset) -> None:
+        from luffy import distributed
+        from luffy.config import MeshConfig, RolloutConfig
+        from luffy.rollout.vllm_engine import VllmEngine
+
+        self.preset = preset
+        distributed.start(MeshConfig())  # not a run's, so that the engine outlives it
+        self.engine = VllmEngine(
+            preset.blank(),
+            RolloutConfig(),
+            dtype="float32",
+            eos_token_id=preset.eos_token_id,
+            max_model_len=preset.max_model_len,
+        )
+
+    def train(self, options: dict[str, Any], folder: Path) -> dict[str, Any]:
+        from luffy.config import load_config
+        from luffy.run_folder import RunFolder
+        from luffy.train import train
+
+        return train(
+            load_config("quickstart", [f"--{k}={v}" for k, v in options.items()]), RunFolder(folder), False, self.engine
+        )
+
+    def run(self, run: Run) -> dict[str, Any]:
+        preset, method = self.preset, self.preset.methods[run.method]
+        begin = time.monotonic()
+        with tempfile.TemporaryDirectory() as folder:
+            model, results = preset.base(), []
+            for number, options in enumerate(preset.stages(method, run.traces, run.lr, run.seed)):
+                at = Path(folder, f"stage-{number}")
+                results.append(self.train(options | {"model.name": model}, at))
+                model = str(at / results[-1]["checkpoint"])
+            steps = [json.loads(line) for line in (at / "metrics.jsonl").read_text().splitlines()]
+        before, after = results[0]["before"], results[-1]["after"]
+        return {
+            "seconds": round(time.monotonic() - begin, 1),
+            "before": {e["name"]: e["accuracy"] for e in before},
+            "after": {e["name"]: e["accuracy"] for e in after},
+            "answer_tokens": {e["name"]: round(e["mean_tokens"], 1) for e in after},
+            "curves": {
+                name: [round(step[key], 4) for step in steps]
+                for name, key in CURVES.items()
+                if all(isinstance(step.get(key), float) for step in steps)
+            },
+        }
+
+    def teach(self) -> None:
+        """The skills that the model begins with, unless they were taught before."""
+        preset = self.preset
+        if not Path(preset.base()).is_dir():
+            with tempfile.TemporaryDirectory(dir=preset.folder) as folder:
+                result = self.train(preset.skills(), Path(folder, "run"))
+                Path(folder, "run", result["checkpoint"]).rename(preset.base())
 
 
-def run(name: str, results: dict) -> dict:
-    label, options = VARIANTS[name]
-    options = options | {"objective.name": objective_of(name)}
-    if name != "luffy":  # which is as long as the recipe says
-        options |= {"train.steps": steps_of(name, results)}
-    result, steps, environment = train(options | COMMON)
-    kept = {key: result[key] for key in ("steps", "response_tokens", "before", "after")}
-    about = {"recipe": recipe(), "label": label, "options": options, "environment": environment}
-    return about | {"seconds_per_step": round(median(r["timing_s/step"] for r in steps), 2)} | kept
+def start_worker(preset: Preset) -> None:
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115  a hundred runs' progress
+    Worker.here = Worker(preset)
 
 
-def load() -> dict:
-    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+def in_worker(run: Run | None) -> dict[str, Any]:
+    return Worker.here.run(run) if run else Worker.here.teach() or {}
 
 
-@contextmanager
-def stored() -> Iterator[dict]:
-    """The results, to change; other processes wait."""
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        results = load()
-        yield results
-        write_json(RESULTS, results)
+def run_all(preset: Preset, workers: int) -> None:
+    """What is missing, as many at a time as there are workers; each is stored when it is done."""
+    results, begin = Results(preset), time.monotonic()
+    total, flying = planned(preset), {}
+    os.environ |= {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers)), "TRITON_INTERPRET": "1"}
+    spawned = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=spawned, initializer=start_worker, initargs=(preset,)) as pool:
+        pool.submit(in_worker, None).result()
+        while True:
+            waiting = [run for run in due(results) if run not in flying.values()]
+            for run in waiting[: workers - len(flying)]:
+                flying[pool.submit(in_worker, run)] = run
+            if not flying:
+                break
+            done: set[Future[dict[str, Any]]] = wait(flying, return_when=FIRST_COMPLETED).done
+            for future in done:
+                run, found = flying.pop(future), future.result()
+                results.add(run, found)
+                minutes = (time.monotonic() - begin) / 60
+                scores = " ".join(f"{name} {value:.3f}" for name, value in found["after"].items())
+                print(
+                    f"{len(results.runs)}/{total} {run.key}: {scores}, {found['seconds']} s; {minutes:.0f} min",
+                    flush=True,
+                )
 
 
-def table(results: dict) -> str:
-    any_run = results["luffy"]
-    machine, sizes = any_run["environment"]["machine"], [e["num_problems"] for e in any_run["after"]]
-    lines = [
-        f"| | steps | minutes | held-out ({sizes[0]}) | 95 % | harder ({sizes[1]}) |",
-        "|---|---:|---:|---:|---:|---:|",
-        f"| the most frequent answer, always | | | {' | | '.join(f'{share:.1%}' for share in constant_answers())} |",
-        _row("base model", "", "", any_run["before"]),
-    ]
-    for name in (name for name in VARIANTS if name in results):
-        steps = results[name]["steps"]
-        minutes = steps * results["pace"][objective_of(name)] / 60
-        lines.append(_row(results[name]["label"], str(steps), f"{minutes:.1f}", results[name]["after"]))
-    pace = ", ".join(f"{objective} {seconds:.1f} s" for objective, seconds in results["pace"].items())
-    note = f"{machine['cpu']}, {machine['cores']} cores, one run each, greedy decoding. Median time of a step: {pace}."
-    return "\n".join([*lines, "", note])
-
-
-def constant_answers() -> list[float]:
-    """What the best constant answer would score, on each problem set."""
-    shares = []
-    for source in evaluation_sources(load_config("quickstart")).values():
-        answers = Counter(problem.answer for problem in load_problems(source))
-        shares.append(answers.most_common(1)[0][1] / answers.total())
-    return shares
-
-
-def _row(label: str, steps: str, minutes: str, evaluations: list[dict]) -> str:
-    held, harder = evaluations[0], evaluations[1]
-    low, high = held["interval"]
-    return (
-        f"| {label} | {steps} | {minutes} | {held['accuracy']:.1%} | {low:.0%}-{high:.0%} | {harder['accuracy']:.1%} |"
-    )
-
-
-def write_readme(text: str) -> None:
-    readme = ROOT / "README.md"
-    before, rest = readme.read_text().split(BEGIN, 1)
-    after = rest.split(END, 1)[1]
-    readme.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
+def say_plan(preset: Preset) -> None:
+    results = Results(preset)
+    seconds = [run["seconds"] for run in results.runs.values()]
+    print(f"{preset.name}: {planned(preset)} runs, {len(seconds)} stored", end="")
+    print(f", {sum(seconds) / 60:.0f} core-minutes, {max(seconds):.0f} s the longest" if seconds else "")
+    for name, method in preset.methods.items():
+        where = [traces for traces in preset.traces if method.runs_with(traces)]
+        print(
+            f"  {name:14} {method.label}; rates {', '.join(f'{lr:g}' for lr in preset.rates(name))}; {', '.join(where)}"
+        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="variants to run")
-    parser.add_argument("--again", action="store_true", help="run them even if results are there")
-    parser.add_argument("--pace", action="store_true", help="measure seconds a step and do nothing else")
-    parser.add_argument("--table", action="store_true", help="print the table and do nothing else")
-    parser.add_argument("--readme", action="store_true", help="put the table into README.md and do nothing else")
+    parser.add_argument("--preset", choices=PRESETS, default="tiny")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes, each with one engine")
+    parser.add_argument("--plan", action="store_true", help="say what there is to run and do nothing else")
+    parser.add_argument("--report", action="store_true", help="write docs/study.md and do nothing else")
     args = parser.parse_args()
-    if args.pace:
-        pace = measure_pace()
-        with stored() as results:
-            results["pace"] = pace
-        print(pace)
-        return
-    if not (args.table or args.readme):
-        for name in [name for name in VARIANTS if name in args.only]:
-            have = current(load())
-            if name in have and not args.again:
-                continue
-            if name != "luffy" and not {"luffy", "pace"} <= have.keys():
-                parser.error("other rows are measured by LUFFY's: run `--pace` and `--only luffy` first")
-            done = run(name, have)
-            with stored() as results:
-                results[name] = done
-    have = current(load())
-    if not {"luffy", "pace"} <= have.keys():
-        parser.error("no table yet: run `--pace` and `--only luffy` first")
-    text = table(have)
-    if args.readme:
-        write_readme(text)
-    print(text)
+    preset = PRESETS[args.preset]
+    if args.plan:
+        return say_plan(preset)
+    if not args.report:
+        run_all(preset, args.workers)
+    from bench.study_report import report
+
+    report(Results(preset))
 
 
 if __name__ == "__main__":
