@@ -1,0 +1,136 @@
+"""Tables and plots of docs/study.md from what `bench.study` has stored. Its text is written by hand, around them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from statistics import fmean, median, stdev
+from typing import TYPE_CHECKING, Any
+
+from bench.report import ROOT, put
+
+if TYPE_CHECKING:
+    from bench.study import Results
+
+DOC, CURVES, QUALITY = (
+    ROOT / "docs" / "study.md",
+    ROOT / "docs" / "study-curves.png",
+    ROOT / "docs" / "study-traces.png",
+)
+T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
+"""Student's t, two-sided, by the number of seeds."""
+SHOWN = ("on-policy", "sft", "sft-rl", "rl_sft", "luffy", "luffy-linear", "srft", "chord", "hpt")
+Runs = list[dict[str, Any]]
+
+
+def mean_and_half(values: list[float]) -> tuple[float, float]:
+    """Mean, and half of its 95 % interval over seeds; nan of a single one."""
+    half = T_95[len(values)] * stdev(values) / len(values) ** 0.5 if len(values) in T_95 else float("nan")
+    return fmean(values), half
+
+
+def scored(runs: Runs, split: str) -> str:
+    if not runs:
+        return "-"
+    mean, half = mean_and_half([run["after"][split] for run in runs])
+    return f"{100 * mean:.1f} ± {100 * half:.1f}"
+
+
+def methods_table(results: Results) -> Iterator[str]:
+    splits = next(iter(results.runs.values()))["after"]
+    yield f"| method | rate | {' | '.join(splits)} | tokens of an answer | seconds |"
+    yield "|---|---:" + "|---:" * (len(splits) + 2) + "|"
+    before = [run["before"] for run in results.runs.values() if run["seed"]]
+    yield f"| base | | {' | '.join(f'{100 * fmean(b[split] for b in before):.1f}' for split in splits)} | | |"
+    for name, method in results.preset.methods.items():
+        if runs := results.of(name, "perfect"):
+            said = " | ".join(scored(runs, split) for split in splits)
+            tokens = fmean(run["answer_tokens"]["heldout"] for run in runs)
+            seconds = median(run["seconds"] for run in runs)
+            yield f"| {method.label} | {results.best(name):g} | {said} | {tokens:.0f} | {seconds:.0f} |"
+
+
+def traces_table(results: Results) -> Iterator[str]:
+    qualities = list(results.preset.traces)
+    yield f"| method | {' | '.join(qualities)} |"
+    yield "|---" + "|---:" * len(qualities) + "|"
+    for name, method in results.preset.methods.items():
+        if len(method.traces) > 1 or name == "on-policy":
+            yield f"| {method.label} | {' | '.join(scored(results.of(name, q), 'heldout') for q in qualities)} |"
+
+
+def rates_table(results: Results) -> Iterator[str]:
+    """Every try of the tuning, so that nobody has to wonder what another rate would have given."""
+    yield "| method | held-out accuracy by rate, one seed |"
+    yield "|---|---|"
+    for name, method in results.preset.methods.items():
+        tried = [(lr, results.runs.get(f"{name}/perfect/{lr:g}/0")) for lr in results.preset.rates(name)]
+        said = [f"{lr:g}: {run['after']['heldout']:.3f}" for lr, run in tried if run]
+        yield f"| {method.label} | {', '.join(said)} |"
+
+
+def plot_curves(results: Results) -> None:
+    pyplot = _pyplot()
+    names = ("reward", "entropy", "p(trace)", "answer")
+    titles = ("reward of rollouts", "entropy, nats", "probability of a trace's token", "tokens of a rollout")
+    figure, axes = pyplot.subplots(2, 2, figsize=(9, 6.4), layout="constrained")
+    for axis, name, title in zip(axes.flat, names, titles, strict=True):
+        for number, method in enumerate(SHOWN):
+            curves = [run["curves"][name] for run in results.of(method, "perfect") if name in run["curves"]]
+            if curves:
+                mean = [fmean(values) for values in zip(*curves, strict=False)]
+                smooth = [fmean(mean[max(0, i - 4) : i + 1]) for i in range(len(mean))]
+                axis.plot(
+                    range(1, len(mean) + 1), smooth, label=results.preset.methods[method].label, color=f"C{number}"
+                )
+        axis.set(title=title, xlabel="step", ylim=(0, None))
+        axis.grid(alpha=0.3)
+    handles: dict[str, Any] = {}
+    for axis in axes.flat:
+        handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False)
+    figure.savefig(CURVES, dpi=110)
+    pyplot.close(figure)
+
+
+def plot_traces(results: Results) -> None:
+    pyplot = _pyplot()
+    qualities = list(results.preset.traces)
+    methods = [name for name, method in results.preset.methods.items() if len(method.traces) == len(qualities)]
+    figure, axis = pyplot.subplots(figsize=(9, 3.6), layout="constrained")
+    width = 0.8 / len(methods)
+    for number, name in enumerate(methods):
+        found = [(at, results.of(name, quality)) for at, quality in enumerate(qualities)]
+        points = [(at, *mean_and_half([run["after"]["heldout"] for run in runs])) for at, runs in found if runs]
+        if points:
+            at, mean, half = zip(*points, strict=True)
+            where = [x + (number - len(methods) / 2 + 0.5) * width for x in at]
+            axis.bar(where, mean, width, yerr=half, label=results.preset.methods[name].label, error_kw={"lw": 0.8})
+    axis.set(xticks=range(len(qualities)), xticklabels=qualities, ylabel="held-out accuracy", ylim=(0, 1))
+    axis.grid(alpha=0.3, axis="y")
+    figure.legend(loc="outside lower center", ncols=4, frameon=False)
+    figure.savefig(QUALITY, dpi=110)
+    pyplot.close(figure)
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def report(results: Results) -> None:
+    """Of the tiny preset into docs/study.md; of another one to the terminal."""
+    tables = {"methods": methods_table, "traces": traces_table, "rates": rates_table}
+    if not results.runs:
+        raise SystemExit("nothing is stored: run `python -m bench.study` first")
+    if results.preset.name != "tiny":
+        for table in tables.values():
+            print("\n".join(table(results)), end="\n\n")
+        return
+    for name, table in tables.items():
+        put(DOC, name, "\n".join(table(results)))
+    plot_curves(results)
+    plot_traces(results)
