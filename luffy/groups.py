@@ -20,6 +20,10 @@ class Row:
 
     `is_trace`: it is stored, of a stronger model (`teacher`) or of an earlier step. `behaviour`: log-probs of its
     tokens under who wrote it, where they are known and a loss compares with them.
+
+    `prefix`: so many tokens at the beginning were given, of a trace, and the rest was sampled after them;
+    `sampler_logp` has NaN for them. Nothing is learned of them unless the objective gives them a `prefix_weight`, which
+    multiplies `weight`, and `prefix_loss` in place of `loss_id`.
     """
 
     token_ids: tuple[int, ...]
@@ -35,6 +39,19 @@ class Row:
     weight: float = 1.0
     teacher: str = ""
     behaviour: tuple[float, ...] = ()
+    prefix: int = 0
+    prefix_loss: int = 0
+    prefix_weight: float = 0.0
+
+    @property
+    def unlearned(self) -> int:
+        """Tokens at the beginning that a loss does not see."""
+        return 0 if self.prefix_weight else self.prefix
+
+    @property
+    def num_targets(self) -> int:
+        """Tokens that a loss sees."""
+        return len(self.token_ids) - self.unlearned
 
     @property
     def solved(self) -> bool:

@@ -3,13 +3,14 @@
 A unit is a group's prompt with some of its rows; the prompt enters the body once (see `luffy.attention`). The head sees
 response tokens only: `source[n]` is the packed position whose hidden state predicts `targets[n]` - for the first token
 of every row that is the last token of the shared prompt. The last token of a row predicts nothing and stays out of the
-body.
+body. A prefix that nothing is learned of is in the body alone.
 
     T packed tokens, N response tokens
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -105,21 +106,27 @@ def assemble(units: Bin) -> MicroBatch:
             begin, inputs = len(token_ids), row.token_ids[:-1]
             token_ids += inputs
             positions += range(length, length + len(inputs))
-            source += [start + length - 1, *range(begin, begin + len(inputs))]
+            source += [start + length - 1, *range(begin, begin + len(inputs))][row.unlearned :]
             if inputs:
                 segment.rows.append((begin, begin + len(inputs)))
             rows.append(row)
         segments.append(segment)
     if not units:  # one token that nothing is learned from: this rank's part in the others' collectives
         token_ids, positions, segments = [0], [0], [Segment(0, 1, [])]
-    sizes = torch.tensor([len(row.token_ids) for row in rows], dtype=torch.int64)
     nan = float("nan")
+    # a row's prefix and the rest of it differ in what is learned
+    prefixes = [row.prefix - row.unlearned for row in rows]
+    sizes = torch.tensor([n for row, p in zip(rows, prefixes, strict=True) for n in (p, row.num_targets - p)])
+
+    def per_part(values: list[tuple[Any, Any]], dtype: torch.dtype) -> Tensor:
+        return torch.tensor(values, dtype=dtype).flatten().repeat_interleave(sizes.long())
 
     def per_row(values: list, dtype: torch.dtype) -> Tensor:
-        return torch.tensor(values, dtype=dtype).repeat_interleave(sizes)
+        return per_part([(value, value) for value in values], dtype)
 
     def known(logps: list[tuple[float, ...]]) -> Tensor:
-        values = [x for row, found in zip(rows, logps, strict=True) for x in found or [nan] * len(row.token_ids)]
+        all_of = [found or [nan] * len(row.token_ids) for row, found in zip(rows, logps, strict=True)]
+        values = [x for row, found in zip(rows, all_of, strict=True) for x in found[row.unlearned :]]
         return torch.tensor(values, dtype=torch.float32)
 
     return MicroBatch(
@@ -127,11 +134,11 @@ def assemble(units: Bin) -> MicroBatch:
         positions=torch.tensor(positions),
         layout=Layout(segments, len(token_ids)),
         source=torch.tensor(source, dtype=torch.int64),
-        targets=torch.tensor([token for row in rows for token in row.token_ids], dtype=torch.int64),
+        targets=torch.tensor([token for row in rows for token in row.token_ids[row.unlearned :]], dtype=torch.int64),
         advantages=per_row([row.advantage for row in rows], torch.float32),
-        loss_id=per_row([row.loss_id for row in rows], torch.int64),
-        is_trace=per_row([row.is_trace for row in rows], torch.bool),
-        token_weight=per_row([row.weight for row in rows], torch.float32),
+        loss_id=per_part([(row.prefix_loss, row.loss_id) for row in rows], torch.int64),
+        is_trace=per_part([(True, row.is_trace) for row in rows], torch.bool),
+        token_weight=per_part([(row.weight * row.prefix_weight, row.weight) for row in rows], torch.float32),
         sampler_logp=known([row.sampler_logp for row in rows]),
         behaviour=known([row.behaviour for row in rows]) if any(row.behaviour for row in rows) else None,
         row=per_row(list(range(len(rows))), torch.int64),

@@ -4,7 +4,8 @@
 of the others is carried on with in the next step. `rollout.refill` draws further prompts for those whose rows all have
 the same reward: their gradient is zero. Every rank does so for its share of the step and asks nobody; what all have
 taken is told when the groups are gathered, and goes into the ledger (`luffy.data.batches`). An objective that remembers
-answers chooses some of a step's groups (`luffy.recall`), and may pass over prompts that it is done with.
+answers chooses some of a step's groups (`luffy.recall`), and may pass over prompts that it is done with. Rollouts may
+begin with a part of a trace: some of them, or others in place of a group's that are all wrong.
 """
 
 import math
@@ -31,7 +32,7 @@ from luffy.timing import Phases
 
 T = TypeVar("T")
 Phase = Callable[[str], AbstractContextManager[None]]
-COUNTED = ("batch/refills", "batch/groups_given_up", "rollout/answers_cut")
+COUNTED = ("batch/refills", "batch/groups_given_up", "batch/tried_again", "rollout/answers_cut")
 POLL_S = 0.2
 """How often what has been graded is looked at while sampling goes on."""
 
@@ -62,9 +63,16 @@ class Work:
     recalled: Row | None = None
     """A stored answer that does."""
     count: int
+    """Rollouts without a prefix."""
+    prefixes: list[Ids] = field(default_factory=list)
+    """Of a trace, that as many rollouts begin with."""
     answers: list[Completion] = field(default_factory=list)
+    """Those with a prefix, then the others."""
     open: int = 0
     """Requests that are not answered."""
+
+    def __post_init__(self) -> None:
+        self.answers = [Completion(ids, (math.nan,) * len(ids), finished=False) for ids in self.prefixes]
 
 
 def done(group: Group) -> Future[Group]:
@@ -122,6 +130,8 @@ class Sampler:
                 found += self._sample(missing, counts, [] if number else recalled)
                 if self.t.config.rollout.refill:
                     wait(found)  # what is missing is known by their verdicts
+            for number in range(self.t.objective.tries):
+                found = self._try_again(found, number, counts)
         with phases("verify"):
             groups = [future.result() for future in found]
         wanted = [group for group in groups if self._is_wanted(group)]
@@ -149,6 +159,40 @@ class Sampler:
         """Groups being graded: as soon as `wanted` of them have a signal, or else all that were drawn for this many,
         those of `recalled` answers among them."""
         works = recalled + self._draw(math.ceil((wanted - len(recalled)) * self.t.config.rollout.oversample))
+        return self._answer(works, wanted, counts)
+
+    def _try_again(self, found: list[Future[Group]], number: int, counts: Counter[str]) -> list[Future[Group]]:
+        """The groups, and in place of those that the objective wants tried again, from where a trace has come to,
+        others."""
+        groups = [future.result() for future in found]
+        works = [self._more_of(group, number) for group in groups]
+        again = [work for work in works if work is not None]
+        counts["batch/tried_again"] += len(again)
+        # of the colocated engines that share a model each must enter, even with nothing to ask
+        stay = [done(group) for group, work in zip(groups, works, strict=True) if work is None]
+        return stay + self._answer(again, len(again), counts)
+
+    def _more_of(self, group: Group, number: int) -> Work | None:
+        prefixes = self._prefixes(group.example, self.t.objective.again(group, number))
+        if not prefixes:
+            return None
+        return Work(
+            index=group.index,
+            position=group.position,
+            example=group.example,
+            seed=(self.t.config.train.seed, "again", group.position, number),
+            count=0,
+            prefixes=prefixes,
+        )
+
+    def _prefixes(self, example: Example, wanted: list[tuple[int, int]]) -> list[Ids]:
+        """A rollout must have a token to sample: a prefix leaves one of its trace, and of the longest answer."""
+        most = self.t.config.rollout.max_tokens - 1
+        found = [example.traces[at][: min(tokens, len(example.traces[at]) - 1, most)] for at, tokens in wanted]
+        return [ids for ids in found if ids]
+
+    def _answer(self, works: list[Work], wanted: int, counts: Counter[str]) -> list[Future[Group]]:
+        """Groups being graded, at most those of the works: as soon as `wanted` of them have a signal."""
         asked = [(work, request) for work in works for request in self._requests(work)]
         graded = [self._grader.submit(self._grade, work) for work in works if not work.open]
         generation = self.t.engine.begin([request for _, (_, request) in asked], self.t.config.rollout.temperature)
@@ -198,6 +242,7 @@ class Sampler:
         fresh = []
         for position, example, known in zip(positions, examples, self._known(positions, examples), strict=True):
             traces = self.t.objective.choose(example, known)
+            prefixes = self._prefixes(example, self.t.objective.prefixes(example, known))
             fresh.append(
                 Work(
                     index=self._stream.index(position),
@@ -205,7 +250,8 @@ class Sampler:
                     example=example,
                     seed=(self.t.config.train.seed, "rollout", position),
                     traces=traces,
-                    count=self.t.objective.rollouts(len(traces)),
+                    count=self.t.objective.rollouts(len(traces)) - len(prefixes),
+                    prefixes=prefixes,
                 )
             )
         return works + sorted(fresh, key=lambda work: -max(map(len, work.example.traces), default=0))
@@ -252,7 +298,7 @@ class Sampler:
         """(which answer, or -1 for all, request) of what is left to sample."""
         most, prompt = self.t.config.rollout.max_tokens, work.example.prompt_ids
         found = []
-        if not work.answers and work.count:
+        if work.count and len(work.answers) == len(work.prefixes):
             found = [(-1, Request(prompt, work.count, most, derive(*work.seed)))]
         for slot, answer in enumerate(work.answers):
             if self._is_open(answer):
@@ -265,10 +311,10 @@ class Sampler:
     def _put(self, work: Work, slot: int, found: list[Completion]) -> None:
         """Answers of a request, whole or cut off; none of them: the engine refuses it."""
         if slot < 0:
-            work.answers = found
+            work.answers += found
         elif found:
             work.answers[slot] = work.answers[slot].then(found[0])
-        mine = work.answers if slot < 0 else work.answers[slot : slot + 1]
+        mine = found if slot < 0 else work.answers[slot : slot + 1]
         work.open -= not (found and any(map(self._is_open, mine)))
 
     def _is_open(self, answer: Completion) -> bool:
@@ -278,6 +324,7 @@ class Sampler:
         """Fresh rollouts plus stored traces, verified alike: a trace is never assumed right. Nothing is generated after
         a trace."""
         decode = self.t.template.decode
+        given = [len(ids) for ids in work.prefixes] + [0] * work.count
         rows = [
             Row(
                 token_ids=answer.token_ids,
@@ -285,8 +332,10 @@ class Sampler:
                 finished=answer.finished,
                 sampler_logp=answer.logp,
                 versions=answer.versions,
+                prefix=prefix,
             )
-            for answer in work.answers
+            for answer, prefix in zip(work.answers, given, strict=False)
+            if len(answer.token_ids) > prefix  # else the engine refused it
         ]
         for at in work.traces:
             trace, teacher = work.example.traces[at], work.example.teachers[at]

@@ -3,9 +3,12 @@ here a second time in float64."""
 
 import math
 from statistics import fmean, stdev
+from types import SimpleNamespace
 
 import pytest
+import ranks
 import torch
+import torch.distributed as dist
 from luffy_kernels import token_loss
 
 from luffy.advantages import group_advantages
@@ -16,7 +19,7 @@ from luffy.errors import UserError
 from luffy.groups import Group, Row
 from luffy.objectives import KNOWN, find, make_objective, options_of
 from luffy.objectives.choice import Known
-from luffy.objectives.looking import Seen
+from luffy.objectives.looking import Seen, highest
 from luffy.packing import pack
 
 GAMMA = 0.1
@@ -439,6 +442,94 @@ def test_luffy_compares_with_the_teacher_where_the_data_say_what_it_thought():
     assert not load_config("quickstart").first_pass
 
 
+def prefixed(*lengths: int) -> World:
+    """Rollouts of which the last ones begin with so many tokens of a trace."""
+    g = group([1.0, 0.0, 0.0, 1.0, 0.0])
+    for row, length in zip(reversed(g.rows), lengths, strict=False):
+        row.prefix = length
+    return World([g])
+
+
+def prefix_of(row: Row) -> tuple[int, ...]:
+    return row.token_ids[: row.prefix]
+
+
+def test_prefix_rft_learns_of_a_prefix_where_it_is_unsure():
+    w = prefixed(5, 4)
+    learned = {max(prefix_of(row), key=w.entropy.__getitem__) for row in w.groups[0].rows if row.prefix}
+    assert len(learned) == 2  # 0.2 of 5 and of 4 tokens, rounded up
+
+    def formula(g, row, token):
+        silent = token in prefix_of(row) and token not in learned
+        return 0.0 if silent else -centred(g, row) * math.exp(w.now[token] - w.old[token]) / 65536
+
+    w.expect(make("prefix_rft", entropy_coef=0.0), formula)
+    assert centred(w.groups[0], w.groups[0].rows[-1])  # else the learned token would say nothing
+    found = w.gradients(make("prefix_rft", unsure=0.0))
+    assert not any(found[token] for row in w.groups[0].rows for token in prefix_of(row))
+
+
+def test_the_highest_of_a_row_are_found_whichever_ranks_hold_them():
+    ranks.run(2, highest_of_shared_rows)
+
+
+def highest_of_shared_rows(rank: int, world: int) -> None:
+    values, among = torch.tensor([0.5, 3.0, 1.0, 2.0, 9.0, 4.0, 7.0]), torch.tensor([1, 1, 1, 1, 0, 1, 1]).bool()
+    rows, mine = torch.tensor([0, 0, 0, 0, 0, 1, 1]), (slice(0, 3), slice(3, 7))[rank]
+    layout = SimpleNamespace(group=dist.group.WORLD)
+    micro = SimpleNamespace(row=rows[mine], num_rows=2, layout=layout)
+    want = torch.tensor([0, 1, 0, 1, 0, 0, 1]).bool()  # two of four, one of two
+    assert torch.equal(highest(values[mine], among[mine], micro, 0.5), want[mine])
+
+
+def test_prefix_rft_gives_less_of_a_trace_as_the_run_goes_on():
+    objective, e = make("prefix_rft"), Example(example().problem, (1,), ((4,) * 100,))
+    given = [objective.prefixes(e, Known(progress=p)) for p in (0.0, 0.5, 1.0)]
+    assert given == [[(0, 95)], [(0, 50)], [(0, 5)]]
+    assert objective.prefixes(example(0), Known()) == []
+
+
+def test_uft_learns_of_one_hint_by_its_likelihood_alone():
+    w = prefixed(*[1] * 5)
+    [hinted, *_] = w.groups[0].rows
+    total = sum(len(row.token_ids) - (row is not hinted) for row in w.groups[0].rows)
+
+    def formula(g, row, token):
+        if token in prefix_of(row):
+            return -0.001 / total if row is hinted else 0.0
+        return -centred(g, row) * math.exp(w.now[token] - w.old[token]) / total
+
+    options = {"normalizer": "tokens", "advantage_std": False, "clip_low": None, "clip_high": None}
+    w.expect(make("uft", **options), formula)
+    for row in w.groups[0].rows:
+        row.reward = 0.0  # no advantage: the hint is learned all the same
+    w.expect(make("uft", **options), formula)
+
+
+def test_ufts_hints_are_shared_by_a_group_and_end():
+    objective, e = make("uft", rows=4), Example(example().problem, (1,), ((4,) * 1000,))
+    for progress, share in ((0.0, 0.95), (0.25, 0.5), (0.499, 0.05)):
+        found = objective.prefixes(e, Known(seed=3, progress=progress))
+        assert len(found) == 4
+        assert len(set(found)) == 1
+        assert found[0][1] == pytest.approx(1000 * share, abs=50)
+    assert objective.prefixes(e, Known(seed=3)) != objective.prefixes(e, Known(seed=4)), "the length is drawn"
+    assert objective.prefixes(e, Known(progress=0.5)) == []
+
+
+def test_bread_learns_nothing_of_a_prefix():
+    w = prefixed(*[1] * 5)
+
+    def formula(g, row, token):
+        if token in prefix_of(row):
+            return 0.0
+        r = math.exp(w.now[token] - w.old[token])
+        return clipped(standard(g, row), r, 0.2, 0.2) / len(g.rows) / (len(row.token_ids) - 1)
+
+    w.expect(make("bread", normalizer="sequences"), formula)
+    assert not set(w.gradients(make("bread"))) & {token for row in w.groups[0].rows for token in prefix_of(row)}
+
+
 def test_luffy_divides_as_published_with_parity():
     w = guided()
     terms = make("luffy", parity=True, entropy_coef=0.001).terms(w.groups, 0.0)
@@ -454,7 +545,7 @@ def test_luffy_divides_as_published_with_parity():
         make("luffy", parity=True, normalizer=8192.0)
 
 
-@pytest.mark.parametrize("name", [name for name in KNOWN if options_of(name).model_validate({}).shown])
+@pytest.mark.parametrize("name", [name for name in KNOWN if getattr(options_of(name).model_validate({}), "traces", 0)])
 def test_data_without_traces_are_refused(name):
     with pytest.raises(UserError, match="learns from traces, and none of the 3 problems has one"):
         make(name).prepare([example(0)] * 3)

@@ -53,6 +53,27 @@ def logp_alone(lm, prompt, answer) -> torch.Tensor:
     return logits.log_softmax(-1)[len(prompt) - 1 : -1].gather(1, torch.tensor(answer)[:, None])[:, 0]
 
 
+def test_of_a_prefix_is_learned_what_the_objective_says():
+    lm = tiny_lm()
+    policy = Policy(lm, temperature=1.0)
+    made = group([5, 6, 7], [10, 11, 12, 13, 2], [20, 21, 22, 2], [30, 2])
+    first, second, third = made.rows
+    first.prefix, first.weight, first.loss_id = 3, 0.5, 1  # nothing is learned of it
+    second.prefix, second.prefix_weight, second.prefix_loss, second.weight = 2, 0.1, 3, 2.0
+    first.sampler_logp = (float("nan"),) * 3 + (-1.0, -2.0)
+    [micro] = pack([made], lambda g: g.rows, 1000)
+    assert micro.targets.tolist() == [13, 2, 20, 21, 22, 2, 30, 2]
+    assert micro.loss_id.tolist() == [1, 1, 3, 3, 0, 0, 0, 0]
+    assert micro.is_trace.tolist() == [False] * 2 + [True] * 2 + [False] * 4
+    assert micro.token_weight.tolist() == pytest.approx([0.5, 0.5, 0.2, 0.2, 2.0, 2.0, 1.0, 1.0])
+    assert micro.sampler_logp.tolist()[:2] == [-1.0, -2.0]
+    assert micro.row.tolist() == [0, 0, 1, 1, 1, 1, 2, 2]
+    alone = [logp_alone(lm, [5, 6, 7], row.token_ids) for row in made.rows]
+    want = torch.cat([alone[0][3:], alone[1], alone[2]])
+    assert torch.allclose(policy(micro).double(), want, atol=1e-5)
+    assert [row.num_targets for row in made.rows] == [2, 4, 2]
+
+
 @pytest.mark.parametrize("budget", [1000, 12, 1])
 def test_packed_log_probs_equal_those_of_single_sequences(budget):
     lm = tiny_lm()

@@ -98,8 +98,8 @@ class AtOnce:
         pass
 
 
-def trainer(examples, *, prompts: int, verifier=None, rank: int = 0, ranks: int = 1, **rollout):
-    config = config_of("grpo")(
+def trainer(examples, *, prompts: int, verifier=None, rank: int = 0, ranks: int = 1, objective="grpo", **rollout):
+    config = config_of(objective)(
         rollout=RolloutConfig(max_tokens=MOST, **rollout),
         objective={"rows": 2},
         train=TrainConfig(prompts_per_step=prompts),
@@ -127,6 +127,59 @@ def a_step(sampler: Sampler):
 
 def names(batch) -> list[int]:
     return [group.position for group in batch.groups]
+
+
+def begun(number: int, trace: tuple[int, ...], word: int = 0, length: int = 6) -> Example:
+    return Example(example(number, length, word).problem, (length, number, word), (trace,) if trace else ())
+
+
+def test_rollouts_go_on_from_the_beginning_of_a_trace():
+    trace = (4, 4, 4, 4, 9)
+    t = trainer([begun(0, trace, word=1), begun(1, (), word=1)], prompts=2, objective="prefix_rft")
+    with Sampler(t, Ledger(Stream(2, 2, seed=0))) as sampler:
+        groups = a_step(sampler).groups
+    for group in groups:
+        several = [row.prefix for row in group.rows]
+        assert several == ([4, 0] if group.example.traces else [0, 0]), (
+            "never all of a trace: the last token is the EOS"
+        )
+        for row in group.rows:
+            assert row.token_ids[: row.prefix] == trace[: row.prefix]
+            assert row.token_ids[row.prefix :] == (1,) * (6 - row.prefix)
+            assert [x != x for x in row.sampler_logp] == [True] * row.prefix + [False] * (6 - row.prefix)
+            assert row.versions == (Span(0, row.prefix, 6),)
+            assert not row.is_trace
+            assert row.reward == 1.0
+    asked = {request.prompt: request for request in t.engine.asked}
+    assert asked[(6, 0, 1, 4, 4, 4, 4)].max_tokens == MOST - 4
+    assert asked[6, 0, 1].count == 1
+    assert asked[6, 1, 1].count == 2
+
+
+def test_a_prefix_leaves_a_token_of_the_longest_answer():
+    t = trainer([begun(0, (4,) * 50, length=40)], prompts=1, objective="prefix_rft")
+    with Sampler(t, Ledger(Stream(1, 1, seed=0))) as sampler:
+        [group] = a_step(sampler).groups
+    assert [(row.prefix, len(row.token_ids)) for row in group.rows] == [(MOST - 1, MOST), (0, MOST)]
+
+
+def test_what_nobody_solves_is_tried_again_from_further_along_a_trace():
+    solved_at = {0: (1, 0, 0, 0, 0, 0, 0, 9), 1: (0, 0, 0, 0, 1, 0, 0, 9), 2: (0, 0, 0, 0, 0, 0, 0, 1), 3: ()}
+    t = trainer([begun(n, trace) for n, trace in solved_at.items()], prompts=4, objective="bread")
+    with Sampler(t, Ledger(Stream(4, 4, seed=0))) as sampler:
+        batch = a_step(sampler)
+    groups = {group.index: group for group in batch.groups}
+    assert {n: [row.prefix for row in group.rows] for n, group in groups.items()} == {
+        0: [4, 4],  # a half; then it is solved
+        1: [6, 6],  # three quarters
+        2: [7, 7],  # seven eighths, and still wrong
+        3: [0, 0],  # nothing to begin with
+    }
+    assert [groups[n].rows[0].solved for n in range(4)] == [True, True, False, False]
+    assert batch.counts["batch/tried_again"] == 3 + 2 + 1
+    assert [group.position for group in batch.groups] == [0, 1, 2, 3]
+    seeds = [request.seed for request in t.engine.asked]
+    assert len(set(seeds)) == len(seeds), "no try draws what another one has drawn"
 
 
 def test_a_step_has_its_prompts_in_order_with_all_their_answers():

@@ -1,6 +1,7 @@
 """What an objective is.
 
     choose, rollouts    the traces of a problem that it is shown, and what to sample beside them
+    prefixes, again     beginnings of traces that rollouts go on from, at once or where none was right
     terms               of the groups of one update, graded: which rows enter the model, their advantages, losses and
                         weights, and what the sum is divided by
     weigh               where `looks`: what depends on the policy's own log-probs or entropies, per micro-batch
@@ -16,7 +17,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from luffy.errors import UserError
 from luffy.sections import Section
 
 if TYPE_CHECKING:
@@ -71,6 +71,9 @@ class Objective:
     looks: ClassVar[Literal["nothing", "logp", "entropy"]] = "nothing"
     """What of the policy's `weigh` needs, in a pass of its own before an update's: a third more arithmetic."""
 
+    tries: int = 0
+    """How often `again` is asked."""
+
     recalls: ClassVar[bool] = False
     """Whether `recall` may put stored answers into a step's groups."""
 
@@ -98,17 +101,24 @@ class Objective:
 
         return may_choose(example, self.options) if self.options.shown else []
 
+    def prefixes(self, example: Example, known: Known) -> list[tuple[int, int]]:
+        """(number of a trace, its first tokens) that as many of the rollouts of a problem are to begin with."""
+        return []
+
+    def again(self, group: Group, number: int) -> list[tuple[int, int]]:
+        """As `prefixes`, of rollouts in place of a graded group's; []: it stays. number: of the try, from 0."""
+        return []
+
     def prepare(self, examples: list[Example]) -> None:
         """Look at the training data, once.
 
         Raises:
             UserError: they lack what the objective learns from.
         """
-        if self.options.shown and not any(self.may_choose(example) for example in examples):
-            raise UserError(
-                f"objective: {self.options.name} learns from traces, and none of the {len(examples)} problems has one "
-                f"that it may take; bring data with traces (target), raise data.max_trace_tokens, or choose another one"
-            )
+        if self.options.shown:
+            from luffy.objectives.choice import refuse_without
+
+            refuse_without(examples, self.options)
 
     def assign(self, group: Group, progress: float) -> list[Row]:
         """Fill `advantage`, `loss_id` and `weight` of the rows, rewards being known; returns those that enter the
@@ -124,11 +134,11 @@ class Objective:
         """Of the groups of one update, of all ranks. Divides as `GroupOptions` says; without them by the tokens."""
         rows = [self.assign(group, progress) for group in groups]
         counted = [row for group in groups for row in self.counted(group)]
-        tokens = sum(len(row.token_ids) for row in counted)
+        tokens = sum(row.num_targets for row in counted)
         chosen = getattr(self.options, "normalizer", "tokens")
         if chosen == "sequences":
             for row in counted:
-                row.weight /= len(row.token_ids)
+                row.weight /= row.num_targets
         normalizer = float({"tokens": tokens, "sequences": len(counted)}[chosen] if isinstance(chosen, str) else chosen)
         normalizer = normalizer or 1.0
         entropy_coef = getattr(self.options, "entropy_coef", 0.0) * normalizer / max(tokens, 1)

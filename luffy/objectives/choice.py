@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import PositiveInt
 
+from luffy.errors import UserError
 from luffy.objectives.base import Options
 from luffy.sections import NonNegative
 
@@ -67,6 +68,15 @@ def may_choose(example: Example, options: TraceOptions) -> list[int]:
     """All that `choose` may give, whatever is known."""
     fixed = not options.trace_right and options.trace_choice in ("first", "shortest", "longest")
     return choose(example, options, Known()) if fixed else allowed(example, options)
+
+
+def refuse_without(examples: list[Example], options: TraceOptions) -> None:
+    """Raises UserError where none of the problems has a trace that may be taken."""
+    if not any(may_choose(example, options) for example in examples):
+        raise UserError(
+            f"objective: {options.name} learns from traces, and none of the {len(examples)} problems has one that it "
+            f"may take; bring data with traces (target), raise data.max_trace_tokens, or choose another one"
+        )
 
 
 def choose(example: Example, options: TraceOptions, known: Known) -> list[int]:

@@ -8,10 +8,10 @@ CHORD-mu. Criterion: the mean reward of rollouts rises.
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from luffy.objectives.guided import IMITATED, Guided, GuidedOptions
+from luffy.objectives.prefixed import cosine
 from luffy.sections import Fraction, Positive
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class Chord(Guided):
         if progress < o.warmup:
             return o.mu_peak * progress / o.warmup
         done = (progress - o.warmup) / (1 - o.warmup) if o.warmup < 1 else 1.0
-        return o.mu_valley + (o.mu_peak - o.mu_valley) * (1 + math.cos(math.pi * min(1.0, done))) / 2
+        return cosine(o.mu_peak, o.mu_valley, done)
 
     def terms(self, groups: list[Group], progress: float) -> Terms:
         terms = super().terms(groups, progress)

@@ -3,6 +3,7 @@
 N response tokens, R rows
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +35,31 @@ def row_sums(values: Tensor, micro: MicroBatch) -> Tensor:
 def row_lengths(micro: MicroBatch) -> Tensor:
     """[R] float64: response tokens of each row."""
     return row_sums(torch.ones_like(micro.advantages), micro)
+
+
+def highest(values: Tensor, among: Tensor, micro: MicroBatch, share: float) -> Tensor:
+    """[N] bool: of each row, the `share` of its tokens `among` [N] whose values are highest, rounded up; equals of the
+    lowest of them too. Whichever ranks hold the row's tokens."""
+    assert micro.row is not None
+    rows, found = _of_all_ranks(micro.row[among], micro), _of_all_ranks(values[among].double(), micro)
+    least = torch.full((micro.num_rows,), float("inf"), dtype=torch.float64, device=values.device)
+    for row in rows.unique().tolist():
+        mine = found[rows == row]
+        least[row] = mine.topk(min(len(mine), math.ceil(share * len(mine)))).values.min() if share else float("inf")
+    return among & (values.double() >= least[micro.row])
+
+
+def _of_all_ranks(values: Tensor, micro: MicroBatch) -> Tensor:
+    """[n] on this rank -> those of all that share the micro-batch's tokens."""
+    if micro.layout.group is None:
+        return values
+    ranks = dist.get_world_size(micro.layout.group)
+    sizes = [values.new_empty(1, dtype=torch.int64) for _ in range(ranks)]
+    dist.all_gather(sizes, torch.tensor([len(values)], device=values.device), group=micro.layout.group)
+    parts = [values.new_empty(int(max(sizes))) for _ in range(ranks)]
+    padded = torch.cat([values, values.new_zeros(int(max(sizes)) - len(values))])
+    dist.all_gather(parts, padded, group=micro.layout.group)
+    return torch.cat([part[: int(size)] for part, size in zip(parts, sizes, strict=True)])
 
 
 def moved(seen: Seen, before: Tensor | None) -> Tensor:

@@ -1,0 +1,36 @@
+"""What objectives share whose rollouts go on from the beginning of a trace."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from luffy.objectives.choice import TraceOptions, choose, refuse_without
+from luffy.objectives.grpo import Grpo, RatioOptions
+
+if TYPE_CHECKING:
+    from luffy.data import Example
+    from luffy.objectives.choice import Known
+
+
+class PrefixOptions(RatioOptions, TraceOptions):
+    @property
+    def shown(self) -> int:
+        """No trace is a row of its own."""
+        return 0
+
+
+class Prefixed(Grpo):
+    """The rows are rollouts, of which some begin with a part of a trace."""
+
+    def begin(self, example: Example, known: Known) -> int | None:
+        """Number of the trace that rollouts begin with."""
+        return next(iter(choose(example, self.options, known)), None)
+
+    def prepare(self, examples: list[Example]) -> None:
+        refuse_without(examples, self.options)
+
+
+def cosine(high: float, low: float, done: float) -> float:
+    """From high to low as `done` goes from 0 to 1."""
+    return low + (high - low) * (1 + math.cos(math.pi * min(1.0, done))) / 2
