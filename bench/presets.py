@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from luffy.embedded import cache_dir, resolve_model
+from luffy.files import write_text
 from luffy.problems.spec import ProblemSpec, rows
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -87,7 +88,7 @@ class Preset:
     def stages(self, method: Method, traces: str, lr: float, seed: int) -> Iterator[dict[str, Any]]:
         """Options of each stage of a run."""
         seeds = {"train.seed": seed, "data.problems.seed": seed}
-        shared = QUICK | self.common | seeds | self.traces[traces]
+        shared = QUICK | self.common | seeds | self.traces[traces] | self.judged_by(seed)
         steps = self.steps // 2 if method.first else self.steps
         if method.first:
             yield shared | self._supervised(method.first) | {"optim.lr": self.lrs[SUPERVISED][1], "train.steps": steps}
@@ -100,6 +101,10 @@ class Preset:
     def _sampled(self, options: dict[str, Any]) -> dict[str, Any]:
         shape = {"train.prompts_per_step": self.prompts, "objective.rows": self.rows}
         return shape | {"objective.normalizer": self.normalizer} | options
+
+    def judged_by(self, seed: int) -> dict[str, Any]:
+        """Options of the evaluation; by default the generated splits."""
+        return {}
 
     def blank(self) -> str:
         """A model folder of the right shape, for engines to begin with."""
@@ -142,6 +147,16 @@ class Tiny(Preset):
         corpus = self.folder / "corpus.jsonl"
         corpus.write_text("".join(json.dumps(row) + "\n" for row in chain(*corpus_parts())))
         return QUICK | self.common | SFT | TEACHING | {"model.name": self.blank(), "data.path": str(corpus)}
+
+    def judged_by(self, seed: int) -> dict[str, Any]:
+        """Problems like those in training, longer ones, and the skills that it began with."""
+        path = self.folder / f"judged-{seed}.jsonl"
+        chains = ProblemSpec(families=CHAINS, heldout=256, ood=64, seed=seed)
+        skills = ProblemSpec(families=SKILLS, heldout=128, seed=seed)
+        sets = {"heldout": rows(chains, "heldout"), "longer": rows(chains, "ood"), "skills": rows(skills, "heldout")}
+        made = [row | {"data_source": name} for name, found in sets.items() for row in found]
+        write_text(path, "".join(json.dumps(row) + "\n" for row in made))
+        return {"eval.path": str(path)}
 
     def _texts(self) -> Iterator[str]:
         """What tokens are learned from: as much of each kind."""

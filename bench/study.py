@@ -6,10 +6,10 @@
     python -m bench.study --preset smollm2  a subset, with the quickstart's model and problems
 
 A small model is first taught skills by `luffy train` itself. Then every method trains on problems that it can hardly
-solve. Three learning rates of each method are tried on one seed, and the best (held-out accuracy; of equals the lowest)
-runs on three others, whose problems, and held-out problems, are others too. Runs of a method differ in the seed alone.
-With that rate the methods that use traces run again where a third of the traces are wrong, most are missing, or half
-are long-winded.
+solve, and is judged by others like them, longer ones, and the skills that it began with. Three learning rates of each
+method are tried on one seed, and the best (held-out accuracy; of equals the lowest) runs on three others, whose
+problems, and held-out problems, are others too. Runs of a method differ in the seed alone. With that rate the methods
+that use traces run again where a third of the traces are wrong, most are missing, or half are long-winded.
 
 Equal data and compute: the same problems, steps, and rows in an update: supervised methods learn from as many traces a
 step as others have rollouts and traces. What they save, sampling, is not paid out to them. A worker is one process with
@@ -147,9 +147,9 @@ class Worker:
         before, after = results[0]["before"], results[-1]["after"]
         return {
             "seconds": round(time.monotonic() - begin, 1),
-            "before": {e["name"]: e["accuracy"] for e in before},
-            "after": {e["name"]: e["accuracy"] for e in after},
-            "answer_tokens": {e["name"]: round(e["mean_tokens"], 1) for e in after},
+            "before": scores(before),
+            "after": scores(after),
+            "answer_tokens": round(after[0]["mean_tokens"], 1),
             "curves": {
                 name: [round(step[key], 4) for step in steps]
                 for name, key in CURVES.items()
@@ -164,6 +164,12 @@ class Worker:
             with tempfile.TemporaryDirectory(dir=preset.folder) as folder:
                 result = self.train(preset.skills(), Path(folder, "run"))
                 Path(folder, "run", result["checkpoint"]).rename(preset.base())
+
+
+def scores(evaluations: list[dict[str, Any]]) -> dict[str, float]:
+    """Accuracy by problem set: several, or the sources of one."""
+    [first, *others] = evaluations
+    return {e["name"]: e["accuracy"] for e in evaluations} if others else first["by_source"]
 
 
 def start_worker(preset: Preset) -> None:

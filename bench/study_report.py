@@ -44,7 +44,7 @@ def methods_table(results: Results) -> Iterator[str]:
     for name, method in results.preset.methods.items():
         if runs := results.of(name, "perfect"):
             said = " | ".join(scored(runs, split) for split in splits)
-            tokens = fmean(run["answer_tokens"]["heldout"] for run in runs)
+            tokens = fmean(run["answer_tokens"] for run in runs)
             seconds = median(run["seconds"] for run in runs)
             yield f"| {method.label} | {results.best(name):g} | {said} | {tokens:.0f} | {seconds:.0f} |"
 
