@@ -35,12 +35,14 @@ def check_lengths(config: Config, objective: Objective, examples: list[Example],
     """
     shape = known_shape(described)
     positions, window = getattr(described, "max_position_embeddings", None), None if shape is None else shape.window
-    asked = config.data.max_prompt_tokens + max(config.rollout.max_tokens, config.eval.max_tokens or 0)
+    longest_scored = max(map(objective.scored, examples), default=0)  # plus a token that the engine then samples
+    longest_answer = max(config.rollout.max_tokens, config.eval.max_tokens or 0)
+    asked = config.data.max_prompt_tokens + max(longest_answer, longest_scored + 1)
     if positions is not None and asked > positions:
         raise UserError(
             f"model: it has {positions} positions, and data.max_prompt_tokens + rollout.max_tokens (or "
-            f"eval.max_tokens) make {asked}; lower one of them, or raise max_position_embeddings in its config.json "
-            f"if its rotations reach further (YaRN)"
+            f"eval.max_tokens, or a trace that is scored) make {asked}; lower one of them, or raise "
+            f"max_position_embeddings in its config.json if its rotations reach further (YaRN)"
         )
 
     def longest(example: Example) -> int:

@@ -60,6 +60,8 @@ class Work:
     """What its requests' seeds are derived from, and nobody else's."""
     traces: list[int] = field(default_factory=list)
     """Numbers of those of its example that join the group."""
+    hinted: dict[int, tuple[float, ...]] = field(default_factory=dict)
+    """Log-probs of their tokens by the engine, given the objective's hint; by those numbers."""
     recalled: Row | None = None
     """A stored answer that does."""
     count: int
@@ -254,7 +256,23 @@ class Sampler:
                     prefixes=prefixes,
                 )
             )
+        self._score_hinted(fresh)
         return works + sorted(fresh, key=lambda work: -max(map(len, work.example.traces), default=0))
+
+    def _score_hinted(self, works: list[Work]) -> None:
+        """Traces after the question with the objective's hint at its end, where it has one that is not too long."""
+        t, asked = self.t, []
+        for work in works:
+            if work.traces and (hint := t.objective.hint(work.example)):
+                *before, last = work.example.problem.messages
+                turn = {**last, "content": f"{last['content']}\n\n{hint}"}
+                prompt = tuple(t.template.encode_prompt([*before, turn]))
+                most = len(work.example.prompt_ids) + t.objective.scored(work.example) - len(prompt)
+                asked += [(work, at, prompt) for at in work.traces if len(work.example.traces[at]) <= most]
+        sequences = [prompt + work.example.traces[at] for work, at, prompt in asked]
+        scored = t.engine.score(sequences) if sequences else []
+        for (work, at, prompt), logps in zip(asked, scored, strict=True):
+            work.hinted[at] = tuple(logps[len(prompt) - 1 :])
 
     def _next(self) -> int:
         """The next position of this rank that the objective is not done with."""
@@ -340,6 +358,7 @@ class Sampler:
         for at in work.traces:
             trace, teacher = work.example.traces[at], work.example.teachers[at]
             logps = work.example.trace_logps[at] if self.t.objective.options.compares else ()
+            logps = work.hinted.get(at, logps)
             rows.append(Row(token_ids=trace, text=decode(trace), is_trace=True, teacher=teacher, behaviour=logps))
         if work.recalled is not None:
             rows.append(work.recalled)

@@ -160,10 +160,11 @@ def staleness(groups: list[Group], version: int) -> dict[str, float]:
 
 
 def split(t: Trainer, groups: list[Group], progress: float) -> list[Terms]:
-    """What the objective makes of a step's groups, one for each of its updates. progress: share of the steps that are
-    over."""
+    """What the objective makes of a step's groups, one for each of its updates, and updates of its own. progress: share
+    of the steps that are over."""
     share = len(groups) // t.config.train.updates_per_step
-    return [t.objective.terms(groups[at : at + share], progress) for at in range(0, len(groups), share)]
+    parts = [t.objective.terms(groups[at : at + share], progress) for at in range(0, len(groups), share)]
+    return parts + t.objective.extra(groups, progress)
 
 
 def update(t: Trainer, parts: list[Terms], loop: dict[str, Any]) -> UpdateMetrics:
@@ -193,10 +194,11 @@ def update(t: Trainer, parts: list[Terms], loop: dict[str, Any]) -> UpdateMetric
             loss += out.loss.item()
             metrics.add(micro, out, part.normalizer, first_update=number == 0)
         [loss] = t.world.sum([loss])
-        lr = optim.learning_rate(config.optim, loop["updates"], total)
+        lr = optim.learning_rate(config.optim, loop["updates"] - loop.get("extra", 0), total)
         norm, good = optim.step(t.optimizer, t.policy, config.optim.max_grad_norm, loss, lr)
         metrics.finish_update(loss, norm, lr, good)
         loop["updates"] += 1
+        loop["extra"] = loop.get("extra", 0) + part.extra
         t.version = loop["updates"]
         loop["bad_in_a_row"] = 0 if good else loop["bad_in_a_row"] + 1
         if loop["bad_in_a_row"] >= config.optim.max_bad_steps:
@@ -283,7 +285,7 @@ def record_step(
 ) -> dict[str, float]:
     """The step's line of metrics.jsonl; adds its seconds and tokens to the loop's. Seconds by phase are rank 0's; what
     the pace, the minutes and the peak of memory come from is the largest of all ranks."""
-    groups = [group for part in parts for group in part.groups]
+    groups = [group for part in parts if not part.extra for group in part.groups]
     tokens = count_tokens([row for group in groups for row in group.rows])
     seconds, peak = t.world.largest([phases.total, peak_memory_gib()])
     loop["train_seconds"] += seconds
@@ -291,7 +293,7 @@ def record_step(
     active, counts = [rows for part in parts for rows in part.rows], t.engine.metrics()
     work: dict[str, float] = {}
     if t.policy.shape is not None:
-        prompts = [len(group.example.prompt_ids) for group in groups]
+        prompts = [len(group.example.prompt_ids) for part in parts for group in part.groups]
         work = work_metrics(
             t.policy.shape,
             active,
@@ -302,7 +304,7 @@ def record_step(
             frozen=t.config.model.lora.rank is not None,
         )
     return {
-        **group_metrics(groups, sum(map(len, active))),
+        **group_metrics(groups, sum(len(rows) for part in parts if not part.extra for rows in part.rows)),
         **dict(zip(counts, t.world.sum(list(counts.values())), strict=True)),
         **metrics.result(),
         **phases.seconds(),

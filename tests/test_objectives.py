@@ -530,6 +530,66 @@ def test_bread_learns_nothing_of_a_prefix():
     assert not set(w.gradients(make("bread"))) & {token for row in w.groups[0].rows for token in prefix_of(row)}
 
 
+def test_relift_learns_from_rollouts_and_then_imitates_what_none_solved():
+    groups = [group(rewards, first=first) for rewards, first in (([1.0, 0.0], 10), ([0.0, 0.0], 100), ([0.0] * 3, 200))]
+    for index, g in enumerate(groups):
+        g.example, g.index = example(), index
+    w, objective = World(groups), make("relift", rows=2, entropy_coef=0.0, normalizer=100.0, demonstrations=2)
+    w.expect(objective, lambda g, row, token: -centred(g, row) * math.exp(w.now[token] - w.old[token]) / 100)
+    objective.prepare([example()] * 3)
+    [terms] = objective.extra(groups, 0.0)
+    assert [g.index for g in terms.groups] == [1, 2]
+    assert [row.token_ids for rows in terms.rows for row in rows] == [(4, 5, 0)] * 2
+    assert terms.extra
+    logp = torch.tensor([-0.5, -1.0, -2.0] * 2, dtype=torch.float64, requires_grad=True)
+    [micro] = pack(terms.groups, lambda g: g.rows, 1000)
+    given = {"loss_id": micro.loss_id, "advantages": micro.advantages.double(), "token_weight": micro.token_weight}
+    loss = token_loss(logp, losses=objective.losses, old_logp=logp.detach(), **given).loss.sum() / terms.normalizer
+    assert torch.allclose(torch.autograd.grad(loss, logp)[0], torch.full((6,), -1 / 6, dtype=torch.float64))
+    assert not objective.buffer
+
+
+def test_relifts_buffer_waits_and_survives():
+    failed = [group([0.0, 0.0], first=first) for first in (10, 20)]
+    for index, g in enumerate(failed):
+        g.example, g.index = example(index), index  # the first has no trace
+    objective = make("relift", rows=2, demonstrations=2)
+    assert objective.extra(failed, 0.0) == []
+    assert objective.extra(failed, 0.1) == [], "who waits already does not wait twice"
+    again = make("relift", rows=2, demonstrations=2)
+    again.load_state(objective.state())
+    assert again.buffer == objective.buffer == [(1, 0)]
+    again.prepare([example()] * 4)
+    failed[1].index = 3
+    [terms] = again.extra(failed, 0.2)
+    assert [g.index for g in terms.groups] == [1, 3]
+
+
+def test_sort_weighs_by_what_a_plan_makes_likely():
+    w = guided()
+    imitated = w.groups[1].traces[0]  # of the group that no rollout solves
+    planned = {token: -0.3 - 0.2 * n for n, token in enumerate(imitated.token_ids)}
+    imitated.behaviour = tuple(planned.values())
+
+    def formula(g, row, token):
+        if row.is_trace:
+            return -0.7 * math.sqrt(math.exp(w.now[token] + planned[token])) / len(planned) if row is imitated else 0.0
+        return -centred(g, row, rollouts(g)) * math.exp(w.now[token] - w.old[token]) / 50
+
+    w.expect(make("sort", normalizer=50.0, coef=0.7), formula)
+    imitated.behaviour = ()  # too long a plan: p itself
+    planned = {token: w.now[token] for token in planned}
+    w.expect(make("sort", normalizer=50.0, coef=0.7), formula)
+
+
+def test_sorts_plan_is_the_datas_or_else_the_answer():
+    objective = make("sort")
+    assert objective.hint(example()) == "The answer is 1."
+    planned = example()
+    planned.problem.extra["plan"] = "First add, then halve."
+    assert objective.hint(planned) == "First add, then halve."
+
+
 def test_luffy_divides_as_published_with_parity():
     w = guided()
     terms = make("luffy", parity=True, entropy_coef=0.001).terms(w.groups, 0.0)

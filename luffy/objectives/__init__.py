@@ -24,6 +24,8 @@ KNOWN = {
     "prefix_rft": "luffy.objectives.prefix_rft:PrefixRft",
     "uft": "luffy.objectives.uft:Uft",
     "bread": "luffy.objectives.bread:Bread",
+    "relift": "luffy.objectives.relift:Relift",
+    "sort": "luffy.objectives.sort:Sort",
     "asymre": "luffy.objectives.asymre:Asymre",
     "topr": "luffy.objectives.topr:Topr",
     "oapl": "luffy.objectives.oapl:Oapl",

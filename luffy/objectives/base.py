@@ -7,6 +7,7 @@
     weigh               where `looks`: what depends on the policy's own log-probs or entropies, per micro-batch
     recall, observe     where an objective remembers: answers of earlier steps that join a step's groups; what it
                         keeps of a step
+    extra               updates of their own after those of a step
 
 Losses are summed over tokens. What they are divided by is known before the first backward: of the whole update,
 whatever the micro-batches and ranks.
@@ -62,6 +63,8 @@ class Terms:
     """What the summed loss is divided by."""
     entropy_coef: float
     """In units of that sum."""
+    extra: bool = False
+    """Beside a step's groups, and beside the schedule of the learning rate."""
 
 
 class Objective:
@@ -143,6 +146,19 @@ class Objective:
         normalizer = normalizer or 1.0
         entropy_coef = getattr(self.options, "entropy_coef", 0.0) * normalizer / max(tokens, 1)
         return Terms(groups=groups, rows=rows, normalizer=normalizer, entropy_coef=entropy_coef)
+
+    def extra(self, groups: list[Group], progress: float) -> list[Terms]:
+        """Updates of their own after those of a step. groups: the step's, of all ranks."""
+        return []
+
+    def scored(self, example: Example) -> int:
+        """Tokens after a problem's prompt of what the engine is asked to score, at most."""
+        chosen = getattr(self.options, "trace_choice", "first")
+        return max(map(len, example.traces), default=0) if chosen in ("likely", "unlikely") else 0
+
+    def hint(self, example: Example) -> str | None:
+        """A text for the end of the question, given which the engine scores the chosen traces: their `behaviour`."""
+        return None
 
     def skips(self, index: int, prompts: int) -> bool:
         """Whether the stream passes over this example of the training data. prompts: of a step."""

@@ -41,6 +41,14 @@ class TraceOptions(Options):
         return self.traces
 
 
+class TracesAside(TraceOptions):
+    """Of objectives with which no trace is a row of a group."""
+
+    @property
+    def shown(self) -> int:
+        return 0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Known:
     """What a choice may depend on beside the options. progress: the share of the run's steps that is over."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from luffy.objectives.choice import TraceOptions, choose, refuse_without
+from luffy.objectives.choice import TracesAside, choose, refuse_without
 from luffy.objectives.grpo import Grpo, RatioOptions
 
 if TYPE_CHECKING:
@@ -13,11 +13,8 @@ if TYPE_CHECKING:
     from luffy.objectives.choice import Known
 
 
-class PrefixOptions(RatioOptions, TraceOptions):
-    @property
-    def shown(self) -> int:
-        """No trace is a row of its own."""
-        return 0
+class PrefixOptions(RatioOptions, TracesAside):
+    pass
 
 
 class Prefixed(Grpo):
