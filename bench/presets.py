@@ -178,12 +178,12 @@ def _last_part(turn: dict[str, str]) -> dict[str, str]:
     return turn | {"content": turn["content"].split(" -> ")[-1]}
 
 
-CHAINS = {"addition_chain": {"terms": [3, 5], "digits": 1, "ood_terms": [6, 7]}}
+CHAINS = {"addition_chain": {"terms": [3, 5], "digits": 1, "ood_terms": 6}}
 SKILLS = {
     "digit_sum": {"digits": [2, 5], "ood_digits": [6, 7]},
     "addition_chain": {"terms": [2, 2], "digits": 1, "ood_terms": [3, 3]},
 }
-WORKED_OUT, GUESSED = 1000, 1500
+WORKED_OUT, GUESSED = 300, 900
 TEACHING = {
     "train.prompts_per_step": 128,
     "train.steps": 400,
@@ -214,7 +214,7 @@ PRESETS: dict[str, Preset] = {
             "scarce": {"data.problems.missing": 0.8},
             "verbose": {"data.problems.verbose": 0.5, "rollout.max_tokens": 128, "eval.max_tokens": 128},
         },
-        steps=40,
+        steps=50,
         prompts=12,
         rows=8,
         normalizer=1536.0,
