@@ -4,11 +4,13 @@ import pytest
 import torch
 from test_normalisation import Recording, uneven
 from test_packing import tiny_lm
+from tiny import make_tokenizer
 
 from luffy import distributed, plan
 from luffy.config import MeshConfig, config_of, load_stages
 from luffy.machines import find_machine
 from luffy.model import Policy
+from luffy.prompts import LUFFY_SYSTEM, PromptTemplate
 from luffy.run_folder import _differences
 from luffy.setup import Trainer
 from luffy.shapes import find_shape
@@ -17,6 +19,8 @@ from luffy.train import micro_batches, split, update
 MODEL = "qwen2.5-math-7b"
 SCHEDULE = {"optim.lr", "optim.warmup_steps", "optim.schedule", "train.steps", "train.prompts_per_step"}
 SFT = SCHEDULE | {"train.updates_per_step", "eval.every", "checkpoint.every"}
+PROMPTED = {"model.prompt_style", "model.system", "model.chat_template", "model.eos_token", "reward.grader"}
+ZERO = PROMPTED | {"rollout.max_tokens", "train.updates_per_step", "eval.temperature", "eval.max_tokens"}
 # Recipe -> of each of its stages, the keys in which it differs from LUFFY's, objective and name apart.
 DIFFER: dict[str, list[set[str]]] = {
     "on-policy": [set()],
@@ -24,6 +28,7 @@ DIFFER: dict[str, list[set[str]]] = {
     "exgrpo": [{"train.steps"}],
     "sft": [SFT],
     "sft-then-rl": [SFT, {"data.path"}],
+    "oat-zero": [ZERO],
 }
 
 
@@ -58,6 +63,35 @@ def test_the_published_settings():
     assert first.model_dump(exclude={"name"}) == sft.model_dump(exclude={"name"})
     assert second.objective == on_policy.objective
     assert (second.optim, second.train) == (on_policy.optim, on_policy.train)
+
+
+def rendered(name: str) -> str:
+    """The prompt of a problem as the recipe of this name writes it, the data's system turn being LUFFY's."""
+    [config] = stages(name)
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = config.model.chat_template
+    tokenizer.eos_token = config.model.eos_token
+    template = PromptTemplate(tokenizer, style=config.model.prompt_style, system=config.model.system)
+    return template.render([{"role": "system", "content": LUFFY_SYSTEM}, {"role": "user", "content": "1+1?"}])
+
+
+def test_oat_zero_is_dr_grpo_with_the_qwen_math_template():
+    [oat] = stages("oat-zero")
+    o = oat.objective
+    assert (o.name, o.rows, o.advantage_std, o.entropy_coef, o.clip_low, o.clip_high) == (
+        "dr_grpo",
+        8,
+        False,
+        0,
+        0.2,
+        0.2,
+    )
+    answers = oat.train.prompts_per_step * o.rows // oat.train.updates_per_step
+    assert (answers, o.normalizer) == (128, 128 * oat.rollout.max_tokens)
+    assert rendered("oat-zero") == (
+        "<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{}.<|im_end|>\n"
+        "<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n"
+    )
 
 
 @pytest.mark.parametrize("name", DIFFER)
