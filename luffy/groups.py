@@ -4,10 +4,16 @@ A group is one prompt with everything that answers it: rollouts sampled from the
 A row is one answer, as token ids from sampling to the loss; nothing is decoded and encoded again.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from luffy.data import Example
 from luffy.rollout.engine import Span
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(slots=True, kw_only=True)
@@ -20,6 +26,8 @@ class Row:
 
     `is_trace`: it is stored, of a stronger model (`teacher`) or of an earlier step. `behaviour`: log-probs of its
     tokens under who wrote it, where they are known and a loss compares with them.
+
+    `said`: name of a network beside the policy (`luffy.networks`) -> [n] float32, what it says of the tokens.
     """
 
     token_ids: tuple[int, ...]
@@ -35,6 +43,7 @@ class Row:
     weight: float = 1.0
     teacher: str = ""
     behaviour: tuple[float, ...] = ()
+    said: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def solved(self) -> bool:

@@ -27,7 +27,7 @@ from luffy.machines import peak_of
 from luffy.packing import MicroBatch
 
 SUMS = (
-    *("pg_loss", "tokens", "entropy", "drift", "off_shaped", "sampled_tokens", "gap"),
+    *("pg_loss", "tokens", "entropy", "drift", "off_shaped", "sampled_tokens", "gap", "kl", "kl_tokens"),
     *("ratio_tokens", "ratio", "k3", "weight", "masked"),
     *(f"{side}_{what}" for side in ("on", "off") for what in ("tokens", "loss", "clipped", "prob")),
 )
@@ -184,6 +184,9 @@ class UpdateMetrics:
             self._sum(f"{side}_loss", value[mask])
             self._sum(f"{side}_clipped", out.clipped[mask])
             self._sum(f"{side}_prob", prob[mask])
+        if micro.ref_logp is not None:
+            self._sum("kl", out.kl)
+            self._sum("kl_tokens", torch.ones_like(prob))
         if self.gamma is not None:
             self._sum("off_shaped", (prob / (prob + self.gamma))[off])
         if first_update:  # the weights of this pass are those that sampled, unless sampling is ahead
@@ -234,7 +237,8 @@ class UpdateMetrics:
         def mean(name: str, count: str) -> float:
             return s[name] / s[count] if s[count] else math.nan
 
-        return {
+        kl = {"actor/kl_loss": mean("kl", "kl_tokens")} if s["kl_tokens"] else {}
+        return kl | {
             "actor/loss": self.loss,
             "actor/pg_loss": s["pg_loss"],
             "actor/on_pg_loss": mean("on_loss", "on_tokens"),

@@ -52,6 +52,8 @@ class Policy(nn.Module):
             return linear_logprobs(hidden, head.weight, micro.targets, return_entropy=True, **options)[:2]
         before = micro.compared_logp
         options |= {"old_logp": "current" if before is None else before}
+        if loss.get("kl_coef"):
+            options["ref_logp"] = micro.ref_logp
         options |= {"advantages": micro.advantages, "loss_id": micro.loss_id, "token_weight": micro.token_weight}
         return linear_policy_loss(hidden, head.weight, micro.targets, **options, **loss)
 

@@ -33,6 +33,7 @@ class MicroBatch:
     sampler_logp: Tensor  # [N] float32, NaN where nobody sampled
     old_logp: Tensor | None = None  # [N] float32; None: this pass's own
     behaviour: Tensor | None = None  # [N] float32, NaN where a row does not say who wrote it; None: nowhere
+    ref_logp: Tensor | None = None  # [N] float32, of the reference policy; None: nobody asked it
     row: Tensor | None = None  # [N] int64, which of the micro-batch's rows; None: not made by `pack`
     num_rows: int = 0  # of the whole micro-batch, also where ranks share its tokens
 
@@ -122,6 +123,10 @@ def assemble(units: Bin) -> MicroBatch:
         values = [x for row, found in zip(rows, logps, strict=True) for x in found or [nan] * len(row.token_ids)]
         return torch.tensor(values, dtype=torch.float32)
 
+    def said(name: str) -> Tensor | None:
+        known = all(name in row.said for row in rows)
+        return torch.cat([torch.empty(0), *(row.said[name] for row in rows)]) if known else None
+
     return MicroBatch(
         token_ids=torch.tensor(token_ids),
         positions=torch.tensor(positions),
@@ -134,6 +139,7 @@ def assemble(units: Bin) -> MicroBatch:
         token_weight=per_row([row.weight for row in rows], torch.float32),
         sampler_logp=known([row.sampler_logp for row in rows]),
         behaviour=known([row.behaviour for row in rows]) if any(row.behaviour for row in rows) else None,
+        ref_logp=said("reference"),
         row=per_row(list(range(len(rows))), torch.int64),
         num_rows=len(rows),
     )

@@ -29,6 +29,9 @@ DIFFER: dict[str, list[set[str]]] = {
     "sft": [SFT],
     "sft-then-rl": [SFT, {"data.path"}],
     "oat-zero": [ZERO],
+    "simplerl-zero": [
+        ZERO | {"model.reference_on_cpu", "optim.lr", "train.steps", "train.prompts_per_step", "checkpoint.every"}
+    ],
 }
 
 
@@ -91,6 +94,18 @@ def test_oat_zero_is_dr_grpo_with_the_qwen_math_template():
     assert rendered("oat-zero") == (
         "<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{}.<|im_end|>\n"
         "<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_simplerl_zero_is_grpo_with_a_small_kl_term():
+    [simple] = stages("simplerl-zero")
+    o = simple.objective
+    assert (o.name, o.rows, o.advantage_std, o.normalizer, o.networks) == ("grpo", 8, True, "tokens", ("reference",))
+    assert (o.kl_coef, o.entropy_coef, simple.optim.lr) == (1e-4, 1e-3, 5e-7)
+    assert (simple.train.prompts_per_step, simple.train.updates_per_step) == (1024, 4)
+    assert rendered("simplerl-zero") == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n1+1?\n"
+        "Please reason step by step, and put your final answer within \\boxed{}.<|im_end|>\n<|im_start|>assistant\n"
     )
 
 

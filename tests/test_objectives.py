@@ -76,6 +76,8 @@ class World:
             given = {"losses": objective.losses, "loss_id": micro.loss_id, "old_logp": micro.old_logp}
             given["old_logp"] = micro.compared_logp.double()
             given |= {"advantages": micro.advantages.double(), "token_weight": micro.token_weight.double()}
+            if terms.kl_coef:
+                given |= {"kl_coef": terms.kl_coef, "ref_logp": micro.ref_logp.double()}
             loss = token_loss(logp, **given).loss.sum() / terms.normalizer
             [grad] = torch.autograd.grad(loss, logp)
             for token, value in zip(micro.targets.tolist(), grad.tolist(), strict=True):
@@ -141,6 +143,23 @@ def test_clipped_policy_gradients(name):
         return clipped(advantage(g, row), r, 0.2, high) * share
 
     w.expect(make(name, rows=4, entropy_coef=0.0), formula)
+
+
+@pytest.mark.parametrize("name", ["grpo", "dr_grpo", "dapo"])
+def test_a_kl_term_holds_every_token_to_the_reference(name):
+    """k3 = q/p - log q/p - 1 has the derivative 1 - q/p in log p; a mean over all tokens, whatever the loss is."""
+    w = plain()
+    reference = {token: logp + 0.4 * math.sin(token) for token, logp in w.now.items()}
+    for row in (row for g in w.groups for row in g.rows):
+        row.said["reference"] = w.of(reference, torch.tensor(row.token_ids)).float()
+    count = tokens(row for g in w.groups for row in g.rows)
+    without = w.gradients(make(name, rows=4, entropy_coef=0.0))
+    assert len(without) < count  # a group whose rewards are all equal has no gradient of its own
+
+    def formula(g, row, token):
+        return without.get(token, 0.0) + 0.3 * (1 - math.exp(reference[token] - w.now[token])) / count
+
+    w.expect(make(name, rows=4, entropy_coef=0.0, kl_coef=0.3), formula)
 
 
 def test_dapo_punishes_what_is_too_long():

@@ -1,0 +1,26 @@
+"""Networks beside the policy, loaded where the objective asks for them and nowhere else.
+
+    reference    the model that the run begins with, frozen: what a KL term holds the policy to
+
+Each is sharded as the policy is. `judge` has them say a number of every token of a step's rows, before the objective
+assigns anything; `learn` lets those that are trained learn from an update's micro-batches.
+"""
+
+from typing import TYPE_CHECKING
+
+from luffy.networks.base import Network
+from luffy.networks.reference import Reference
+
+if TYPE_CHECKING:
+    from luffy.config import Config
+    from luffy.distributed import World
+
+KINDS: dict[str, type[Network]] = {"reference": Reference}
+
+
+def make_networks(config: "Config", path: str, world: "World") -> list[Network]:
+    """Those of the objective, with the weights at `path`. Collective over all ranks."""
+    return [KINDS[name](config, path, world) for name in config.objective.networks]
+
+
+__all__ = ["KINDS", "Network", "make_networks"]

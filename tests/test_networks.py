@@ -1,0 +1,131 @@
+"""Networks beside the policy: what they say and learn, that a checkpoint holds them, and runs that have them."""
+
+import random
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_train import arguments, assert_same_state, records, without_times
+from tiny import luffy, make_model, make_policy
+from transformers import AutoModelForCausalLM
+
+from luffy import distributed
+from luffy.config import MeshConfig, config_of
+from luffy.groups import Group, Row
+from luffy.networks import make_networks
+from luffy.networks.judge import judge
+
+GRADER = "def grade(response, answer):\n    return float(sum(response.encode()) % 3 == 0)\n"
+
+
+def configured(name: str, **options):
+    config = config_of(name)()
+    config.objective = type(config.objective)(**options)
+    config.model.dtype, config.train.tokens_per_micro, config.rollout.temperature = "float32", 24, 0.7
+    return config
+
+
+def trainer(path: Path, config) -> SimpleNamespace:
+    """What `judge` and `learn` need of one."""
+    from luffy.objectives import make_objective
+
+    world = distributed.start(MeshConfig())
+    return SimpleNamespace(
+        config=config,
+        world=world,
+        device=world.device,
+        policy=make_policy(str(path)),
+        objective=make_objective(config.objective),
+        networks=make_networks(config, str(path), world),
+    )
+
+
+def some_groups() -> list[Group]:
+    rng = random.Random(3)
+
+    def ids(n: int) -> tuple[int, ...]:
+        return tuple(rng.randrange(3, 250) for _ in range(n))
+
+    lengths = ((3, (1, 7, 4)), (9, (12, 2)), (2, (5, 5)))
+    return [
+        Group(
+            example=SimpleNamespace(prompt_ids=ids(prompt)),
+            rows=[Row(token_ids=ids(n), text="", reward=float(at == 0)) for at, n in enumerate(rows)],
+        )
+        for prompt, rows in lengths
+    ]
+
+
+def log_probs(lm, group: Group, row: Row, temperature: float) -> torch.Tensor:
+    """[n] of a row's tokens, by transformers alone."""
+    ids = torch.tensor([[*group.example.prompt_ids, *row.token_ids]])
+    logits = lm(ids).logits[0, len(group.example.prompt_ids) - 1 : -1] / temperature
+    return logits.log_softmax(-1).gather(1, torch.tensor(row.token_ids)[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("name", ["grpo", "dr_grpo", "dapo", "luffy"])
+def test_nothing_is_loaded_that_no_coefficient_asks_for(name, monkeypatch):
+    monkeypatch.setattr("luffy.networks.base.empty_lm", None)  # whoever loads calls it
+    assert make_networks(configured(name), "nowhere", None) == []
+    assert configured(name, kl_coef=1e-4).objective.networks == ("reference",)
+
+
+def test_the_reference_says_what_the_model_says_and_keeps_no_gradient(tmp_path):
+    path = make_model(tmp_path / "model")
+    t, groups = trainer(path, configured("grpo", kl_coef=0.1)), some_groups()
+    judge(t, groups)
+    [reference] = t.networks
+    assert reference.optimizer is None
+    assert not any(p.requires_grad for p in reference.model.parameters())
+    lm = AutoModelForCausalLM.from_pretrained(path).double()
+    for group in groups:
+        for row in group.rows:
+            want = log_probs(lm, group, row, 0.7)
+            assert torch.allclose(row.said["reference"].double(), want, atol=1e-4), row
+
+
+def test_the_frozen_reference_is_held_in_the_compute_type(tmp_path):
+    config = configured("grpo", kl_coef=0.1)
+    config.model.dtype = "bfloat16"
+    [reference] = trainer(make_model(tmp_path / "model"), config).networks
+    assert {p.dtype for p in reference.model.parameters()} == {torch.bfloat16}
+    assert all(b.dtype != torch.bfloat16 for b in reference.model.buffers())  # rotary frequencies
+
+
+OPTIONS = {"reward__grader": "lucky:grade", "train__steps": 4, "eval__every": 0, "eval__limit": 1}
+RUNS = {"kl": {"objective__name": "grpo", "objective__kl_coef": 0.1, "train__updates_per_step": 1}}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    home = tmp_path_factory.mktemp("home")
+    make_model(home / "model")
+    (home / "lucky.py").write_text(GRADER)
+    return home
+
+
+def run(home: Path, folder: str, name: str, *more: str, ranks: int = 1) -> Path:
+    launch = ["--nproc-per-node", str(ranks)] if ranks > 1 else []
+    options = OPTIONS | {"objective__entropy_coef": None} | RUNS[name]
+    done = luffy(*arguments(home / folder, home / "model", *more, *launch, **options), cwd=home, PYTHONPATH=str(home))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return home / folder
+
+
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_that_is_resumed_is_the_same_run(home, name, ranks):
+    whole = run(home, f"{name}-{ranks}", name, ranks=ranks)
+    again = home / f"{name}-{ranks}-again"
+    shutil.copytree(whole, again)
+    shutil.rmtree(again / "checkpoints" / "step-000004")
+    (again / "result.json").unlink()
+    run(home, again.name, name, "--resume", ranks=ranks)
+    one, other = records(whole), records(again)
+    assert [record["step"] for record in one] == [1, 2, 3, 4]
+    assert without_times(one) == without_times(other)
+    assert_same_state(whole, again, "step-000004")
+    if name == "kl":
+        assert one[0]["actor/kl_loss"] < 1e-5 < one[-1]["actor/kl_loss"]
