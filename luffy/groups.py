@@ -27,6 +27,9 @@ class Row:
     `is_trace`: it is stored, of a stronger model (`teacher`) or of an earlier step. `behaviour`: log-probs of its
     tokens under who wrote it, where they are known and a loss compares with them.
 
+    `advantages`: [n] float32 where they differ from token to token, and `advantage` is their mean. `returns`: [n]
+    float32, what a network that is trained beside the policy should have said of the tokens.
+
     `said`: name of a network beside the policy (`luffy.networks`) -> [n] float32, what it says of the tokens.
     """
 
@@ -43,6 +46,8 @@ class Row:
     weight: float = 1.0
     teacher: str = ""
     behaviour: tuple[float, ...] = ()
+    advantages: Tensor | None = None
+    returns: Tensor | None = None
     said: dict[str, Tensor] = field(default_factory=dict)
 
     @property

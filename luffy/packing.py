@@ -34,6 +34,7 @@ class MicroBatch:
     old_logp: Tensor | None = None  # [N] float32; None: this pass's own
     behaviour: Tensor | None = None  # [N] float32, NaN where a row does not say who wrote it; None: nowhere
     ref_logp: Tensor | None = None  # [N] float32, of the reference policy; None: nobody asked it
+    returns: Tensor | None = None  # [N] float32, what a network beside the policy learns; None: nothing
     row: Tensor | None = None  # [N] int64, which of the micro-batch's rows; None: not made by `pack`
     num_rows: int = 0  # of the whole micro-batch, also where ranks share its tokens
 
@@ -123,9 +124,11 @@ def assemble(units: Bin) -> MicroBatch:
         values = [x for row, found in zip(rows, logps, strict=True) for x in found or [nan] * len(row.token_ids)]
         return torch.tensor(values, dtype=torch.float32)
 
-    def said(name: str) -> Tensor | None:
-        known = all(name in row.said for row in rows)
-        return torch.cat([torch.empty(0), *(row.said[name] for row in rows)]) if known else None
+    def joined(parts: list[Tensor | None]) -> Tensor | None:
+        known = [part for part in parts if part is not None]
+        return torch.cat([torch.empty(0), *known]) if len(known) == len(parts) else None
+
+    advantages = joined([row.advantages for row in rows])
 
     return MicroBatch(
         token_ids=torch.tensor(token_ids),
@@ -133,13 +136,14 @@ def assemble(units: Bin) -> MicroBatch:
         layout=Layout(segments, len(token_ids)),
         source=torch.tensor(source, dtype=torch.int64),
         targets=torch.tensor([token for row in rows for token in row.token_ids], dtype=torch.int64),
-        advantages=per_row([row.advantage for row in rows], torch.float32),
+        advantages=per_row([row.advantage for row in rows], torch.float32) if advantages is None else advantages,
         loss_id=per_row([row.loss_id for row in rows], torch.int64),
         is_trace=per_row([row.is_trace for row in rows], torch.bool),
         token_weight=per_row([row.weight for row in rows], torch.float32),
         sampler_logp=known([row.sampler_logp for row in rows]),
         behaviour=known([row.behaviour for row in rows]) if any(row.behaviour for row in rows) else None,
-        ref_logp=said("reference"),
+        ref_logp=joined([row.said.get("reference") for row in rows]),
+        returns=joined([row.returns for row in rows]),
         row=per_row(list(range(len(rows))), torch.int64),
         num_rows=len(rows),
     )

@@ -19,7 +19,7 @@ from luffy.packing import MicroBatch
 
 PER_TARGET = ("source", "targets", "advantages", "loss_id", "is_trace", "token_weight", "sampler_logp", "row")
 
-OPTIONAL = ("behaviour", "ref_logp")
+OPTIONAL = ("behaviour", "ref_logp", "returns")
 
 
 def check_heads(config: Any, ranks: int) -> None:

@@ -78,6 +78,11 @@ class Trainer:
         parts["networks"] = []
         return cls(**parts | {"objective": make_objective(config.objective)})
 
+    @property
+    def optimizers(self) -> list[Optimizer]:
+        """The policy's, and those of the networks beside it that are trained."""
+        return [self.optimizer, *(network.optimizer for network in self.networks if network.optimizer is not None)]
+
     def __enter__(self) -> Self:
         return self
 
@@ -182,6 +187,7 @@ def _set_up(
         if adapts:
             checkpoint.load_adapters(found, policy)
         checkpoint.load_optimizer(found, policy, optimizer)
+        checkpoint.load_networks(found, networks)
         if remembered := checkpoint.load_remembered(found):
             objective.load_state(remembered)
         with user_errors("resume"):

@@ -193,6 +193,8 @@ def update(t: Trainer, parts: list[Terms], loop: dict[str, Any]) -> UpdateMetric
         [loss] = t.world.sum([loss])
         lr = optim.learning_rate(config.optim, loop["updates"], total)
         norm, good = optim.step(t.optimizer, t.policy, config.optim.max_grad_norm, loss, lr)
+        for network in t.networks:
+            metrics.taught |= network.learn(micros, loop["updates"], total)
         metrics.finish_update(loss, norm, lr, good)
         loop["updates"] += 1
         t.version = loop["updates"]
@@ -336,7 +338,7 @@ def save(t: Trainer, loop: dict[str, Any], score: float | None = None) -> None:
     t.watch.phase("save", loop["step"])
     loop["saved"] = loop["step"]
     remembered = t.objective.state() if t.world.is_main else {}
-    t.checkpoints.save(loop["step"], t.policy, t.optimizer, loop, t.template.tokenizer, score, remembered)
+    t.checkpoints.save(loop["step"], t.policy, t.optimizer, loop, t.template.tokenizer, score, remembered, t.networks)
 
 
 def out_of_time(config: Config, loop: dict[str, Any]) -> bool:

@@ -29,6 +29,7 @@ DIFFER: dict[str, list[set[str]]] = {
     "sft": [SFT],
     "sft-then-rl": [SFT, {"data.path"}],
     "oat-zero": [ZERO],
+    "open-reasoner-zero": [ZERO - {"eval.max_tokens"} | {"rollout.memory_fraction", "optim.warmup_steps"}],
     "simplerl-zero": [
         ZERO | {"model.reference_on_cpu", "optim.lr", "train.steps", "train.prompts_per_step", "checkpoint.every"}
     ],
@@ -107,6 +108,17 @@ def test_simplerl_zero_is_grpo_with_a_small_kl_term():
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n1+1?\n"
         "Please reason step by step, and put your final answer within \\boxed{}.<|im_end|>\n<|im_start|>assistant\n"
     )
+
+
+def test_open_reasoner_zero_is_ppo_that_discounts_nothing():
+    [orz] = stages("open-reasoner-zero")
+    o = orz.objective
+    assert (o.name, o.rows, o.discount, o.gae_lambda, o.kl_coef, o.entropy_coef) == ("ppo", 64, 1, 1, 0, 0)
+    assert (o.networks, o.value_lr, o.value_updates, o.normalise) == (("value",), 5e-6, 12, True)
+    assert (orz.train.prompts_per_step, orz.train.updates_per_step, orz.optim.warmup_steps) == (128, 1, 50)
+    prompt = rendered("open-reasoner-zero")
+    assert prompt.startswith("A conversation between User and Assistant. The User asks")
+    assert prompt.endswith("by the \\boxed{} tag.\nThis is the problem:\n1+1?\nAssistant: <think>")
 
 
 @pytest.mark.parametrize("name", DIFFER)

@@ -16,6 +16,8 @@ from luffy.config import MeshConfig, config_of
 from luffy.groups import Group, Row
 from luffy.networks import make_networks
 from luffy.networks.judge import judge
+from luffy.shards import fill, full
+from luffy.train import micro_batches, split
 
 GRADER = "def grade(response, answer):\n    return float(sum(response.encode()) % 3 == 0)\n"
 
@@ -32,6 +34,7 @@ def trainer(path: Path, config) -> SimpleNamespace:
     from luffy.objectives import make_objective
 
     world = distributed.start(MeshConfig())
+    config.train.updates_per_step = 1
     return SimpleNamespace(
         config=config,
         world=world,
@@ -94,8 +97,57 @@ def test_the_frozen_reference_is_held_in_the_compute_type(tmp_path):
     assert all(b.dtype != torch.bfloat16 for b in reference.model.buffers())  # rotary frequencies
 
 
+def test_the_value_model_learns_the_returns(tmp_path):
+    """Values, loss and the gradients of head and body in float64, one sequence after the other."""
+    path = make_model(tmp_path / "model")
+    t, groups = trainer(path, configured("ppo")), some_groups()
+    [value] = t.networks
+    judge(t, groups)
+    assert all(not row.said["value"].any() for group in groups for row in group.rows)  # a head of zeros
+    head = torch.randn(1, 64, generator=torch.Generator().manual_seed(1)) / 8
+    fill(value.model.head.weight.detach(), head)
+    judge(t, groups)
+    parts = split(t, groups, 0.0)
+    seen = {}
+    value.step = lambda name, loss, update, total: seen.update(
+        {name: torch.tensor(loss)} | {n: full(p.grad) for n, p in value.model.named_parameters()}
+    )
+    value.learn(micro_batches(t, parts[0]), 0, 1)
+
+    lm = AutoModelForCausalLM.from_pretrained(path).double()
+    w = head.double().requires_grad_()
+    losses = []
+    for group, row in [(g, row) for g in groups for row in g.rows]:
+        ids = torch.tensor([[*group.example.prompt_ids, *row.token_ids]])
+        hidden = lm.model(ids).last_hidden_state[0, len(group.example.prompt_ids) - 1 : -1]
+        values = (hidden @ w.T)[:, 0]
+        assert torch.allclose(row.said["value"].double(), values, atol=1e-5)
+        losses.append((values - row.reward).square() / 2)
+    loss = torch.cat(losses).mean()
+    loss.backward()
+    assert seen["critic/vf_loss"].item() == pytest.approx(loss.item(), rel=1e-5)
+    assert torch.allclose(seen["head.weight"].double(), w.grad, atol=1e-6)
+    body = dict(lm.model.named_parameters())
+    for name, grad in ((n.removeprefix("lm.model."), g) for n, g in seen.items() if n.startswith("lm.model.")):
+        assert torch.allclose(grad.double(), body[name].grad, atol=1e-5), name
+    assert sum(n.startswith("lm.") for n in seen) == len(body)  # nothing of the vocabulary's head
+
+
+def test_value_updates_are_parts_of_the_rows(tmp_path):
+    t, groups = trainer(make_model(tmp_path / "model"), configured("ppo", value_updates=3)), some_groups()
+    judge(t, groups)
+    micros = micro_batches(t, split(t, groups, 0.0)[0])
+    [value] = t.networks
+    found = value.learn(micros, 0, 1)
+    assert {s["step"].item() for s in value.optimizer.state.values()} == {float(min(3, len(micros)))}
+    assert found["critic/lr"] == 5e-6
+
+
 OPTIONS = {"reward__grader": "lucky:grade", "train__steps": 4, "eval__every": 0, "eval__limit": 1}
-RUNS = {"kl": {"objective__name": "grpo", "objective__kl_coef": 0.1, "train__updates_per_step": 1}}
+RUNS = {
+    "kl": {"objective__name": "grpo", "objective__kl_coef": 0.1, "train__updates_per_step": 1},
+    "ppo": {"objective__name": "ppo", "objective__value_updates": 2},
+}
 
 
 @pytest.fixture(scope="module")
@@ -127,5 +179,7 @@ def test_a_run_that_is_resumed_is_the_same_run(home, name, ranks):
     assert [record["step"] for record in one] == [1, 2, 3, 4]
     assert without_times(one) == without_times(other)
     assert_same_state(whole, again, "step-000004")
+    if name == "ppo":
+        assert all(record["critic/vf_loss"] > 0 for record in one)
     if name == "kl":
         assert one[0]["actor/kl_loss"] < 1e-5 < one[-1]["actor/kl_loss"]

@@ -2,7 +2,7 @@
 here a second time in float64."""
 
 import math
-from statistics import fmean, stdev
+from statistics import fmean, pstdev, stdev
 
 import pytest
 import torch
@@ -160,6 +160,43 @@ def test_a_kl_term_holds_every_token_to_the_reference(name):
         return without.get(token, 0.0) + 0.3 * (1 - math.exp(reference[token] - w.now[token])) / count
 
     w.expect(make(name, rows=4, entropy_coef=0.0, kl_coef=0.3), formula)
+
+
+def judged(name: str, scale: float = 1.0) -> World:
+    """With what a network says of each token, a float32 number."""
+    w = plain()
+    for row in (row for g in w.groups for row in g.rows):
+        row.said[name] = torch.tensor([scale * math.sin(3 * token) for token in row.token_ids])
+    return w
+
+
+def gae(row: Row, discount: float, lam: float) -> list[float]:
+    """The sum of eq. 16 of arXiv 1506.02438, written out."""
+    v = [*row.said["value"].double().tolist(), 0.0]
+    n = len(row.token_ids)
+    delta = [(row.reward if t == n - 1 else 0.0) + discount * v[t + 1] - v[t] for t in range(n)]
+    return [sum((discount * lam) ** (s - t) * delta[s] for s in range(t, n)) for t in range(n)]
+
+
+@pytest.mark.parametrize("normalise", [True, False])
+@pytest.mark.parametrize(("discount", "lam"), [(1.0, 1.0), (1.0, 0.9), (0.97, 0.8)])
+def test_ppo(discount, lam, normalise):
+    w = judged("value")
+    found = {id(row): gae(row, discount, lam) for g in w.groups for row in g.rows}
+    if (discount, lam) == (1.0, 1.0):
+        for row in w.groups[0].rows:
+            assert found[id(row)] == pytest.approx([row.reward - v for v in row.said["value"].tolist()])
+    every = [a for advantages in found.values() for a in advantages]
+    mean, deviation = (fmean(every), pstdev(every)) if normalise else (0.0, 1.0)
+
+    def formula(g, row, token):
+        a = (found[id(row)][row.token_ids.index(token)] - mean) / deviation
+        return clipped(a, math.exp(w.now[token] - w.old[token]), 0.2, 0.2) / len(every)
+
+    w.expect(make("ppo", rows=4, discount=discount, gae_lambda=lam, normalise=normalise), formula)
+    for row in (row for g in w.groups for row in g.rows):
+        want = [a + v for a, v in zip(found[id(row)], row.said["value"].tolist(), strict=True)]
+        assert row.returns.tolist() == pytest.approx(want, abs=1e-6)
 
 
 def test_dapo_punishes_what_is_too_long():

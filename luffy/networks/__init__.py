@@ -1,6 +1,7 @@
 """Networks beside the policy, loaded where the objective asks for them and nowhere else.
 
     reference    the model that the run begins with, frozen: what a KL term holds the policy to
+    value        V of every prefix of an answer: PPO's
 
 Each is sharded as the policy is. `judge` has them say a number of every token of a step's rows, before the objective
 assigns anything; `learn` lets those that are trained learn from an update's micro-batches.
@@ -10,12 +11,13 @@ from typing import TYPE_CHECKING
 
 from luffy.networks.base import Network
 from luffy.networks.reference import Reference
+from luffy.networks.value import Value
 
 if TYPE_CHECKING:
     from luffy.config import Config
     from luffy.distributed import World
 
-KINDS: dict[str, type[Network]] = {"reference": Reference}
+KINDS: dict[str, type[Network]] = {"reference": Reference, "value": Value}
 
 
 def make_networks(config: "Config", path: str, world: "World") -> list[Network]:

@@ -1,6 +1,6 @@
 """What a network beside the policy is."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -8,6 +8,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
+from luffy import optim
 from luffy.config import Config, LoraConfig
 from luffy.distributed import World
 from luffy.dtypes import dtype_of
@@ -20,6 +21,7 @@ class Network:
     """Made, asked and taught by all ranks together."""
 
     name: ClassVar[str]
+    kind: ClassVar[type[Policy]] = Policy
     optimizer: Optimizer | None = None
     """None: it is frozen, and no part of a checkpoint."""
 
@@ -29,6 +31,7 @@ class Network:
             UserError: as `empty_lm` and `load_weights`.
         """
         self.config, self.world = config, world
+        self.options: Any = config.objective
         whole = config.model.model_copy(update={"lora": LoraConfig()})
         on_cpu = self.on_cpu
         self.model = shard(self.build(empty_lm(path, whole)), world.params, dtype_of(config.model.dtype), on_cpu)
@@ -41,7 +44,7 @@ class Network:
 
     def build(self, lm: PreTrainedModel) -> Policy:
         """The module, of an LM whose parameters are empty."""
-        return Policy(lm, self.config.rollout.temperature, self.config.model.offload_activations)
+        return self.kind(lm, self.config.rollout.temperature, self.config.model.offload_activations)
 
     def says(self, micro: MicroBatch) -> Tensor:
         """[N] float32: of every target of a micro-batch."""
@@ -56,3 +59,31 @@ class Network:
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
+
+
+class Taught(Network):
+    """One with an optimizer of its own, saved with a checkpoint."""
+
+    optimizer: Optimizer
+
+    def __init__(self, config: Config, path: str, world: World) -> None:
+        super().__init__(config, path, world)
+        self.optim = config.optim.model_copy(update={"lr": self.lr, "max_grad_norm": self.max_grad_norm})
+        self.optimizer = optim.make_optimizer(self.model.train(), self.optim)
+
+    @property
+    def lr(self) -> float:
+        raise NotImplementedError
+
+    @property
+    def max_grad_norm(self) -> float:
+        return self.config.optim.max_grad_norm
+
+    def step(self, name: str, loss: float, update: int, total: int) -> dict[str, float]:
+        """The optimizer's, all gradients being there. name: of the metric of this rank's `loss`."""
+        [loss] = self.world.sum([loss])
+        lr = optim.learning_rate(self.optim, update, total)
+        norm, _ = optim.step(self.optimizer, self.model, self.optim.max_grad_norm, loss, lr)
+        self.rest()
+        where = name.rpartition("/")[0]
+        return {name: loss, f"{where}/grad_norm": norm, f"{where}/lr": lr}
