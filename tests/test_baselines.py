@@ -30,6 +30,10 @@ DIFFER: dict[str, list[set[str]]] = {
     "sft-then-rl": [SFT, {"data.path"}],
     "oat-zero": [ZERO],
     "open-reasoner-zero": [ZERO - {"eval.max_tokens"} | {"rollout.memory_fraction", "optim.warmup_steps"}],
+    "prime-zero": [
+        ZERO
+        | {"model.reference_on_cpu", "rollout.refill", "rollout.memory_fraction", "optim.lr", "train.prompts_per_step"}
+    ],
     "simplerl-zero": [
         ZERO | {"model.reference_on_cpu", "optim.lr", "train.steps", "train.prompts_per_step", "checkpoint.every"}
     ],
@@ -119,6 +123,18 @@ def test_open_reasoner_zero_is_ppo_that_discounts_nothing():
     prompt = rendered("open-reasoner-zero")
     assert prompt.startswith("A conversation between User and Assistant. The User asks")
     assert prompt.endswith("by the \\boxed{} tag.\nThis is the problem:\n1+1?\nAssistant: <think>")
+
+
+def test_prime_zero_learns_process_rewards_online():
+    [prime] = stages("prime-zero")
+    o = prime.objective
+    assert (o.name, o.rows, o.beta, o.networks) == ("prime", 4, 0.05, ("reference", "implicit_reward"))
+    assert (o.accuracy_low, o.accuracy_high, o.process_coef / o.outcome_coef) == (0.2, 0.8, 1)
+    assert (prime.optim.lr, o.reward_lr, o.reward_max_grad_norm) == (5e-7, 1e-6, 10)
+    assert (prime.train.prompts_per_step, prime.train.updates_per_step, prime.rollout.max_tokens) == (64, 1, 3072)
+    prompt = rendered("prime-zero")
+    assert prompt.startswith("A conversation between User and Assistant. The user asks")
+    assert prompt.endswith("User: 1+1?\n\nPresent the answer in LaTex format: \\boxed{Your answer}. Assistant:")
 
 
 @pytest.mark.parametrize("name", DIFFER)

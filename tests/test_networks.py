@@ -9,11 +9,13 @@ import pytest
 import torch
 from test_train import arguments, assert_same_state, records, without_times
 from tiny import luffy, make_model, make_policy
+from torch.nn.functional import binary_cross_entropy_with_logits
 from transformers import AutoModelForCausalLM
 
 from luffy import distributed
 from luffy.config import MeshConfig, config_of
 from luffy.groups import Group, Row
+from luffy.load import load_weights
 from luffy.networks import make_networks
 from luffy.networks.judge import judge
 from luffy.shards import fill, full
@@ -133,6 +135,39 @@ def test_the_value_model_learns_the_returns(tmp_path):
     assert sum(n.startswith("lm.") for n in seen) == len(body)  # nothing of the vocabulary's head
 
 
+def test_the_implicit_reward_model_learns_outcomes_by_cross_entropy(tmp_path):
+    """Loss and gradients in float64 by autograd through the sum of an answer, which the model itself never does."""
+    path = make_model(tmp_path / "model")
+    config = configured("prime", rows=2, beta=0.3, accuracy_low=0.0, accuracy_high=1.0)
+    t, groups = trainer(path, config), some_groups()
+    _, phi = t.networks
+    judge(t, groups)
+    for row in (row for group in groups for row in group.rows):
+        assert torch.equal(row.said["implicit_reward"], row.said["reference"])  # so that no token has a reward yet
+    other = make_model(tmp_path / "other", seed=1)
+    load_weights(phi.model, str(other), t.device)
+    micros = micro_batches(t, split(t, groups, 0.0)[0])
+    seen = {}
+    phi.step = lambda name, loss, update, total: seen.update(
+        {name: torch.tensor(loss)} | {n: full(p.grad) for n, p in phi.model.named_parameters()}
+    )
+    phi.learn(micros, 0, 1)
+
+    reference = AutoModelForCausalLM.from_pretrained(path).double()
+    lm = AutoModelForCausalLM.from_pretrained(other).double()
+    losses = []
+    for group, row in [(g, row) for g in groups for row in g.rows]:
+        added = log_probs(lm, group, row, 0.7) - log_probs(reference, group, row, 0.7).detach()
+        outcome = torch.tensor(row.reward, dtype=torch.float64)
+        losses.append(binary_cross_entropy_with_logits(0.3 * added.sum(), outcome))
+    loss = torch.stack(losses).mean()
+    loss.backward()
+    assert seen["reward_model/ce_loss"].item() == pytest.approx(loss.item(), rel=1e-5)
+    for name, parameter in lm.named_parameters():
+        scale = parameter.grad.abs().max()
+        assert (seen[f"lm.{name}"].double() - parameter.grad).abs().max() <= 1e-4 * scale + 1e-9, name
+
+
 def test_value_updates_are_parts_of_the_rows(tmp_path):
     t, groups = trainer(make_model(tmp_path / "model"), configured("ppo", value_updates=3)), some_groups()
     judge(t, groups)
@@ -146,6 +181,12 @@ def test_value_updates_are_parts_of_the_rows(tmp_path):
 OPTIONS = {"reward__grader": "lucky:grade", "train__steps": 4, "eval__every": 0, "eval__limit": 1}
 RUNS = {
     "kl": {"objective__name": "grpo", "objective__kl_coef": 0.1, "train__updates_per_step": 1},
+    "prime": {
+        "objective__name": "prime",
+        "objective__accuracy_low": 0.1,
+        "objective__reward_lr": 0.01,
+        "objective__entropy_coef": 0.001,
+    },
     "ppo": {"objective__name": "ppo", "objective__value_updates": 2},
 }
 

@@ -199,6 +199,52 @@ def test_ppo(discount, lam, normalise):
         assert row.returns.tolist() == pytest.approx(want, abs=1e-6)
 
 
+@pytest.mark.parametrize("published", [True, False])
+@pytest.mark.parametrize("discount", [1.0, 0.9])
+def test_prime(discount, published):
+    w = judged("implicit_reward", scale=2.0)
+    for row in (row for g in w.groups for row in g.rows):
+        row.said["reference"] = torch.tensor([-1.0 - 0.01 * token for token in row.token_ids])
+    options = {"beta": 0.3, "process_coef": 2.0, "outcome_coef": 3.0, "discount": discount}
+    objective = make("prime", rows=4, process_norm=published, normalise=published, **options)
+
+    def process(row: Row) -> list[float]:
+        said = zip(row.said["implicit_reward"].double().tolist(), row.said["reference"].double().tolist(), strict=True)
+        return [0.3 * (phi - reference) for phi, reference in said]
+
+    kept = w.groups[:2]  # the third is all right, and out of the band
+    sums = [abs(sum(process(row)[t:])) for g in kept for row in g.rows for t in range(len(row.token_ids))]
+    scale = max(sums) + 1e-6 if published else 1.0
+    found = {}
+    for row, others in ((row, [r for r in g.rows if r is not row]) for g in kept for row in g.rows):
+        baseline = fmean(fmean(process(other)) for other in others)
+        outcome = row.reward - fmean(other.reward for other in others)
+        centred = [(r - baseline) / scale for r in process(row)]
+        for t, token in enumerate(row.token_ids):
+            later = sum(discount ** (s - t) * centred[s] for s in range(t, len(centred)))
+            found[token] = 2.0 * later + 3.0 * outcome
+    mean, deviation = (fmean(found.values()), pstdev(found.values())) if published else (0.0, 1.0)
+
+    def formula(g, row, token):
+        a = (found.get(token, mean) - mean) / deviation
+        return clipped(a, math.exp(w.now[token] - w.old[token]), 0.2, 0.2) / len(found)
+
+    w.expect(objective, formula)
+    assert set(w.gradients(objective)) == set(found)
+    assert {value for g in kept for row in g.rows for value in (row.returns - row.reward).tolist()} == {0.0}
+
+
+@pytest.mark.parametrize(("right", "stays"), [(0, False), (1, False), (2, True), (8, True), (9, False), (10, False)])
+def test_prime_keeps_groups_within_the_band(right, stays):
+    objective, made = make("prime", rows=10), group([1.0] * right + [0.0] * (10 - right))
+    for row in made.rows:
+        row.said = {name: torch.zeros(len(row.token_ids)) for name in objective.options.networks}
+    terms = objective.terms([made], 0.0)
+    assert (terms.rows == [made.rows]) == stays
+    assert objective.judged(made) == terms.rows[0]
+    assert terms.normalizer == (tokens(made.rows) if stays else 1.0)
+
+
 def test_dapo_punishes_what_is_too_long():
     objective = make("dapo", rows=3, overlong_after=2, overlong_span=4)
     g = group([1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0])  # of 2 to 8 tokens

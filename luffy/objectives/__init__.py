@@ -17,6 +17,7 @@ KNOWN = {
     "cispo": "luffy.objectives.cispo:Cispo",
     "gspo": "luffy.objectives.gspo:Gspo",
     "ppo": "luffy.objectives.ppo:Ppo",
+    "prime": "luffy.objectives.prime:Prime",
     "exgrpo": "luffy.objectives.exgrpo:ExGrpo",
     "rl_sft": "luffy.objectives.rl_sft:RlSft",
     "hpt": "luffy.objectives.hpt:Hpt",
