@@ -1,5 +1,6 @@
 """Networks beside the policy: what they say and learn, that a checkpoint holds them, and runs that have them."""
 
+import math
 import random
 import shutil
 from pathlib import Path
@@ -7,17 +8,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_train import arguments, assert_same_state, records, without_times
-from tiny import luffy, make_model, make_policy
+from test_train import arguments, assert_same_state, records, state, without_times
+from tiny import luffy, make_model, make_policy, make_tokenizer
 from torch.nn.functional import binary_cross_entropy_with_logits
 from transformers import AutoModelForCausalLM
 
 from luffy import distributed
+from luffy.checkpoint import Checkpointer, load_networks, network_tensors
 from luffy.config import MeshConfig, config_of
+from luffy.errors import UserError
 from luffy.groups import Group, Row
 from luffy.load import load_weights
 from luffy.networks import make_networks
 from luffy.networks.judge import judge
+from luffy.optim import make_optimizer
 from luffy.shards import fill, full
 from luffy.train import micro_batches, split
 
@@ -178,6 +182,48 @@ def test_value_updates_are_parts_of_the_rows(tmp_path):
     assert found["critic/lr"] == 5e-6
 
 
+@pytest.mark.parametrize(("objective", "options"), [("ppo", {}), ("prime", {"rows": 2, "accuracy_low": 0.0})])
+def test_a_checkpoint_holds_what_is_taught_bit_for_bit(tmp_path, objective, options):
+    """Saved after one lesson and loaded elsewhere, the next lesson comes to the same weights."""
+    path, groups = make_model(tmp_path / "model"), some_groups()
+    config = configured(objective, accuracy_high=1.0, **options) if options else configured(objective)
+    config.optim.lr = 0.01
+    one = trainer(path, config)
+    judge(one, groups)
+    micros = micro_batches(one, split(one, groups, 0.0)[0])
+    teach(one, micros)
+    keeper = Checkpointer(tmp_path / "checkpoints", 1)
+    optimizer = make_optimizer(one.policy, config.optim)
+    keeper.save(1, one.policy, optimizer, {}, make_tokenizer(), networks=one.networks)
+    teach(one, micros)  # the copy is of the moment before
+    keeper.close()
+    other = trainer(path, config)
+    load_networks(tmp_path / "checkpoints" / "step-000001", other.networks)
+    teach(other, micros)
+    saved, again = network_tensors(one.networks), network_tensors(other.networks)
+    assert any(name.endswith(".exp_avg_sq") for name in saved)
+    assert saved.keys() == again.keys()
+    for name, tensor in saved.items():
+        assert torch.equal(full(tensor), full(again[name])), name
+
+
+def test_a_checkpoint_without_the_network_is_refused(tmp_path):
+    path = make_model(tmp_path / "model")
+    t = trainer(path, configured("ppo"))
+    keeper = Checkpointer(tmp_path / "checkpoints", 1)
+    keeper.save(1, t.policy, make_optimizer(t.policy, t.config.optim), {}, make_tokenizer())
+    keeper.close()
+    with pytest.raises(
+        UserError, match=r"checkpoint step-000001: it has no value\..*resume with the run's own objective"
+    ):
+        load_networks(tmp_path / "checkpoints" / "step-000001", t.networks)
+
+
+def teach(t, micros) -> None:
+    for network in t.networks:
+        network.learn(micros, 0, 1)
+
+
 OPTIONS = {"reward__grader": "lucky:grade", "train__steps": 4, "eval__every": 0, "eval__limit": 1}
 RUNS = {
     "kl": {"objective__name": "grpo", "objective__kl_coef": 0.1, "train__updates_per_step": 1},
@@ -207,7 +253,20 @@ def run(home: Path, folder: str, name: str, *more: str, ranks: int = 1) -> Path:
     return home / folder
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_run_with_networks_learns(home):
+    """PRIME's, which has both a frozen one and one that is taught."""
+    steps = records(run(home, "once", "prime"))
+    assert [record["step"] for record in steps] == [1, 2, 3, 4]
+    assert steps[0]["reward_model/ce_loss"] == pytest.approx(math.log(2))  # no reward yet: sigmoid(0)
+    assert all(record["reward_model/ce_loss"] != pytest.approx(math.log(2)) for record in steps[1:])
+    assert steps[-1]["actor/kl_loss"] > 1e-3
+    stored = state(home / "once", "step-000004")
+    assert any("networks" in name and "implicit_reward" in name and name.endswith("exp_avg_sq") for name in stored)
+    assert not any("reference" in name for name in stored)
+
+
+@pytest.mark.slow  # two runs each
+@pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_that_is_resumed_is_the_same_run(home, name, ranks):
     whole = run(home, f"{name}-{ranks}", name, ranks=ranks)
