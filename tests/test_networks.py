@@ -25,6 +25,7 @@ from luffy.optim import make_optimizer
 from luffy.shards import fill, full
 from luffy.train import micro_batches, split
 
+ANY = {"accuracy_low": 0.0, "accuracy_high": 1.0}
 GRADER = "def grade(response, answer):\n    return float(sum(response.encode()) % 3 == 0)\n"
 
 
@@ -142,7 +143,7 @@ def test_the_value_model_learns_the_returns(tmp_path):
 def test_the_implicit_reward_model_learns_outcomes_by_cross_entropy(tmp_path):
     """Loss and gradients in float64 by autograd through the sum of an answer, which the model itself never does."""
     path = make_model(tmp_path / "model")
-    config = configured("prime", rows=2, beta=0.3, accuracy_low=0.0, accuracy_high=1.0)
+    config = configured("prime", beta=0.3, **ANY)
     t, groups = trainer(path, config), some_groups()
     _, phi = t.networks
     judge(t, groups)
@@ -182,11 +183,11 @@ def test_value_updates_are_parts_of_the_rows(tmp_path):
     assert found["critic/lr"] == 5e-6
 
 
-@pytest.mark.parametrize(("objective", "options"), [("ppo", {}), ("prime", {"rows": 2, "accuracy_low": 0.0})])
+@pytest.mark.parametrize(("objective", "options"), [("ppo", {}), ("prime", ANY)])
 def test_a_checkpoint_holds_what_is_taught_bit_for_bit(tmp_path, objective, options):
     """Saved after one lesson and loaded elsewhere, the next lesson comes to the same weights."""
     path, groups = make_model(tmp_path / "model"), some_groups()
-    config = configured(objective, accuracy_high=1.0, **options) if options else configured(objective)
+    config = configured(objective, **options)
     config.optim.lr = 0.01
     one = trainer(path, config)
     judge(one, groups)
@@ -213,9 +214,7 @@ def test_a_checkpoint_without_the_network_is_refused(tmp_path):
     keeper = Checkpointer(tmp_path / "checkpoints", 1)
     keeper.save(1, t.policy, make_optimizer(t.policy, t.config.optim), {}, make_tokenizer())
     keeper.close()
-    with pytest.raises(
-        UserError, match=r"checkpoint step-000001: it has no value\..*resume with the run's own objective"
-    ):
+    with pytest.raises(UserError, match=r"it has no value\..*resume with the run's own objective"):
         load_networks(tmp_path / "checkpoints" / "step-000001", t.networks)
 
 
