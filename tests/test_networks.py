@@ -13,15 +13,20 @@ from tiny import luffy, make_model, make_policy, make_tokenizer
 from torch.nn.functional import binary_cross_entropy_with_logits
 from transformers import AutoModelForCausalLM
 
-from luffy import distributed
+from luffy import distributed, plan
+from luffy.balance import Unit
 from luffy.checkpoint import Checkpointer, load_networks, network_tensors
 from luffy.config import MeshConfig, config_of
 from luffy.errors import UserError
 from luffy.groups import Group, Row
 from luffy.load import load_weights
+from luffy.machines import find_machine
 from luffy.networks import make_networks
 from luffy.networks.judge import judge
 from luffy.optim import make_optimizer
+from luffy.packing import assemble
+from luffy.sequence import holds, slice_of
+from luffy.shapes import find_shape
 from luffy.shards import fill, full
 from luffy.train import micro_batches, split
 
@@ -216,6 +221,36 @@ def test_a_checkpoint_without_the_network_is_refused(tmp_path):
     keeper.close()
     with pytest.raises(UserError, match=r"it has no value\..*resume with the run's own objective"):
         load_networks(tmp_path / "checkpoints" / "step-000001", t.networks)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_that_share_a_micro_batch_put_together_what_each_holds(ranks):
+    groups = some_groups()
+    micro = assemble([Unit(g.example.prompt_ids, g.rows) for g in groups])
+    numbers = torch.arange(micro.num_targets, dtype=torch.float32)
+    micro.ref_logp = numbers
+    found = torch.full_like(numbers, -1.0)
+    for rank in range(ranks):
+        part = slice_of(micro, rank, SimpleNamespace(size=lambda: ranks))
+        found[holds(micro, rank, ranks)] = part.ref_logp
+        assert part.ref_logp.numel() == part.num_targets
+    assert torch.equal(found, numbers)
+
+
+def test_a_plan_counts_them():
+    shape, machine = find_shape("qwen2.5-math-7b"), find_machine("h100")
+
+    def held(name: str, **options) -> float:
+        config = configured(name, **options)
+        config.model.dtype = "bfloat16"
+        asked = plan.ask(config, shape, machine, 8, 4096, None)
+        parts = plan.evaluate(asked, plan.configured(asked)).parts
+        return parts["weights"] + parts["optimizer"]
+
+    alone = held("grpo")
+    assert held("grpo", kl_coef=0.1) - alone == pytest.approx(2 * shape.parameters / 8)
+    assert held("ppo") - alone == pytest.approx(12 * shape.parameters / 8)
+    assert held("prime") - alone == pytest.approx(14 * shape.parameters / 8)
 
 
 def teach(t, micros) -> None:
