@@ -32,7 +32,7 @@ def scored(runs: Runs, split: str) -> str:
     if not runs:
         return "-"
     mean, half = mean_and_half([run["after"][split] for run in runs])
-    return f"{100 * mean:.1f} ± {100 * half:.1f}"
+    return f"{100 * mean:.1f} \u00b1 {100 * half:.1f}"
 
 
 def methods_table(results: Results) -> Iterator[str]:

@@ -5,6 +5,7 @@
       model*.safetensors             `luffy eval` open it as it is
       adapter/                       PEFT's folder, of a LoRA run: its model files hold merged weights, `model.dtype`
       trainer/optimizer/shard-*      Adam's moments, files of each rank, as torch.distributed.checkpoint writes them
+      trainer/networks/shard-*       networks trained beside the policy and their moments, likewise, if there are any
       trainer/objective.safetensors  what the objective remembers, if it does
       trainer/loop.json              the loop's counters
       trainer/manifest.json          every file with its size and checksum; written last
@@ -19,7 +20,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -43,11 +44,13 @@ from luffy.files import disk_errors, put_in_place, remove_folder, temporary_name
 from luffy.load import Shape, read_tensors, safetensors_files, stored_shapes
 from luffy.manifest import damage, fingerprint, read_manifest, verify, write_manifest
 from luffy.model import Policy
+from luffy.networks import Network
 from luffy.shards import full
 from luffy.staging import Staged, save_shards
-from luffy.weights import model_weights, trained_of, weights_of
+from luffy.weights import everything_of, model_weights, trained_of, weights_of
 
 LOOP, OPTIMIZER, SHARDS = "trainer/loop.json", "trainer/optimizer", "trainer/weights"
+NETWORKS = "trainer/networks"
 OBJECTIVE = "trainer/objective.safetensors"
 FILE_BYTES = 2 * 2**30
 """Size of a model file, bytes. A rank serialises its shards of one file at a time, so this bounds what that takes."""
@@ -76,11 +79,12 @@ class Checkpointer:
         tokenizer,
         score: float | None = None,
         remembered: Mapping[str, Tensor] | None = None,
+        networks: Sequence[Network] = (),
     ) -> None:
         """Copy the state and return; the writing goes on in the background. Collective over all ranks.
 
         loop: of rank 0, JSON. score: higher is better; a checkpoint without one is never the best. remembered: by the
-        objective, of rank 0, on the CPU; nobody changes it.
+        objective, of rank 0, on the CPU; nobody changes it. networks: beside the policy; frozen ones are not saved.
 
         Raises:
             UserError: the previous writing failed, or this one cannot begin (disk full, not writable); checkpoints that
@@ -102,6 +106,7 @@ class Checkpointer:
                     shapes={name: tuple(tensor.shape) for name, tensor in tensors.items()},
                     weights={name: Staged.copy_of(name, tensor) for name, tensor in model_weights(policy)},
                     moments={name: Staged.copy_of(name, tensor) for name, tensor in moments.items()},
+                    networks={name: Staged.copy_of(name, tensor) for name, tensor in network_tensors(networks).items()},
                     architecture=type(policy.lm).__name__,
                     remembered=remembered or {},
                 )
@@ -143,12 +148,16 @@ class Checkpointer:
         numbers = save_shards(work.weights, work.temporary / SHARDS, FILE_BYTES, self._group)
         if work.moments:  # there are none before the first update
             save_shards(work.moments, work.temporary / OPTIMIZER, FILE_BYTES, self._group)
+        if work.networks:
+            save_shards(work.networks, work.temporary / NETWORKS, FILE_BYTES, self._group)
         last = max(numbers.values())
         work.files_of = {name: _model_file(number, last) for name, number in numbers.items()}
 
         def of_this_rank() -> dict[str, Facts]:
-            shards = sorted((work.temporary / OPTIMIZER).glob(f"shard-{self._rank + 1:05d}-*"))
-            found = {f"{OPTIMIZER}/{path.name}": facts(path) for path in shards}
+            mine = f"shard-{self._rank + 1:05d}-*"
+            folders = (OPTIMIZER, NETWORKS)
+            shards = {f"{name}/{path.name}": path for name in folders for path in (work.temporary / name).glob(mine)}
+            found = {name: facts(path) for name, path in sorted(shards.items())}
             for number in range(1 + self._rank, 1 + last, self._world):
                 shapes = {name: work.shapes[name] for name in numbers if numbers[name] == number}
                 parts = (work.temporary / SHARDS).glob(f"shard-*-model-{number:05d}-of-*")
@@ -216,6 +225,7 @@ class _Work:
     shapes: dict[str, Shape]
     weights: dict[str, Staged]
     moments: dict[str, Staged]
+    networks: dict[str, Staged]
     remembered: Mapping[str, Tensor]
     files_of: dict[str, str] = field(default_factory=dict)
     """Weight -> name of its file."""
@@ -340,20 +350,34 @@ def load_optimizer(checkpoint: Path, policy: Policy, optimizer: Optimizer) -> No
     _refuse_other_model(checkpoint, policy, weights_of(policy))
     files = sorted((checkpoint / OPTIMIZER).glob("*.safetensors"))
     saved = stored_shapes(files, f"checkpoint {checkpoint.name}")  # of shards, so the names alone say something
-    target: dict[str, Tensor] = {}
-    for name, param in trained_of(policy).items():
-        if f"{name}.step" not in saved:
-            continue  # no update had been made when it was saved
-        step = torch.zeros(1, dtype=torch.float32, device=param.device)
-        state = {"step": step[0], "exp_avg": torch.zeros_like(param), "exp_avg_sq": torch.zeros_like(param)}
-        target |= {f"{name}.step": step, **{f"{name}.{key}": state[key] for key in ("exp_avg", "exp_avg_sq")}}
-        optimizer.state[param] = state
+    target = _moments_to_fill(trained_of(policy), optimizer, saved)
     if saved and not target:
         raise UserError(
             f"checkpoint: {checkpoint.name} has moments of other parameters; resume with the run's model.lora"
         )
     if target:
         read_tensors(target, files, f"checkpoint {checkpoint.name}")
+
+
+def load_networks(checkpoint: Path, networks: Sequence[Network]) -> None:
+    """Fill the networks that are trained beside the policy, and their optimizers' states, whatever number of ranks
+    saved them. Collective over all ranks.
+
+    Raises:
+        UserError: the checkpoint lacks one, has another one, or a damaged one.
+    """
+    what = f"checkpoint {checkpoint.name}"
+    files = sorted((checkpoint / NETWORKS).glob("*.safetensors"))
+    saved = stored_shapes(files, what)
+    target: dict[str, Tensor] = {}
+    for network in networks:
+        if network.optimizer is not None:
+            tensors = _named(network)
+            if missing := [name for name in tensors if name not in saved]:
+                raise UserError(f"{what}: it has no {missing[0]}; resume with the run's own objective")
+            target |= tensors | _moments_to_fill(tensors, network.optimizer, saved)
+    if target:
+        read_tensors(target, files, what)
 
 
 def load_adapters(checkpoint: Path, policy: Policy) -> None:
@@ -384,6 +408,34 @@ def optimizer_tensors(params: Mapping[str, Tensor], optimizer: Optimizer) -> dic
         for name, param in params.items()
         for key, value in optimizer.state.get(param, {}).items()
     }
+
+
+def network_tensors(networks: Sequence[Network]) -> dict[str, Tensor]:
+    """`NETWORK.NAME` of every weight of those that are trained, and `optimizer_tensors` of them."""
+    found: dict[str, Tensor] = {}
+    for network in networks:
+        if network.optimizer is not None:
+            found |= (tensors := _named(network)) | optimizer_tensors(tensors, network.optimizer)
+    return found
+
+
+def _named(network: Network) -> dict[str, Tensor]:
+    return {f"{network.name}.{name}": tensor for name, tensor in everything_of(network.model).items()}
+
+
+def _moments_to_fill(
+    params: Mapping[str, Tensor], optimizer: Optimizer, saved: Mapping[str, Shape]
+) -> dict[str, Tensor]:
+    """Give the optimizer an empty state of what has one in the files, named as `optimizer_tensors` names it."""
+    target: dict[str, Tensor] = {}
+    for name, param in params.items():
+        if f"{name}.step" not in saved:
+            continue  # no update had been made when it was saved
+        step = torch.zeros(1, dtype=torch.float32, device=param.device)
+        state = {"step": step[0], "exp_avg": torch.zeros_like(param), "exp_avg_sq": torch.zeros_like(param)}
+        target |= {f"{name}.step": step, **{f"{name}.{key}": state[key] for key in ("exp_avg", "exp_avg_sq")}}
+        optimizer.state[param] = state
+    return target
 
 
 def prune(folder: Path, keep: int, *, best: bool) -> None:

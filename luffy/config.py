@@ -58,6 +58,8 @@ class ModelConfig(Section):
     """Run each MLP on so many tokens at a time and again in the backward pass; null: all of a micro-batch at once."""
     body_kernels: Literal["torch", "liger"] = "torch"
     """`liger`: Liger's Triton kernels for norms, rotations and gated MLPs. Needs a GPU and the `liger` extra."""
+    reference_on_cpu: bool = False
+    """Keep the frozen reference policy, of an objective that has one (`kl_coef`), in host memory between its uses."""
     trust_remote_code: bool = False
     """Run code that comes with a model. Off unless you ask for it."""
 

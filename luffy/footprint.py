@@ -71,6 +71,10 @@ class Load:
     """Parameters of one block's LoRA adapters; 0: every weight is trained."""
     adapter_ranks: int = 0
     """Sum of the ranks of one block's adapters."""
+    frozen: int = 0
+    """Networks beside the policy that nothing trains, in the compute type; 0 of those that wait in host memory."""
+    taught: int = 0
+    """Networks beside the policy that are trained as it is. Their gradients are there when its own are gone."""
     accumulates: bool = True
     """More than one micro-batch an update: gradients are there before the forward pass."""
     segments: tuple[Segment, ...] = ()
@@ -151,7 +155,8 @@ def host_bytes(load: Load) -> float:
     """Bytes of host memory of this rank, beside what the process and its libraries take."""
     if load.device == "cpu":
         return sum(peak(load)[1].values())
-    held = 4 * MASTER * load.trained + (load.bytes * load.shape.parameters if load.adapters else 0)
+    whole = load.shape.parameters
+    held = 4 * MASTER * (load.trained + load.taught * whole) + (load.bytes * whole if load.adapters else 0)
     optimizer = held / load.shards if load.on_cpu else 0.0
     return optimizer + (load.shape.layers * kept_by_block(load) if load.offload else 0.0)
 
@@ -159,9 +164,10 @@ def host_bytes(load: Load) -> float:
 def _resident(load: Load) -> Parts:
     share = 0.0 if load.on_cpu and load.device == "cuda" else 1 / load.shards
     frozen = load.bytes * load.shape.parameters if load.adapters else 0
+    beside, fixed = load.taught * load.shape.parameters, load.frozen * load.bytes * load.shape.parameters
     return {
-        WEIGHTS: (MASTER * load.trained + frozen) * share,
-        OPTIMIZER: 2 * MASTER * load.trained * share,
+        WEIGHTS: (MASTER * (load.trained + beside) + frozen) * share + fixed / load.shards,
+        OPTIMIZER: 2 * MASTER * (load.trained + beside) * share,
         ENGINE_WEIGHTS: load.engine,
         KV: load.kv,
         DRIVER: float(CONTEXT[load.device]),

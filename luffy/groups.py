@@ -4,10 +4,16 @@ A group is one prompt with everything that answers it: rollouts sampled from the
 A row is one answer, as token ids from sampling to the loss; nothing is decoded and encoded again.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from luffy.data import Example
 from luffy.rollout.engine import Span
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(slots=True, kw_only=True)
@@ -22,8 +28,13 @@ class Row:
     tokens under who wrote it, where they are known and a loss compares with them.
 
     `prefix`: so many tokens at the beginning were given, of a trace, and the rest was sampled after them;
-    `sampler_logp` has NaN for them. Nothing is learned of them unless the objective gives them a `prefix_weight`, which
-    multiplies `weight`, and `prefix_loss` in place of `loss_id`.
+    `sampler_logp` has NaN for them. `prefix_weight` multiplies their `weight`, and with 0 no loss sees them;
+    `prefix_loss` stands in place of their `loss_id`.
+
+    `advantages`: [n] float32 where they differ from token to token, and `advantage` is their mean. `returns`: [n]
+    float32, what a network that is trained beside the policy should have said of the tokens.
+
+    `said`: name of a network beside the policy (`luffy.networks`) -> [n] float32, what it says of the tokens.
     """
 
     token_ids: tuple[int, ...]
@@ -41,7 +52,10 @@ class Row:
     behaviour: tuple[float, ...] = ()
     prefix: int = 0
     prefix_loss: int = 0
-    prefix_weight: float = 0.0
+    prefix_weight: float = 1.0
+    advantages: Tensor | None = None
+    returns: Tensor | None = None
+    said: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def unlearned(self) -> int:

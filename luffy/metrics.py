@@ -27,7 +27,7 @@ from luffy.machines import peak_of
 from luffy.packing import MicroBatch
 
 SUMS = (
-    *("pg_loss", "tokens", "entropy", "drift", "off_shaped", "sampled_tokens", "gap"),
+    *("pg_loss", "tokens", "entropy", "drift", "off_shaped", "sampled_tokens", "gap", "kl", "kl_tokens"),
     *("ratio_tokens", "ratio", "k3", "weight", "masked"),
     *(f"{side}_{what}" for side in ("on", "off") for what in ("tokens", "loss", "clipped", "prob")),
 )
@@ -165,6 +165,8 @@ class UpdateMetrics:
         self.grad_norms: list[float] = []
         self.loss = 0.0
         self.lr = 0.0
+        self.taught: dict[str, float] = {}
+        """Of the networks beside the policy, as of the last update."""
 
     @torch.no_grad()
     def add(self, micro: MicroBatch, out: PolicyLoss, normalizer: float, first_update: bool) -> None:
@@ -184,6 +186,9 @@ class UpdateMetrics:
             self._sum(f"{side}_loss", value[mask])
             self._sum(f"{side}_clipped", out.clipped[mask])
             self._sum(f"{side}_prob", prob[mask])
+        if micro.ref_logp is not None:
+            self._sum("kl", out.kl)
+            self._sum("kl_tokens", torch.ones_like(prob))
         if self.gamma is not None:
             self._sum("off_shaped", (prob / (prob + self.gamma))[off])
         if first_update:  # the weights of this pass are those that sampled, unless sampling is ahead
@@ -234,31 +239,36 @@ class UpdateMetrics:
         def mean(name: str, count: str) -> float:
             return s[name] / s[count] if s[count] else math.nan
 
-        return {
-            "actor/loss": self.loss,
-            "actor/pg_loss": s["pg_loss"],
-            "actor/on_pg_loss": mean("on_loss", "on_tokens"),
-            "actor/off_pg_loss": mean("off_loss", "off_tokens"),
-            "actor/pg_clipfrac": mean("on_clipped", "on_tokens"),
-            "actor/off_pg_clipfrac": mean("off_clipped", "off_tokens"),
-            "actor/ppo_kl": mean("drift", "tokens"),
-            "actor/on_policy_prob": mean("on_prob", "on_tokens"),
-            "actor/off_policy_prob": mean("off_prob", "off_tokens"),
-            "actor/off_ratio_mean": math.nan if self.gamma is None else mean("off_shaped", "off_tokens"),
-            "actor/entropy_loss": mean("entropy", "tokens"),
-            "actor/grad_norm": fmean(self.grad_norms) if self.grad_norms else math.nan,
-            "actor/lr": self.lr,
-            "actor/updates": self.num_updates,
-            "actor/bad_updates": self.bad_updates,
-            "rollout/logp_gap_mean": mean("gap", "sampled_tokens"),
-            "rollout/logp_gap_max": self.gap_max if s["sampled_tokens"] else math.nan,
-            "rollout/ratio_mean": mean("ratio", "ratio_tokens"),
-            "rollout/ratio_max": math.exp(self.log_ratio_max) if s["ratio_tokens"] else math.nan,
-            "rollout/ratio_min": math.exp(self.log_ratio_min) if s["ratio_tokens"] else math.nan,
-            "rollout/kl_k3": mean("k3", "ratio_tokens"),
-            "rollout/weight_mean": mean("weight", "ratio_tokens"),
-            "rollout/masked_fraction": mean("masked", "ratio_tokens"),
-        }
+        kl = {"actor/kl_loss": mean("kl", "kl_tokens")} if s["kl_tokens"] else {}
+        return (
+            kl
+            | self.taught
+            | {
+                "actor/loss": self.loss,
+                "actor/pg_loss": s["pg_loss"],
+                "actor/on_pg_loss": mean("on_loss", "on_tokens"),
+                "actor/off_pg_loss": mean("off_loss", "off_tokens"),
+                "actor/pg_clipfrac": mean("on_clipped", "on_tokens"),
+                "actor/off_pg_clipfrac": mean("off_clipped", "off_tokens"),
+                "actor/ppo_kl": mean("drift", "tokens"),
+                "actor/on_policy_prob": mean("on_prob", "on_tokens"),
+                "actor/off_policy_prob": mean("off_prob", "off_tokens"),
+                "actor/off_ratio_mean": math.nan if self.gamma is None else mean("off_shaped", "off_tokens"),
+                "actor/entropy_loss": mean("entropy", "tokens"),
+                "actor/grad_norm": fmean(self.grad_norms) if self.grad_norms else math.nan,
+                "actor/lr": self.lr,
+                "actor/updates": self.num_updates,
+                "actor/bad_updates": self.bad_updates,
+                "rollout/logp_gap_mean": mean("gap", "sampled_tokens"),
+                "rollout/logp_gap_max": self.gap_max if s["sampled_tokens"] else math.nan,
+                "rollout/ratio_mean": mean("ratio", "ratio_tokens"),
+                "rollout/ratio_max": math.exp(self.log_ratio_max) if s["ratio_tokens"] else math.nan,
+                "rollout/ratio_min": math.exp(self.log_ratio_min) if s["ratio_tokens"] else math.nan,
+                "rollout/kl_k3": mean("k3", "ratio_tokens"),
+                "rollout/weight_mean": mean("weight", "ratio_tokens"),
+                "rollout/masked_fraction": mean("masked", "ratio_tokens"),
+            }
+        )
 
 
 def count_tokens(rows: list[Row]) -> int:

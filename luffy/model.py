@@ -47,11 +47,14 @@ class Policy(nn.Module):
         head = self.lm.get_output_embeddings()
         options = self.head_options | {"bias": getattr(head, "bias", None)}
         if not loss:
-            return linear_logprobs(hidden, head.weight, micro.targets, **options).logp
+            # FSDP2 warns of a view
+            return linear_logprobs(hidden, head.weight, micro.targets, **options).logp.clone()
         if loss.get("entropy"):
             return linear_logprobs(hidden, head.weight, micro.targets, return_entropy=True, **options)[:2]
         before = micro.compared_logp
         options |= {"old_logp": "current" if before is None else before}
+        if micro.ref_logp is not None:
+            options["ref_logp"] = micro.ref_logp
         options |= {"advantages": micro.advantages, "loss_id": micro.loss_id, "token_weight": micro.token_weight}
         return linear_policy_loss(hidden, head.weight, micro.targets, **options, **loss)
 

@@ -34,6 +34,8 @@ class MicroBatch:
     sampler_logp: Tensor  # [N] float32, NaN where nobody sampled
     old_logp: Tensor | None = None  # [N] float32; None: this pass's own
     behaviour: Tensor | None = None  # [N] float32, NaN where a row does not say who wrote it; None: nowhere
+    ref_logp: Tensor | None = None  # [N] float32, of the reference policy; None: nobody asked it
+    returns: Tensor | None = None  # [N] float32, what a network beside the policy learns; None: nothing
     row: Tensor | None = None  # [N] int64, which of the micro-batch's rows; None: not made by `pack`
     num_rows: int = 0  # of the whole micro-batch, also where ranks share its tokens
 
@@ -129,18 +131,26 @@ def assemble(units: Bin) -> MicroBatch:
         values = [x for row, found in zip(rows, all_of, strict=True) for x in found[row.unlearned :]]
         return torch.tensor(values, dtype=torch.float32)
 
+    def joined(parts: list[tuple[Tensor | None, Row]]) -> Tensor | None:
+        known = [part[row.unlearned :] for part, row in parts if part is not None]
+        return torch.cat([torch.empty(0), *known]) if len(known) == len(parts) else None
+
+    advantages = joined([(row.advantages, row) for row in rows])
+
     return MicroBatch(
         token_ids=torch.tensor(token_ids),
         positions=torch.tensor(positions),
         layout=Layout(segments, len(token_ids)),
         source=torch.tensor(source, dtype=torch.int64),
         targets=torch.tensor([token for row in rows for token in row.token_ids[row.unlearned :]], dtype=torch.int64),
-        advantages=per_row([row.advantage for row in rows], torch.float32),
+        advantages=per_row([row.advantage for row in rows], torch.float32) if advantages is None else advantages,
         loss_id=per_part([(row.prefix_loss, row.loss_id) for row in rows], torch.int64),
         is_trace=per_part([(True, row.is_trace) for row in rows], torch.bool),
         token_weight=per_part([(row.weight * row.prefix_weight, row.weight) for row in rows], torch.float32),
         sampler_logp=known([row.sampler_logp for row in rows]),
         behaviour=known([row.behaviour for row in rows]) if any(row.behaviour for row in rows) else None,
+        ref_logp=joined([(row.said.get("reference"), row) for row in rows]),
+        returns=joined([(row.returns, row) for row in rows]),
         row=per_row(list(range(len(rows))), torch.int64),
         num_rows=len(rows),
     )

@@ -237,6 +237,8 @@ def load_of(asked: Asked, choice: Choice) -> tuple[Load, float]:
         adapters=asked.adapters[0],
         adapter_ranks=asked.adapters[1],
         copied=_copied(asked),
+        frozen="reference" in config.objective.networks and not config.model.reference_on_cpu,
+        taught=len(set(config.objective.networks) - {"reference"}),
         accumulates=whole > tokens * asked.gpus / choice.sequence,
         engine=weights,
         kv=max(0.0, share),

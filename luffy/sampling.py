@@ -12,7 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any, TypeVar
@@ -91,8 +91,11 @@ def sync(t: Trainer) -> None:
 
 @contextmanager
 def awake(t: Trainer) -> Iterator[None]:
-    """The engine at work; with `rollout.sleep` it has the memory of the optimizer's moments meanwhile."""
-    with optim.parked(t.optimizer) if t.config.rollout.sleep else nullcontext(), t.engine.awake():
+    """The engine at work; with `rollout.sleep` it has the memory of the optimizers' moments meanwhile."""
+    with ExitStack() as parked:
+        for optimizer in t.optimizers if t.config.rollout.sleep else ():
+            parked.enter_context(optim.parked(optimizer))
+        parked.enter_context(t.engine.awake())
         yield
 
 

@@ -11,12 +11,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from luffy.attention import Layout, Segment
 from luffy.errors import UserError
 from luffy.packing import MicroBatch
 
 PER_TARGET = ("source", "targets", "advantages", "loss_id", "is_trace", "token_weight", "sampler_logp", "row")
+
+OPTIONAL = ("behaviour", "ref_logp", "returns")
 
 
 def check_heads(config: Any, ranks: int) -> None:
@@ -34,15 +37,14 @@ def slice_of(micro: MicroBatch, rank: int, group: dist.ProcessGroup | None) -> M
     """This rank's part of a micro-batch: the stream is padded to a multiple of the ranks by a segment of its own."""
     if group is None:
         return micro
-    ranks, tokens = group.size(), micro.num_tokens
-    padded = tokens + -tokens % ranks
+    tokens, padded = micro.num_tokens, _padded(micro, group.size())
     segments = list(micro.layout.segments)
     if padded > tokens:
         segments.append(Segment(tokens, padded, []))
     fill = micro.token_ids.new_zeros(padded - tokens)
-    first, last = padded // ranks * rank, padded // ranks * (rank + 1)
-    mine = (micro.source >= first) & (micro.source < last)
-    names = [*PER_TARGET, *(["behaviour"] if micro.behaviour is not None else [])]
+    first, last = _span(micro, rank, group.size())
+    mine = holds(micro, rank, group.size())
+    names = [*PER_TARGET, *(name for name in OPTIONAL if getattr(micro, name) is not None)]
     per_target = {name: getattr(micro, name)[mine] for name in names}
     per_target["source"] = per_target["source"] - first
     return MicroBatch(
@@ -52,3 +54,18 @@ def slice_of(micro: MicroBatch, rank: int, group: dist.ProcessGroup | None) -> M
         num_rows=micro.num_rows,
         **per_target,
     )
+
+
+def holds(micro: MicroBatch, rank: int, ranks: int) -> Tensor:
+    """[N] bool: the targets that `slice_of` leaves to a rank."""
+    first, last = _span(micro, rank, ranks)
+    return (micro.source >= first) & (micro.source < last)
+
+
+def _span(micro: MicroBatch, rank: int, ranks: int) -> tuple[int, int]:
+    share = _padded(micro, ranks) // ranks
+    return share * rank, share * (rank + 1)
+
+
+def _padded(micro: MicroBatch, ranks: int) -> int:
+    return micro.num_tokens + -micro.num_tokens % ranks

@@ -20,6 +20,7 @@ from luffy.interrupt import StopOnInterrupt
 from luffy.load import empty_lm, identity, load_weights, read_config
 from luffy.metrics import MetricsLog, NoLog
 from luffy.model import Policy, shard
+from luffy.networks import Network, make_networks
 from luffy.objectives import Objective, make_objective
 from luffy.process import keep_freed_memory
 from luffy.prompts import PromptTemplate
@@ -55,6 +56,8 @@ class Trainer:
     objective: Objective
     policy: Policy
     optimizer: Optimizer
+    networks: list[Network]
+    """Beside the policy, where the objective asks for some."""
     engine: Engine
     verifier: VerifierPool
     checkpoints: checkpoint.Checkpointer
@@ -72,7 +75,13 @@ class Trainer:
         """One that can `update` and nothing else: without data, engine and files. For benchmarks and tests."""
         parts: dict[str, Any] = dict.fromkeys(field.name for field in fields(cls))
         parts |= {"config": config, "world": world, "device": world.device, "policy": policy, "optimizer": optimizer}
+        parts["networks"] = []
         return cls(**parts | {"objective": make_objective(config.objective)})
+
+    @property
+    def optimizers(self) -> list[Optimizer]:
+        """The policy's, and those of the networks beside it that are trained."""
+        return [self.optimizer, *(network.optimizer for network in self.networks if network.optimizer is not None)]
 
     def __enter__(self) -> Self:
         return self
@@ -180,20 +189,20 @@ def _set_up(
     if adapts:
         lora.initialise(policy.lm, config.train.seed)
     optimizer = optim.make_optimizer(policy, config.optim)
+    networks = make_networks(config, base, world)
     if found:
         if adapts:
             checkpoint.load_adapters(found, policy)
         checkpoint.load_optimizer(found, policy, optimizer)
+        checkpoint.load_networks(found, networks)
         if remembered := checkpoint.load_remembered(found):
             objective.load_state(remembered)
         with user_errors("resume"):
             ledger.load_state_dict(loop.get("ledger") or from_batches(loop["batches"]))
-    if adapts:
+    if adapts or networks:
         mine = identity(base)
         if loop.setdefault("base", mine) != mine:
-            raise UserError(
-                f"resume: {config.model.name} is not what the adapters were trained on; bring its files back"
-            )
+            raise UserError(f"resume: {config.model.name} is not what the run began with; bring its files back")
     if given:  # whatever weights it has
         engine.sync(policy, dtype_of(config.rollout.dtype or config.model.dtype), loop["updates"])
     if world.is_main:
@@ -212,6 +221,7 @@ def _set_up(
         objective=objective,
         policy=policy,
         optimizer=optimizer,
+        networks=networks,
         engine=engine,
         verifier=verifier,
         checkpoints=resources.enter_context(closing(checkpoints)),

@@ -25,6 +25,7 @@ from luffy.files import write_json
 from luffy.groups import Group
 from luffy.interrupt import Stopped
 from luffy.metrics import UpdateMetrics, count_tokens, group_metrics, work_metrics
+from luffy.networks.judge import judge
 from luffy.objectives import Terms
 from luffy.objectives.looking import Seen
 from luffy.packing import MicroBatch, pack
@@ -77,6 +78,7 @@ def train_steps(t: Trainer, loop: dict[str, Any], ledger: Ledger) -> dict[str, A
                     loop["ledger"] = ledger.state_dict()
                 behind = staleness(groups, t.version)
                 with phases("update"):
+                    judge(t, groups)
                     parts = split(t, groups, (step - 1) / config.train.steps)
                     metrics = update(t, parts, loop)
                 t.objective.observe(groups)
@@ -185,7 +187,8 @@ def update(t: Trainer, parts: list[Terms], loop: dict[str, Any]) -> UpdateMetric
     for number, (part, micros) in enumerate(zip(parts, packs, strict=True)):
         if not micros:
             continue  # every row of every group has a zero gradient
-        given = {"losses": t.objective.losses, "normalizer": part.normalizer, "entropy_coef": part.entropy_coef}
+        given = {"losses": t.objective.losses, "normalizer": part.normalizer}
+        given |= {"entropy_coef": part.entropy_coef, "kl_coef": part.kl_coef}
         loss = 0.0
         for micro in micros:
             look(t, micro, first_update=number == 0)
@@ -196,6 +199,8 @@ def update(t: Trainer, parts: list[Terms], loop: dict[str, Any]) -> UpdateMetric
         [loss] = t.world.sum([loss])
         lr = optim.learning_rate(config.optim, loop["updates"] - loop.get("extra", 0), total)
         norm, good = optim.step(t.optimizer, t.policy, config.optim.max_grad_norm, loss, lr)
+        for network in t.networks:
+            metrics.taught |= network.learn(micros, loop["updates"], total)
         metrics.finish_update(loss, norm, lr, good)
         loop["updates"] += 1
         loop["extra"] = loop.get("extra", 0) + part.extra
@@ -340,7 +345,7 @@ def save(t: Trainer, loop: dict[str, Any], score: float | None = None) -> None:
     t.watch.phase("save", loop["step"])
     loop["saved"] = loop["step"]
     remembered = t.objective.state() if t.world.is_main else {}
-    t.checkpoints.save(loop["step"], t.policy, t.optimizer, loop, t.template.tokenizer, score, remembered)
+    t.checkpoints.save(loop["step"], t.policy, t.optimizer, loop, t.template.tokenizer, score, remembered, t.networks)
 
 
 def out_of_time(config: Config, loop: dict[str, Any]) -> bool:

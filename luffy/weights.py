@@ -26,6 +26,13 @@ def weights_of(policy: "Policy") -> dict[str, Tensor]:
     return {name: tensor for name, tensor in plain.items() if name not in tied}
 
 
+def everything_of(network: "Policy") -> dict[str, Tensor]:
+    """Name -> parameter or buffer of a network beside the policy: `weights_of` it, and what it has beyond a model."""
+    weights = weights_of(network)
+    others = network.state_dict(keep_vars=True).items()
+    return weights | {name: tensor for name, tensor in others if not name.startswith("lm.")}
+
+
 def trained_of(policy: "Policy") -> dict[str, Tensor]:
     """Name -> what the optimizer has a state of: LoRA's adapters if there are any, else every weight."""
     weights = weights_of(policy)  # first, for its hooks

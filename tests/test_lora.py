@@ -235,7 +235,7 @@ def test_a_run_with_adapters_is_resumed_bit_for_bit(tmp_path):
     shutil.copy(other, base)
     done = luffy(*arguments(halves, model, "--resume", **options), cwd=tmp_path)
     assert done.returncode == 2
-    assert "model is not what the adapters were trained on; bring its files back" in done.stderr
+    assert "model is not what the run began with; bring its files back" in done.stderr
     shutil.move(tmp_path / "kept", base)
     train("halves", "--resume")
     assert without_times(records(whole)) == without_times(records(halves))

@@ -2,7 +2,7 @@
 here a second time in float64."""
 
 import math
-from statistics import fmean, stdev
+from statistics import fmean, pstdev, stdev
 from types import SimpleNamespace
 
 import pytest
@@ -79,6 +79,8 @@ class World:
             given = {"losses": objective.losses, "loss_id": micro.loss_id, "old_logp": micro.old_logp}
             given["old_logp"] = micro.compared_logp.double()
             given |= {"advantages": micro.advantages.double(), "token_weight": micro.token_weight.double()}
+            if terms.kl_coef:
+                given |= {"kl_coef": terms.kl_coef, "ref_logp": micro.ref_logp.double()}
             loss = token_loss(logp, **given).loss.sum() / terms.normalizer
             [grad] = torch.autograd.grad(loss, logp)
             for token, value in zip(micro.targets.tolist(), grad.tolist(), strict=True):
@@ -144,6 +146,106 @@ def test_clipped_policy_gradients(name):
         return clipped(advantage(g, row), r, 0.2, high) * share
 
     w.expect(make(name, rows=4, entropy_coef=0.0), formula)
+
+
+@pytest.mark.parametrize("name", ["grpo", "dr_grpo", "dapo"])
+def test_a_kl_term_holds_every_token_to_the_reference(name):
+    """k3 = q/p - log q/p - 1 has the derivative 1 - q/p in log p; a mean over all tokens, whatever the loss is."""
+    w = plain()
+    reference = {token: logp + 0.4 * math.sin(token) for token, logp in w.now.items()}
+    for row in (row for g in w.groups for row in g.rows):
+        row.said["reference"] = w.of(reference, torch.tensor(row.token_ids)).float()
+    count = tokens(row for g in w.groups for row in g.rows)
+    without = w.gradients(make(name, rows=4, entropy_coef=0.0))
+    assert len(without) < count  # a group whose rewards are all equal has no gradient of its own
+
+    def formula(g, row, token):
+        return without.get(token, 0.0) + 0.3 * (1 - math.exp(reference[token] - w.now[token])) / count
+
+    w.expect(make(name, rows=4, entropy_coef=0.0, kl_coef=0.3), formula)
+
+
+def judged(name: str, scale: float = 1.0) -> World:
+    """With what a network says of each token, a float32 number."""
+    w = plain()
+    for row in (row for g in w.groups for row in g.rows):
+        row.said[name] = torch.tensor([scale * math.sin(3 * token) for token in row.token_ids])
+    return w
+
+
+def gae(row: Row, discount: float, lam: float) -> list[float]:
+    """The sum of eq. 16 of arXiv 1506.02438, written out."""
+    v = [*row.said["value"].double().tolist(), 0.0]
+    n = len(row.token_ids)
+    delta = [(row.reward if t == n - 1 else 0.0) + discount * v[t + 1] - v[t] for t in range(n)]
+    return [sum((discount * lam) ** (s - t) * delta[s] for s in range(t, n)) for t in range(n)]
+
+
+@pytest.mark.parametrize("normalise", [True, False])
+@pytest.mark.parametrize(("discount", "lam"), [(1.0, 1.0), (1.0, 0.9), (0.97, 0.8)])
+def test_ppo(discount, lam, normalise):
+    w = judged("value")
+    found = {id(row): gae(row, discount, lam) for g in w.groups for row in g.rows}
+    if (discount, lam) == (1.0, 1.0):
+        for row in w.groups[0].rows:
+            assert found[id(row)] == pytest.approx([row.reward - v for v in row.said["value"].tolist()])
+    every = [a for advantages in found.values() for a in advantages]
+    mean, deviation = (fmean(every), pstdev(every)) if normalise else (0.0, 1.0)
+
+    def formula(g, row, token):
+        a = (found[id(row)][row.token_ids.index(token)] - mean) / deviation
+        return clipped(a, math.exp(w.now[token] - w.old[token]), 0.2, 0.2) / len(every)
+
+    w.expect(make("ppo", rows=4, discount=discount, gae_lambda=lam, normalise=normalise), formula)
+    for row in (row for g in w.groups for row in g.rows):
+        want = [a + v for a, v in zip(found[id(row)], row.said["value"].tolist(), strict=True)]
+        assert row.returns.tolist() == pytest.approx(want, abs=1e-6)
+
+
+@pytest.mark.parametrize("published", [True, False])
+@pytest.mark.parametrize("discount", [1.0, 0.9])
+def test_prime(discount, published):
+    w = judged("implicit_reward", scale=2.0)
+    for row in (row for g in w.groups for row in g.rows):
+        row.said["reference"] = torch.tensor([-1.0 - 0.01 * token for token in row.token_ids])
+    options = {"beta": 0.3, "process_coef": 2.0, "outcome_coef": 3.0, "discount": discount}
+    objective = make("prime", rows=4, process_norm=published, normalise=published, **options)
+
+    def process(row: Row) -> list[float]:
+        said = zip(row.said["implicit_reward"].double().tolist(), row.said["reference"].double().tolist(), strict=True)
+        return [0.3 * (phi - reference) for phi, reference in said]
+
+    kept = w.groups[:2]  # the third is all right, and out of the band
+    sums = [abs(sum(process(row)[t:])) for g in kept for row in g.rows for t in range(len(row.token_ids))]
+    scale = max(sums) + 1e-6 if published else 1.0
+    found = {}
+    for row, others in ((row, [r for r in g.rows if r is not row]) for g in kept for row in g.rows):
+        baseline = fmean(fmean(process(other)) for other in others)
+        outcome = row.reward - fmean(other.reward for other in others)
+        centred = [(r - baseline) / scale for r in process(row)]
+        for t, token in enumerate(row.token_ids):
+            later = sum(discount ** (s - t) * centred[s] for s in range(t, len(centred)))
+            found[token] = 2.0 * later + 3.0 * outcome
+    mean, deviation = (fmean(found.values()), pstdev(found.values())) if published else (0.0, 1.0)
+
+    def formula(g, row, token):
+        a = (found.get(token, mean) - mean) / deviation
+        return clipped(a, math.exp(w.now[token] - w.old[token]), 0.2, 0.2) / len(found)
+
+    w.expect(objective, formula)
+    assert set(w.gradients(objective)) == set(found)
+    assert {value for g in kept for row in g.rows for value in (row.returns - row.reward).tolist()} == {0.0}
+
+
+@pytest.mark.parametrize(("right", "stays"), [(0, False), (1, False), (2, True), (8, True), (9, False), (10, False)])
+def test_prime_keeps_groups_within_the_band(right, stays):
+    objective, made = make("prime", rows=10), group([1.0] * right + [0.0] * (10 - right))
+    for row in made.rows:
+        row.said = {name: torch.zeros(len(row.token_ids)) for name in objective.options.networks}
+    terms = objective.terms([made], 0.0)
+    assert (terms.rows == [made.rows]) == stays
+    assert objective.judged(made) == terms.rows[0]
+    assert terms.normalizer == (tokens(made.rows) if stays else 1.0)
 
 
 def test_dapo_punishes_what_is_too_long():

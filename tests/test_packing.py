@@ -58,7 +58,7 @@ def test_of_a_prefix_is_learned_what_the_objective_says():
     policy = Policy(lm, temperature=1.0)
     made = group([5, 6, 7], [10, 11, 12, 13, 2], [20, 21, 22, 2], [30, 2])
     first, second, third = made.rows
-    first.prefix, first.weight, first.loss_id = 3, 0.5, 1  # nothing is learned of it
+    first.prefix, first.prefix_weight, first.weight, first.loss_id = 3, 0.0, 0.5, 1  # nothing is learned of it
     second.prefix, second.prefix_weight, second.prefix_loss, second.weight = 2, 0.1, 3, 2.0
     first.sampler_logp = (float("nan"),) * 3 + (-1.0, -2.0)
     [micro] = pack([made], lambda g: g.rows, 1000)

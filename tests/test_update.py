@@ -71,7 +71,10 @@ def test_every_objective_moves_the_policy(objective, updates):
     """Through the trainer's own update, and with a policy that has moved since the step began."""
     t = trainer(objective, optim__lr=0.1, train__updates_per_step=updates)
     before = torch.cat([p.detach().flatten().clone() for p in t.policy.parameters()])
-    metrics = update(t, split(t, groups(), 0.3), {"step": 1, "updates": 0, "bad_in_a_row": 0})
+    made = groups()
+    for row in (row for group in made for row in group.rows):  # as networks would have it, where it wants some
+        row.said = {name: torch.randn(len(row.token_ids)) for name in t.config.objective.networks}
+    metrics = update(t, split(t, made, 0.3), {"step": 1, "updates": 0, "bad_in_a_row": 0})
     metrics.reduce(t.world)
     assert metrics.num_updates == updates
     assert metrics.bad_updates == 0

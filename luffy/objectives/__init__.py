@@ -16,6 +16,8 @@ KNOWN = {
     "dapo": "luffy.objectives.dapo:Dapo",
     "cispo": "luffy.objectives.cispo:Cispo",
     "gspo": "luffy.objectives.gspo:Gspo",
+    "ppo": "luffy.objectives.ppo:Ppo",
+    "prime": "luffy.objectives.prime:Prime",
     "exgrpo": "luffy.objectives.exgrpo:ExGrpo",
     "rl_sft": "luffy.objectives.rl_sft:RlSft",
     "hpt": "luffy.objectives.hpt:Hpt",

@@ -5,6 +5,7 @@
     terms               of the groups of one update, graded: which rows enter the model, their advantages, losses and
                         weights, and what the sum is divided by
     weigh               where `looks`: what depends on the policy's own log-probs or entropies, per micro-batch
+    judged              what networks beside the policy say something of, before `terms`
     recall, observe     where an objective remembers: answers of earlier steps that join a step's groups; what it
                         keeps of a step
     extra               updates of their own after those of a step
@@ -47,6 +48,11 @@ class Options(Section):
         return 0
 
     @property
+    def networks(self) -> tuple[str, ...]:
+        """Names of those that are needed beside the policy, see `luffy.networks`."""
+        return ("reference",) if getattr(self, "kl_coef", 0.0) else ()
+
+    @property
     def compares(self) -> bool:
         """Whether a loss compares stored tokens with the probability that who wrote them gave them."""
         return False
@@ -63,6 +69,8 @@ class Terms:
     """What the summed loss is divided by."""
     entropy_coef: float
     """In units of that sum."""
+    kl_coef: float = 0.0
+    """Likewise, of the estimate k3 of the divergence from the reference policy."""
     extra: bool = False
     """Beside a step's groups, and beside the schedule of the learning rate."""
 
@@ -144,8 +152,18 @@ class Objective:
                 row.weight /= row.num_targets
         normalizer = float({"tokens": tokens, "sequences": len(counted)}[chosen] if isinstance(chosen, str) else chosen)
         normalizer = normalizer or 1.0
-        entropy_coef = getattr(self.options, "entropy_coef", 0.0) * normalizer / max(tokens, 1)
-        return Terms(groups=groups, rows=rows, normalizer=normalizer, entropy_coef=entropy_coef)
+        per_token = normalizer / max(tokens, 1)
+        return Terms(
+            groups=groups,
+            rows=rows,
+            normalizer=normalizer,
+            entropy_coef=getattr(self.options, "entropy_coef", 0.0) * per_token,
+            kl_coef=getattr(self.options, "kl_coef", 0.0) * per_token,
+        )
+
+    def judged(self, group: Group) -> list[Row]:
+        """Rows of a graded group that the networks beside the policy say something of; at least those of `assign`."""
+        return group.rows
 
     def extra(self, groups: list[Group], progress: float) -> list[Terms]:
         """Updates of their own after those of a step. groups: the step's, of all ranks."""

@@ -1,7 +1,7 @@
 """BREAD: branched rollouts from expert anchors (arXiv 2506.17211). Where all of a problem's rollouts fail they are
 sampled again from a trace's beginning, a longer one each time, until one is right.
 
-    -A pi/pi_old of sampled tokens, A = reward - mean(group); the prefix is part of the prompt, nothing is learned of it
+    GRPO's loss of sampled tokens; the prefix is part of the prompt, nothing is learned of it
 
 The n-th try begins with 1 - 2^-n of a trace: a half, three quarters, seven eighths. Published is a search for the
 shortest beginning with a success; unverified: its order, so ours goes from the shortest of these.

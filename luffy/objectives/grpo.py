@@ -32,6 +32,9 @@ class GroupOptions(base.Options):
     (every token counts the same) or `sequences` (the mean over rows of each row's mean)."""
     entropy_coef: NonNegative = 0.0
     """Weight of the entropy bonus, a mean over response tokens."""
+    kl_coef: NonNegative = 0.0
+    """Weight of the divergence from the model that the run begins with, a mean over response tokens of the estimate k3
+    = q/p - log q/p - 1; 0: that model is not loaded."""
 
     @model_validator(mode="after")
     def _has_rollouts(self) -> Self:
@@ -80,8 +83,8 @@ class Grpo(base.Objective):
         return self.alive(group.rows)
 
     def alive(self, rows: list[Row]) -> list[Row]:
-        # an entropy bonus reaches every token; without one a row of advantage 0 has no gradient at all
-        return [row for row in rows if row.advantage or self.options.entropy_coef]
+        # an entropy bonus and a KL term reach every token; without one a row of advantage 0 has no gradient at all
+        return [row for row in rows if row.advantage or self.options.entropy_coef or self.options.kl_coef]
 
 
 class DrGrpo(Grpo):

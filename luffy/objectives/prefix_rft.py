@@ -44,9 +44,10 @@ class PrefixRft(Prefixed):
         return [(at, round(share * len(example.traces[at]))) for at in choose(example, self.options, known)]
 
     def assign(self, group: Group, progress: float) -> list[Row]:
+        alive = super().assign(group, progress)
         for row in group.rows:
             row.prefix_weight = 1.0
-        return super().assign(group, progress)
+        return alive
 
     def weigh(self, micro: MicroBatch, seen: Seen) -> None:
         from luffy.objectives.looking import highest

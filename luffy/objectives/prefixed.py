@@ -10,6 +10,7 @@ from luffy.objectives.grpo import Grpo, RatioOptions
 
 if TYPE_CHECKING:
     from luffy.data import Example
+    from luffy.groups import Group, Row
     from luffy.objectives.choice import Known
 
 
@@ -26,6 +27,12 @@ class Prefixed(Grpo):
 
     def prepare(self, examples: list[Example]) -> None:
         refuse_without(examples, self.options)
+
+    def assign(self, group: Group, progress: float) -> list[Row]:
+        """Nothing is learned of what was given."""
+        for row in group.rows:
+            row.prefix_weight = 0.0
+        return super().assign(group, progress)
 
 
 def cosine(high: float, low: float, done: float) -> float:
