@@ -151,6 +151,7 @@ class Tiny(Preset):
     def judged_by(self, seed: int) -> dict[str, Any]:
         """Problems like those in training, longer ones, and the skills that it began with."""
         path = self.folder / f"judged-{seed}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
         chains = ProblemSpec(families=CHAINS, heldout=256, ood=64, seed=seed)
         skills = ProblemSpec(families=SKILLS, heldout=128, seed=seed)
         sets = {"heldout": rows(chains, "heldout"), "longer": rows(chains, "ood"), "skills": rows(skills, "heldout")}

@@ -4,7 +4,7 @@
     more                                 -A pi/pi_old of the rollouts, A = reward - mean, the trace is dropped
 
 Published: 0 for Qwen, 2 for Llama. How the two parts are scaled to each other we did not find; `coef` is ours.
-Criterion: the mean reward of rollouts rises, and fewer groups are imitated.
+Criterion: the mean reward of rollouts rises.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ the data have the teachers' log-probs (`luffy data score`) traces may be compare
 the former as in the published code (use_off_policy_probs), the latter as the paper writes its eq. 6 before it takes q
 as 1. Traces without them keep q = 1.
 
-Criterion: the mean reward of rollouts rises, on problems that no rollout solves at first.
+Criterion: the mean reward of rollouts rises.
 """
 
 from __future__ import annotations

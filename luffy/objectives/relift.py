@@ -7,7 +7,7 @@ A problem none of whose rollouts is right puts a trace into a buffer. When that 
 after the step's learns from these, and they leave it. Published has an optimizer of its own for them; here it is the
 policy's, at the rate of the step.
 
-Rows: rollouts. State: the buffer. Criterion: the mean reward of rollouts rises, on problems that none solved at first.
+Rows: rollouts. State: the buffer. Criterion: the mean reward of rollouts rises.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ The second probability is the engine's, of the trace after the question with the
 (`extra_info.plan`), else the answer. Unverified: the paper's weight, of which we know that it is a geometric mean and
 grows where the plan raises the probability. A plan of more than `plan_tokens` is left out, and then omega is p(y | x).
 
-Rows: rollouts and traces. Criterion: the mean reward of rollouts rises, and fewer groups are imitated.
+Rows: rollouts and traces. Criterion: the mean reward of rollouts rises.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ All rollouts of a group begin with the same first tokens of a trace: a binomial 
 T being a share of the run's steps. Unverified: the paper counts a hint in steps of a solution, here in tokens, and its
 small KL to the initial policy is left out.
 
-Rows: rollouts. Criterion: the mean reward of rollouts rises, also once there is no hint.
+Rows: rollouts. Criterion: the mean reward of rollouts rises, without hints too.
 """
 
 from __future__ import annotations
