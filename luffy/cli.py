@@ -12,6 +12,7 @@ from typing import Any
 from luffy.errors import UserError
 from luffy.launch import add_options
 from luffy.prepare.command import add_prepare, run_prepare
+from luffy.problems.gym import add_gym, run_gym
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -92,8 +93,9 @@ def build_parser() -> argparse.ArgumentParser:
     _add_model_options(generate, temperature=0.6)
 
     data = commands.add_parser("data", help="look at problems before a run is spent on them, prepare or score them")
-    whats = data.add_subparsers(dest="what", required=True, metavar="check|prepare|score")
+    whats = data.add_subparsers(dest="what", required=True, metavar="check|gym|prepare|score")
     add_prepare(whats)
+    add_gym(whats)
     _add_score(whats)
     check = whats.add_parser(
         "check", help="lengths, rendering, traces by the verifier, problems that are also judged by"
@@ -264,7 +266,7 @@ def run_eval(args: argparse.Namespace, _: list[str]) -> int:
 
 def run_data(args: argparse.Namespace, _: list[str]) -> int:
     _quiet()
-    return {"check": run_check, "prepare": run_prepare, "score": run_score}[args.what](args)
+    return {"check": run_check, "gym": run_gym, "prepare": run_prepare, "score": run_score}[args.what](args)
 
 
 def run_check(args: argparse.Namespace) -> int:

@@ -165,8 +165,8 @@ class RewardConfig(Section):
     grader: str = "train"
     """`train`: math-verify on what follows </think> (LUFFY's); `answer`: the same on the whole text; `boxed`: on the
     last box; `number`: the last number is the answer; `choice`: the letter of an option; `exact` and `regex`: the final
-    answer as text; `code`: a program that passes the problem's tests; `module:function`, or one that an installed
-    package brings (entry point `luffy.graders`): yours."""
+    answer as text; `code`: a program that passes the problem's tests; `gym`: reasoning-gym's verifier of the task;
+    `module:function`, or one that an installed package brings (entry point `luffy.graders`): yours."""
     workers: PositiveInt = 2
     """Verifier processes."""
     timeout_s: Positive = 10.0

@@ -146,6 +146,6 @@ def test_graders_of_installed_packages(monkeypatch):
 
     monkeypatch.setattr("luffy.rewards.graders.entry_points", lambda group, name: [Entry] if name == "theirs" else [])
     assert find_grader("theirs") is grade_exact
-    with pytest.raises(ValueError, match="grader must be among train, .*, code or 'module:function', got 'nobodys'"):
+    with pytest.raises(ValueError, match="grader must be among train, .*, gym or 'module:function', got 'nobodys'"):
         find_grader("nobodys")
     assert set(GRADERS) >= {"choice", "exact", "regex", "code"}

@@ -9,6 +9,7 @@ with reward 0. Deliberately absent: advantages, and any judgement of what a trac
 
 from luffy.rewards.code import grade_code
 from luffy.rewards.graders import GRADERS, grade_answer, grade_boxed, grade_number, grade_train
+from luffy.rewards.gym import grade_gym
 from luffy.rewards.pool import Verdict, VerifierPool
 from luffy.rewards.texts import grade_choice, grade_exact, grade_regex
 
@@ -21,6 +22,7 @@ __all__ = [
     "grade_choice",
     "grade_code",
     "grade_exact",
+    "grade_gym",
     "grade_number",
     "grade_regex",
     "grade_train",

@@ -4,7 +4,7 @@
     answer   LUFFY's reward version 4: the whole response; no box is required
     boxed    strict, for evaluation: the last `\\boxed{}` of the response, and 0 without one
     number   the last number written, in the last box if there is one; for answers that are plain numbers
-    choice, exact, regex   of words (`texts`)        code   of programs (`code`)
+    choice, exact, regex   of words (`texts`)    code   of programs (`code`)    gym   of reasoning-gym's tasks (`gym`)
 
 The first three compare with math-verify, gold first, and a verdict counts only if it `is True`. math-verify's own
 timeouts are alarms that need a main thread and cannot stop C code: they are off, the pool's wall clock stands in.
@@ -23,6 +23,7 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from luffy.rewards.code import grade_code
+from luffy.rewards.gym import MISSING, grade_gym
 from luffy.rewards.texts import grade_choice, grade_exact, grade_regex
 
 Answer = str | Sequence[str]
@@ -143,6 +144,7 @@ GRADERS: dict[str, Grader] = SYMBOLIC | {
     "exact": grade_exact,
     "regex": grade_regex,
     "code": grade_code,
+    "gym": grade_gym,
 }
 ENTRY_POINTS = "luffy.graders"
 
@@ -154,6 +156,11 @@ def find_grader(name: str) -> Grader:
     The module is looked for in the working directory too, after everything that is installed. Raises ValueError for an
     unknown name, and what importing the module raises.
     """
+    if name == "gym":
+        try:
+            importlib.import_module("reasoning_gym")  # now, so that no answer's clock pays for it
+        except ImportError as error:
+            raise ValueError(f"grader 'gym': {MISSING}") from error
     if name in GRADERS:
         return GRADERS[name]
     module, _, function = name.partition(":")

@@ -1,0 +1,77 @@
+"""Problems of reasoning-gym's tasks, as rows that every command reads. They have no traces.
+
+luffy data gym chain_sum --count 2000 --seed 1 --out chains.jsonl --set max_terms=4
+luffy train my.toml --data.path chains.jsonl --reward.grader gym --objective.name dr_grpo
+"""
+
+import argparse
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from luffy.errors import UserError
+from luffy.files import write_text
+from luffy.rewards.gym import MISSING, digest, make_dataset
+
+ASKED = "\n\nGive the final answer between <answer> and </answer>."
+
+
+def add_gym(commands: Any) -> None:
+    gym = commands.add_parser("gym", help="make problems of a task of reasoning-gym, for the grader `gym`")
+    gym.add_argument("task", metavar="TASK", help="such as chain_sum, sudoku, countdown")
+    gym.add_argument("--count", type=int, default=1000, metavar="N", help="problems (default: %(default)s)")
+    gym.add_argument("--seed", type=int, default=0, metavar="S", help="another one for problems to be judged by")
+    gym.add_argument("--out", required=True, metavar="FILE.jsonl")
+    gym.add_argument(
+        "--set", nargs="+", default=[], metavar="KEY=VALUE", help="of the task's own options, such as max_terms=4"
+    )
+
+
+def run_gym(args: argparse.Namespace) -> int:
+    """Write the file, whole or not at all.
+
+    Raises:
+        UserError: the package is missing, or knows no such task, option or value.
+    """
+    config = dict(_pair(text) for text in args.set)
+    if args.count < 1:
+        raise UserError(f"gym: --count must be positive, got {args.count}")
+    rows = make_rows(args.task, args.count, args.seed, config)
+    write_text(Path(args.out), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    print(f"{args.out}: {len(rows):,} problems of {args.task}; train on them with --reward.grader gym")
+    return 0
+
+
+def make_rows(task: str, count: int, seed: int, config: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of the plain schema; the answer is what `grade_gym` takes."""
+    if find_spec("reasoning_gym") is None:
+        raise UserError(f"gym: {MISSING}")
+    from reasoning_gym.factory import DATASETS
+
+    if task not in DATASETS:
+        raise UserError(f"gym: reasoning-gym has no task {task!r}; it has {', '.join(sorted(DATASETS))}")
+    try:
+        dataset = make_dataset(task, count, seed, json.dumps(config))
+        entries = [dataset[index] for index in range(count)]
+    except (ValueError, TypeError, AssertionError) as error:
+        raise UserError(f"gym: {task} does not take {config or 'its defaults'}: {error}") from error
+    place = {"task": task, "config": config, "seed": seed, "size": count}
+    return [
+        {
+            "prompt": entry["question"] + ASKED,
+            "answer": json.dumps(place | {"index": index, "question": digest(entry["question"])}),
+            "data_source": f"gym/{task}",
+        }
+        for index, entry in enumerate(entries)
+    ]
+
+
+def _pair(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not (key and equals):
+        raise UserError(f"gym: --set takes KEY=VALUE, got {text!r}")
+    try:
+        return key, json.loads(value)
+    except json.JSONDecodeError:
+        return key, value
