@@ -115,13 +115,14 @@ def tokenize(
     """Examples of the problems that fit, in order, and the report.
 
     max_prompt_tokens, max_trace_tokens: inclusive limits in tokens; a trace's EOS counts.
-    Raises DataError when no example is left, with what removed how many, and where a trace has other teacher log-probs
-    than tokens.
+    Raises DataError when no example is left, with what removed how many, and where traces have other teacher log-probs
+    than tokens, with how many.
     """
     examples: list[Example] = []
     longest, longest_id = 0, ""
     counts = dict.fromkeys(("prompts_too_long", "no_answer", "prompts_outside", "no_trace", "traces", *TRACE_FAULTS), 0)
     first: dict[str, str] = {}
+    unequal: list[str] = []
 
     def drop(reason: str) -> None:
         counts[reason] += 1
@@ -149,14 +150,16 @@ def tokenize(
             if fault:
                 drop(fault)
             elif logps and len(logps) != len(trace):
-                raise DataError(
-                    f"{problem.id}: trace {at + 1} has {len(logps)} teacher log-probs and {len(trace)} tokens, EOS "
-                    f"included; score it with this model's tokenizer and prompt style (luffy data score)"
-                )
+                unequal.append(f"{problem.id}: trace {at + 1} has {len(logps)} and {len(trace)} tokens, EOS included")
             else:
                 kept.append((trace, problem.teachers[at] if problem.teachers else "", logps))
         traces, teachers, known = zip(*kept, strict=True) if kept else ((), (), ())
         examples.append(Example(problem, prompt_ids, traces, teachers, known))
+    if unequal:
+        raise DataError(
+            f"{len(unequal)} of {counts['traces']} traces have other teacher log-probs than tokens ({unequal[0]}); "
+            f"score them with this model's tokenizer and prompt style (luffy data score)"
+        )
     report = FilterReport(
         problems=len(problems),
         kept=len(examples),
