@@ -287,7 +287,8 @@ def test_what_would_choose_a_steps_prompts_too_is_refused():
 GRADER = "def grade(response, answer):\n    return float(sum(response.encode()) % 3 == 0)\n"
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_a_run_that_is_resumed_replays_the_same(tmp_path, ranks):
     model = make_model(tmp_path / "model")
     (tmp_path / "lucky.py").write_text(GRADER)

@@ -61,6 +61,7 @@ def wait_for(what, process: subprocess.Popen) -> None:
         time.sleep(0.002)
 
 
+@pytest.mark.slow
 def test_kill_9_at_random_moments_changes_nothing(home, whole):
     """Twice while a checkpoint is being written, else anywhere after at least one more step."""
     run, rng, torn = home / "killed", random.Random(0), 0

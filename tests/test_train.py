@@ -167,6 +167,7 @@ def test_a_folder_with_a_run_is_refused(whole, home):
     assert "optim.lr" in other.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["dr_grpo", "sft"])
 def test_baselines_run_through_the_same_loop(home, objective):
     run = home / objective

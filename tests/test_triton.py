@@ -177,7 +177,8 @@ def test_a_weight_that_no_descriptor_can_be_made_of_is_read_by_pointer(fetched):
                 assert_same_bits(mine, other)
     ways = fetched(True)
     wide = hidden.repeat_interleave(2, 1)[:, ::2]  # hidden that lies unfit is copied
-    assert all(map(torch.equal, everything(wide, weight, targets), want))
+    for mine, other in zip(everything(wide, weight, targets), want, strict=True):
+        assert_same_bits(mine, other)
     assert all(ways)
 
 
