@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from statistics import fmean, median, stdev
+from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
 from bench.report import ROOT, put
@@ -37,16 +37,15 @@ def scored(runs: Runs, split: str) -> str:
 
 def methods_table(results: Results) -> Iterator[str]:
     splits = next(iter(results.runs.values()))["after"]
-    yield f"| method | rate | {' | '.join(splits)} | tokens of an answer | seconds |"
-    yield "|---|---:" + "|---:" * (len(splits) + 2) + "|"
+    yield f"| method | rate | {' | '.join(splits)} | tokens of an answer |"
+    yield "|---|---:" + "|---:" * (len(splits) + 1) + "|"
     before = [run["before"] for run in results.runs.values() if run["seed"]]
-    yield f"| base | | {' | '.join(f'{100 * fmean(b[split] for b in before):.1f}' for split in splits)} | | |"
+    yield f"| base | | {' | '.join(f'{100 * fmean(b[split] for b in before):.1f}' for split in splits)} | |"
     for name, method in results.preset.methods.items():
         if runs := results.of(name, "perfect"):
             said = " | ".join(scored(runs, split) for split in splits)
             tokens = fmean(run["answer_tokens"] for run in runs)
-            seconds = median(run["seconds"] for run in runs)
-            yield f"| {method.label} | {results.best(name):g} | {said} | {tokens:.0f} | {seconds:.0f} |"
+            yield f"| {method.label} | {results.best(name):g} | {said} | {tokens:.0f} |"
 
 
 def traces_table(results: Results) -> Iterator[str]:
@@ -82,7 +81,7 @@ def plot_curves(results: Results) -> None:
                 axis.plot(
                     range(1, len(mean) + 1), smooth, label=results.preset.methods[method].label, color=f"C{number}"
                 )
-        axis.set(title=title, xlabel="step", ylim=(0, None))
+        axis.set(title=title, xlabel="step", ylim=(0.9 if name == "p(trace)" else 0, None))
         axis.grid(alpha=0.3)
     handles: dict[str, Any] = {}
     for axis in axes.flat:
