@@ -66,6 +66,8 @@ class Preset:
     """Those tried, by kind of method."""
     traces: dict[str, dict[str, Any]]
     """Quality of the traces -> options."""
+    first_lr: float
+    """Of the supervised stage before RL: what plain SFT did best with."""
     steps: int
     prompts: int
     """Of a step."""
@@ -91,7 +93,7 @@ class Preset:
         shared = QUICK | self.common | seeds | self.traces[traces] | self.judged_by(seed)
         steps = self.steps // 2 if method.first else self.steps
         if method.first:
-            yield shared | self._supervised(method.first) | {"optim.lr": self.lrs[SUPERVISED][1], "train.steps": steps}
+            yield shared | self._supervised(method.first) | {"optim.lr": self.first_lr, "train.steps": steps}
         own = self._supervised(method.options) if method.kind == SUPERVISED else self._sampled(method.options)
         yield shared | own | {"optim.lr": lr, "train.steps": steps}
 
@@ -208,7 +210,8 @@ PRESETS: dict[str, Preset] = {
             "optim.schedule": "constant",
         },
         methods=METHODS,
-        lrs={RL: (3e-5, 1e-4, 3e-4), SUPERVISED: (3e-4, 1e-3, 3e-3)},
+        lrs={RL: (1e-5, 3e-5, 1e-4, 3e-4), SUPERVISED: (1e-4, 3e-4, 1e-3, 3e-3)},
+        first_lr=3e-4,
         traces={
             "perfect": {},
             "wrong": {"data.problems.wrong": 0.3},
@@ -227,6 +230,7 @@ PRESETS: dict[str, Preset] = {
         common={"optim.schedule": "linear"},
         methods={name: METHODS[name] for name in ("sft", "on-policy", "luffy")},
         lrs={RL: (4e-5, 8e-5, 1.6e-4), SUPERVISED: (4e-5, 8e-5, 1.6e-4)},
+        first_lr=8e-5,
         traces={"perfect": {}, "wrong": {"data.problems.wrong": 0.3}},
         steps=44,
         prompts=8,

@@ -6,7 +6,7 @@
     python -m bench.study --preset smollm2  a subset, with the quickstart's model and problems
 
 A small model is first taught skills by `luffy train` itself. Then every method trains on problems that it can hardly
-solve, and is judged by others like them, longer ones, and the skills that it began with. Three learning rates of each
+solve, and is judged by others like them, longer ones, and the skills that it began with. Four learning rates of each
 method are tried on one seed, and the best (held-out accuracy; of equals the lowest) runs on three others, whose
 problems, and held-out problems, are others too. Runs of a method differ in the seed alone. With that rate the methods
 that use traces run again where a third of the traces are wrong, most are missing, or half are long-winded.

@@ -257,13 +257,13 @@ def test_what_is_stopped_gives_back_what_it_has(policy, servers):
     """In little time, and with the log-probs of what was sampled."""
     requests = [Request(prompt, 2, tokens, 7) for prompt, tokens in zip(PROMPTS[:4], (4, 240, 240, 240), strict=True)]
     generation = servers.begin(requests, 1.0)
-    first = generation.take(60)
-    assert [index for index, _ in first] == [0]
+    done = {index for index, _ in generation.take(60)}
+    assert 0 in done  # another that ended early by itself may come with it
     time.sleep(0.2)
     began = time.monotonic()
     left = generation.stop()
     assert time.monotonic() - began < 5
-    assert sorted(left) == [1, 2, 3]
+    assert sorted(left) == sorted({0, 1, 2, 3} - done)
     wait_for(lambda: sum(map(running, servers.clients)) == 0, 5)  # its own count lags behind
     assert all(len(answers) in (0, 2) for answers in left.values())
     cut = [(index, answer) for index, answers in left.items() for answer in answers]
