@@ -15,7 +15,10 @@ from luffy.problems.spec import ProblemSpec, rows
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = {"eval.every": 0, "checkpoint.every": 0, "train.max_minutes": 1000}
+RECIPE = ROOT / "luffy" / "recipes" / "quickstart.toml"
 RL, SUPERVISED = "rl", "supervised"
+RATES = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+"""Where a method's rates are taken from when its best is the highest or the lowest of those tried."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +28,10 @@ class Method:
     kind: str = RL
     traces: tuple[str, ...] = ("perfect",)
     """Qualities of traces that it is tried with."""
-    first: dict[str, Any] | None = None
-    """A supervised stage for half of the steps before it."""
+    first: str | None = None
+    """Method of a stage before it, for half of the steps, at the rate that is best for that method alone."""
+    tuned_as: str | None = None
+    """Method whose rate it takes: with perfect traces it is the same."""
 
     def runs_with(self, traces: str) -> bool:
         return traces in self.traces
@@ -37,14 +42,14 @@ ON_POLICY = {"objective.name": "dr_grpo"}
 LUFFY = {"objective.name": "luffy", "objective.gamma": 0.1}
 SFT = {"objective.name": "sft"}
 VERIFIED = SFT | {"objective.trace_filter": True}
+PROMPTS, ROWS = 12, 8
 METHODS = {
     "sft": Method("SFT", SFT, SUPERVISED, ALL),
-    "sft-verified": Method(
-        "SFT, verified traces", SFT | {"objective.trace_filter": True}, SUPERVISED, ("perfect", "wrong")
-    ),
-    "on-policy": Method("on-policy RL (Dr.GRPO)", ON_POLICY),
+    "sft-once": Method("SFT, the traces that LUFFY sees", SFT | {"train.prompts_per_step": PROMPTS}, SUPERVISED),
+    "sft-verified": Method("SFT, verified traces", VERIFIED, SUPERVISED, ("wrong",), tuned_as="sft"),
+    "on-policy": Method("on-policy RL (Dr.GRPO)", ON_POLICY, traces=("perfect", "verbose")),
     "rl_sft": Method("RL with SFT loss", {"objective.name": "rl_sft"}, traces=ALL),
-    "sft-rl": Method("SFT, then RL", ON_POLICY, first=SFT, traces=ALL),
+    "sft-rl": Method("SFT, then RL", ON_POLICY, first="sft", traces=ALL),
     "luffy": Method("LUFFY", LUFFY, traces=ALL),
     "luffy-linear": Method("LUFFY without shaping", LUFFY | {"objective.off_policy": "ratio"}),
     "luffy-logp": Method("LUFFY, log p in place of a ratio", LUFFY | {"objective.off_policy": "logp"}),
@@ -63,11 +68,9 @@ class Preset:
     """Options of every run."""
     methods: dict[str, Method]
     lrs: dict[str, tuple[float, ...]]
-    """Those tried, by kind of method."""
+    """Those tried first, by kind of method."""
     traces: dict[str, dict[str, Any]]
     """Quality of the traces -> options."""
-    first_lr: float
-    """Of the supervised stage before RL: what plain SFT did best with."""
     steps: int
     prompts: int
     """Of a step."""
@@ -75,6 +78,8 @@ class Preset:
     """Of a prompt; a supervised step has prompts x rows traces."""
     normalizer: float
     """Of a policy loss: about the tokens of an update."""
+    judged: int
+    """Held-out problems."""
     max_model_len: int
     eos_token_id: int
     results: Path = field(default=ROOT / "bench" / "results" / "study.json")
@@ -84,21 +89,29 @@ class Preset:
 
     @cached_property
     def digest(self) -> str:
+        """Of all that a run depends on, but method, rate, seed, traces, and defaults of the code."""
         said = {key: value for key, value in asdict(self).items() if key not in ("methods", "traces", "results", "lrs")}
+        said |= {"recipe": RECIPE.read_text(), "model": self.made_of()}
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
-    def stages(self, method: Method, traces: str, lr: float, seed: int) -> Iterator[dict[str, Any]]:
-        """Options of each stage of a run."""
+    def made_of(self) -> Any:
+        """What decides the model that runs begin with and the problems that judge them, beyond the fields."""
+
+    def stages(
+        self, method: Method, traces: str, lr: float, seed: int, first_lr: float | None = None
+    ) -> Iterator[dict[str, Any]]:
+        """Options of each stage of a run; the learning rate of the first one where there are two."""
         seeds = {"train.seed": seed, "data.problems.seed": seed}
         shared = QUICK | self.common | seeds | self.traces[traces] | self.judged_by(seed)
         steps = self.steps // 2 if method.first else self.steps
         if method.first:
-            yield shared | self._supervised(method.first) | {"optim.lr": self.first_lr, "train.steps": steps}
+            before = self.methods[method.first].options
+            yield shared | self._supervised(before) | {"optim.lr": first_lr, "train.steps": steps}
         own = self._supervised(method.options) if method.kind == SUPERVISED else self._sampled(method.options)
         yield shared | own | {"optim.lr": lr, "train.steps": steps}
 
     def _supervised(self, options: dict[str, Any]) -> dict[str, Any]:
-        return options | {"train.prompts_per_step": self.prompts * self.rows}
+        return {"train.prompts_per_step": self.prompts * self.rows} | options
 
     def _sampled(self, options: dict[str, Any]) -> dict[str, Any]:
         shape = {"train.prompts_per_step": self.prompts, "objective.rows": self.rows}
@@ -108,54 +121,58 @@ class Preset:
         """Options of the evaluation; by default the generated splits."""
         return {}
 
-    def blank(self) -> str:
+    def blank(self, seed: int = 0) -> str:
         """A model folder of the right shape, for engines to begin with."""
         raise NotImplementedError
 
-    def base(self) -> str:
-        """The model that every run begins with."""
+    def base(self, seed: int) -> str:
+        """The model that runs of this seed begin with."""
         raise NotImplementedError
 
 
 class Embedded(Preset):
     """The quickstart's model, as it is."""
 
-    def blank(self) -> str:
+    def blank(self, seed: int = 0) -> str:
         return resolve_model("embedded:smollm2-135m-instruct")
 
     base = blank
 
 
 class Tiny(Preset):
-    """A model that the study itself makes and teaches; kept in the cache."""
+    """Models that the study itself makes and teaches, one for each seed; kept in the cache."""
 
     @property
     def folder(self) -> Path:
         return cache_dir() / "study" / self.digest[:16]
 
-    def blank(self) -> str:
+    def made_of(self) -> Any:
+        return [SKILLS, WORKED_OUT, GUESSED, TEACHING, JUDGED]
+
+    def blank(self, seed: int = 0) -> str:
         from bench.small_model import make_model
 
-        folder = self.folder / "blank"
+        folder = self.folder / f"blank-{seed}"
         if not folder.is_dir():
-            make_model(folder, self._texts(), seed=0)
+            make_model(folder, self._texts(), seed=seed)
         return str(folder)
 
-    def base(self) -> str:
-        return str(self.folder / "base")
+    def base(self, seed: int) -> str:
+        return str(self.folder / f"base-{seed}")
 
-    def skills(self) -> dict[str, Any]:
-        """Options of the run that teaches the blank model."""
-        corpus = self.folder / "corpus.jsonl"
-        corpus.write_text("".join(json.dumps(row) + "\n" for row in chain(*corpus_parts())))
-        return QUICK | self.common | SFT | TEACHING | {"model.name": self.blank(), "data.path": str(corpus)}
+    def skills(self, seed: int) -> dict[str, Any]:
+        """Options of the run that teaches a blank model."""
+        corpus = self.folder / f"corpus-{seed}.jsonl"
+        write_text(corpus, "".join(json.dumps(row) + "\n" for row in chain(*corpus_parts())))
+        own = {"model.name": self.blank(seed), "data.path": str(corpus), "train.seed": seed}
+        return QUICK | self.common | SFT | TEACHING | own
 
     def judged_by(self, seed: int) -> dict[str, Any]:
         """Problems like those in training, longer ones, and the skills that it began with."""
         path = self.folder / f"judged-{seed}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
-        chains = ProblemSpec(families=CHAINS, heldout=256, ood=64, seed=seed)
-        skills = ProblemSpec(families=SKILLS, heldout=128, seed=seed)
+        chains = ProblemSpec(families=CHAINS, heldout=JUDGED["heldout"], ood=JUDGED["longer"], seed=seed)
+        skills = ProblemSpec(families=SKILLS, heldout=JUDGED["skills"], seed=seed)
         sets = {"heldout": rows(chains, "heldout"), "longer": rows(chains, "ood"), "skills": rows(skills, "heldout")}
         made = [row | {"data_source": name} for name, found in sets.items() for row in found]
         write_text(path, "".join(json.dumps(row) + "\n" for row in made))
@@ -187,6 +204,7 @@ SKILLS = {
     "addition_chain": {"terms": [2, 2], "digits": 1, "ood_terms": [3, 3]},
 }
 WORKED_OUT, GUESSED = 300, 900
+JUDGED = {"heldout": 256, "longer": 64, "skills": 128}
 TEACHING = {
     "train.prompts_per_step": 128,
     "train.steps": 400,
@@ -211,7 +229,6 @@ PRESETS: dict[str, Preset] = {
         },
         methods=METHODS,
         lrs={RL: (1e-5, 3e-5, 1e-4, 3e-4), SUPERVISED: (1e-4, 3e-4, 1e-3, 3e-3)},
-        first_lr=3e-4,
         traces={
             "perfect": {},
             "wrong": {"data.problems.wrong": 0.3},
@@ -219,9 +236,10 @@ PRESETS: dict[str, Preset] = {
             "verbose": {"data.problems.verbose": 0.5, "rollout.max_tokens": 128, "eval.max_tokens": 128},
         },
         steps=50,
-        prompts=12,
-        rows=8,
+        prompts=PROMPTS,
+        rows=ROWS,
         normalizer=1536.0,
+        judged=JUDGED["heldout"],
         max_model_len=256,
         eos_token_id=2,
     ),
@@ -229,13 +247,13 @@ PRESETS: dict[str, Preset] = {
         name="smollm2",
         common={"optim.schedule": "linear"},
         methods={name: METHODS[name] for name in ("sft", "on-policy", "luffy")},
-        lrs={RL: (4e-5, 8e-5, 1.6e-4), SUPERVISED: (4e-5, 8e-5, 1.6e-4)},
-        first_lr=8e-5,
+        lrs={RL: (3e-5, 1e-4, 3e-4), SUPERVISED: (3e-5, 1e-4, 3e-4)},
         traces={"perfect": {}, "wrong": {"data.problems.wrong": 0.3}},
         steps=44,
         prompts=8,
         rows=4,
         normalizer=1024.0,
+        judged=200,
         max_model_len=256,
         eos_token_id=2,
         results=ROOT / "bench" / "results" / "study-smollm2.json",

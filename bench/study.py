@@ -5,15 +5,17 @@
     python -m bench.study --report          the tables and plots of docs/study.md from what is stored
     python -m bench.study --preset smollm2  a subset, with the quickstart's model and problems
 
-A small model is first taught skills by `luffy train` itself. Then every method trains on problems that it can hardly
-solve, and is judged by others like them, longer ones, and the skills that it began with. Four learning rates of each
-method are tried on one seed, and the best (held-out accuracy; of equals the lowest) runs on three others, whose
-problems, and held-out problems, are others too. Runs of a method differ in the seed alone. With that rate the methods
-that use traces run again where a third of the traces are wrong, most are missing, or half are long-winded.
+Small models, one for each seed, are first taught skills by `luffy train` itself. Then every method trains them on
+problems that they can hardly solve, and is judged by others like them, longer ones, and the skills that it began with.
+Four learning rates of each method are tried on one seed, and more where the best is the highest or the lowest; it runs
+on three other seeds: other models, problems and held-out problems. The best is the lowest within a standard error of
+the highest held-out accuracy. With it the methods that use traces run again where a third of the traces are wrong,
+most are missing, or half are long-winded.
 
-Equal data and compute: the same problems, steps, and rows in an update: supervised methods learn from as many traces a
-step as others have rollouts and traces. What they save, sampling, is not paid out to them. A worker is one process with
-one core and one vLLM engine for all its runs. What is stored is kept; a run of another recipe than today's is missing.
+Equal compute: the same steps, and as many rows in an update: supervised methods learn from as many traces a step as
+others have rollouts and traces, so they see more traces (`sft-once` sees those that LUFFY sees); what they save,
+sampling, is not paid out to them. A worker is one process with one core and one vLLM engine for all its runs. What is
+stored is kept; a run of another recipe than today's, or of another model than the one at hand, is missing.
 """
 
 import argparse
@@ -29,11 +31,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.presets import PRESETS, Preset
+from bench.presets import PRESETS, RATES, Preset
 from luffy.files import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 TUNING_SEED, SEEDS = 0, (1, 2, 3)
+MOST_RATES = 6
 CURVES = {
     "reward": "on_off_metrics/on_score",
     "entropy": "actor/entropy_loss",
@@ -49,6 +52,8 @@ class Run:
     """Which quality, of `Preset.traces`."""
     lr: float
     seed: int
+    first_lr: float | None = None
+    """Of the stage before it, if there is one."""
 
     @property
     def key(self) -> str:
@@ -67,23 +72,56 @@ class Results:
         self.runs[run.key] = asdict(run) | {"recipe": recipe(self.preset, run.method)} | found
         write_json(self.path, self.runs)
 
+    def has(self, run: Run) -> bool:
+        return run.key in self.runs and self.runs[run.key]["first_lr"] == run.first_lr
+
+    def only(self, bases: dict[int, str]) -> int:
+        """Forget runs of other models than these, by seed; how many that were."""
+        others = [key for key, run in self.runs.items() if run["base"] != bases[run["seed"]]]
+        for key in others:
+            del self.runs[key]
+        return len(others)
+
     def of(self, method: str, traces: str, seeds: tuple[int, ...] = SEEDS) -> list[dict[str, Any]]:
         """Runs of the rate that was chosen."""
         lr = self.best(method)
         runs = [self.runs.get(Run(method, traces, lr, seed).key) for seed in seeds] if lr else []
         return [run for run in runs if run]
 
+    def tuning(self, method: str) -> list[Run]:
+        """The rates to try, stored or not: more of them, where the best is at an end of those that are stored."""
+        rates, first = list(self.preset.rates(method)), self.preset.methods[method].first
+        if self.preset.methods[method].tuned_as or (first and not self.best(first)):
+            return []
+        while len(rates) < MOST_RATES and (best := self._best_of(method, rates)) in (rates[0], rates[-1]):
+            at = RATES.index(best)
+            rates = [RATES[at - 1], *rates] if best == rates[0] else [*rates, RATES[at + 1]]
+        return [Run(method, "perfect", lr, TUNING_SEED, self.first_lr(method)) for lr in rates]
+
+    def first_lr(self, method: str) -> float | None:
+        first = self.preset.methods[method].first
+        return self.best(first) if first else None
+
     def best(self, method: str) -> float | None:
         """The learning rate that tuning chose; None before all are tried."""
-        tried = [self.runs.get(Run(method, "perfect", lr, TUNING_SEED).key) for lr in self.preset.rates(method)]
-        if not all(tried):
+        method = self.preset.methods[method].tuned_as or method
+        return self._best_of(method, [run.lr for run in self.tuning(method)])
+
+    def _best_of(self, method: str, rates: list[float]) -> float | None:
+        tried = {lr: self.runs.get(Run(method, "perfect", lr, TUNING_SEED).key) for lr in rates}
+        scores = {lr: run["after"]["heldout"] for lr, run in tried.items() if run}
+        if not rates or len(scores) < len(rates):
             return None
-        return max((run for run in tried if run), key=lambda run: (run["after"]["heldout"], -run["lr"]))["lr"]
+        top = max(scores.values())
+        error = (top * (1 - top) / self.preset.judged) ** 0.5
+        return min(lr for lr, score in scores.items() if score >= top - error)
 
 
 def recipe(preset: Preset, method: str) -> str:
-    """Digest of all that a run of this method depends on, but rate, seed and traces."""
-    said = json.dumps([preset.digest, asdict(preset.methods[method]), preset.traces], sort_keys=True, default=str)
+    """Digest of all that a run of this method depends on, but rates, seed, traces, and defaults of the code."""
+    chosen = preset.methods[method]
+    first = preset.methods[chosen.first].options if chosen.first else None
+    said = json.dumps([preset.digest, chosen.options, chosen.kind, first, preset.traces], sort_keys=True, default=str)
     return hashlib.sha256(said.encode()).hexdigest()[:16]
 
 
@@ -91,18 +129,20 @@ def due(results: Results) -> list[Run]:
     """What can be run now: tuning first; a method's other runs once its rate is chosen."""
     preset, found = results.preset, []
     for name in preset.methods:
-        found += [Run(name, "perfect", lr, TUNING_SEED) for lr in preset.rates(name)]
+        found += results.tuning(name)
     for traces in preset.traces:
         for name, method in preset.methods.items():
             if (lr := results.best(name)) and method.runs_with(traces):
-                found += [Run(name, traces, lr, seed) for seed in SEEDS]
-    return [run for run in found if run.key not in results.runs]
+                found += [Run(name, traces, lr, seed, results.first_lr(name)) for seed in SEEDS]
+    return [run for run in found if not results.has(run)]
 
 
-def planned(preset: Preset) -> int:
-    """Runs of a whole study."""
+def planned(results: Results) -> int:
+    """Runs of a whole study, as far as is known: a method may need more rates."""
+    preset = results.preset
     others = sum(method.runs_with(traces) for traces in preset.traces for method in preset.methods.values())
-    return sum(len(preset.rates(name)) for name in preset.methods) + len(SEEDS) * others
+    tuned = [name for name, method in preset.methods.items() if not method.tuned_as]
+    return sum(len(results.tuning(name) or preset.rates(name)) for name in tuned) + len(SEEDS) * others
 
 
 class Worker:
@@ -138,32 +178,43 @@ class Worker:
         preset, method = self.preset, self.preset.methods[run.method]
         begin = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:
-            model, results = preset.base(), []
-            for number, options in enumerate(preset.stages(method, run.traces, run.lr, run.seed)):
+            model, results = preset.base(run.seed), []
+            stages = preset.stages(method, run.traces, run.lr, run.seed, run.first_lr)
+            for number, options in enumerate(stages):
                 at = Path(folder, f"stage-{number}")
                 results.append(self.train(options | {"model.name": model}, at))
                 model = str(at / results[-1]["checkpoint"])
             steps = [json.loads(line) for line in (at / "metrics.jsonl").read_text().splitlines()]
         before, after = results[0]["before"], results[-1]["after"]
         return {
+            "base": weights_digest(preset.base(run.seed)),
             "seconds": round(time.monotonic() - begin, 1),
             "before": scores(before),
             "after": scores(after),
             "answer_tokens": round(after[0]["mean_tokens"], 1),
             "curves": {
-                name: [round(step[key], 4) for step in steps]
+                name: [round(value, 4) if isinstance(value := step.get(key), float) else None for step in steps]
                 for name, key in CURVES.items()
-                if all(isinstance(step.get(key), float) for step in steps)
+                if any(isinstance(step.get(key), float) for step in steps)
             },
         }
 
-    def teach(self) -> None:
-        """The skills that the model begins with, unless they were taught before."""
+    def teach(self, seed: int) -> str:
+        """The skills that a model begins with, unless they were taught before; the digest of its weights."""
         preset = self.preset
-        if not Path(preset.base()).is_dir():
+        if not Path(preset.base(seed)).is_dir():
             with tempfile.TemporaryDirectory(dir=preset.folder) as folder:
-                result = self.train(preset.skills(), Path(folder, "run"))
-                Path(folder, "run", result["checkpoint"]).rename(preset.base())
+                result = self.train(preset.skills(seed), Path(folder, "run"))
+                Path(folder, "run", result["checkpoint"]).rename(preset.base(seed))
+        return weights_digest(preset.base(seed))
+
+
+def weights_digest(folder: str) -> str:
+    """Of a model's weights: a taught model differs between processors, and what follows from it too."""
+    found = hashlib.sha256()
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        found.update(path.read_bytes())
+    return found.hexdigest()[:16]
 
 
 def scores(evaluations: list[dict[str, Any]]) -> dict[str, float]:
@@ -177,18 +228,27 @@ def start_worker(preset: Preset) -> None:
     Worker.here = Worker(preset)
 
 
-def in_worker(run: Run | None) -> dict[str, Any]:
-    return Worker.here.run(run) if run else Worker.here.teach() or {}
+def in_worker(run: Run) -> dict[str, Any]:
+    return Worker.here.run(run)
+
+
+def teach_in_worker(seed: int) -> str:
+    return Worker.here.teach(seed)
 
 
 def run_all(preset: Preset, workers: int) -> None:
     """What is missing, as many at a time as there are workers; each is stored when it is done."""
     results, begin = Results(preset), time.monotonic()
-    total, flying = planned(preset), {}
+    flying: dict[Future[dict[str, Any]], Run] = {}
     os.environ |= {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers)), "TRITON_INTERPRET": "1"}
+    seeds = (TUNING_SEED, *SEEDS)
+    for seed in seeds:
+        preset.blank(seed)  # before workers look for it
     spawned = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=spawned, initializer=start_worker, initargs=(preset,)) as pool:
-        pool.submit(in_worker, None).result()
+        bases = dict(zip(seeds, pool.map(teach_in_worker, seeds), strict=True))
+        if others := results.only(bases):
+            print(f"{others} stored runs began with other models than those at hand: they run again", flush=True)
         while True:
             waiting = [run for run in due(results) if run not in flying.values()]
             for run in waiting[: workers - len(flying)]:
@@ -201,22 +261,20 @@ def run_all(preset: Preset, workers: int) -> None:
                 results.add(run, found)
                 minutes = (time.monotonic() - begin) / 60
                 scores = " ".join(f"{name} {value:.3f}" for name, value in found["after"].items())
-                print(
-                    f"{len(results.runs)}/{total} {run.key}: {scores}, {found['seconds']} s; {minutes:.0f} min",
-                    flush=True,
-                )
+                at = f"{len(results.runs)}/{planned(results)}"
+                print(f"{at} {run.key}: {scores}, {found['seconds']} s; {minutes:.0f} min", flush=True)
 
 
 def say_plan(preset: Preset) -> None:
     results = Results(preset)
     seconds = [run["seconds"] for run in results.runs.values()]
-    print(f"{preset.name}: {planned(preset)} runs, {len(seconds)} stored", end="")
+    print(f"{preset.name}: {planned(results)} runs, {len(seconds)} stored", end="")
     print(f", {sum(seconds) / 60:.0f} core-minutes, {max(seconds):.0f} s the longest" if seconds else "")
     for name, method in preset.methods.items():
         where = [traces for traces in preset.traces if method.runs_with(traces)]
-        print(
-            f"  {name:14} {method.label}; rates {', '.join(f'{lr:g}' for lr in preset.rates(name))}; {', '.join(where)}"
-        )
+        rates = [run.lr for run in results.tuning(name)] or preset.rates(name)
+        tuned = f"that of {method.tuned_as}" if method.tuned_as else ", ".join(f"{lr:g}" for lr in rates)
+        print(f"  {name:14} {method.label}; rates {tuned}; {', '.join(where)}")
 
 
 def main() -> None:

@@ -31,7 +31,13 @@ def mean_and_half(values: list[float]) -> tuple[float, float]:
 def scored(runs: Runs, split: str) -> str:
     if not runs:
         return "-"
-    mean, half = mean_and_half([run["after"][split] for run in runs])
+    return spread([run["after"][split] for run in runs])
+
+
+def spread(values: list[float]) -> str:
+    if not values:
+        return "-"
+    mean, half = mean_and_half(values)
     return f"{100 * mean:.1f} \u00b1 {100 * half:.1f}"
 
 
@@ -39,8 +45,9 @@ def methods_table(results: Results) -> Iterator[str]:
     splits = next(iter(results.runs.values()))["after"]
     yield f"| method | rate | {' | '.join(splits)} | tokens of an answer |"
     yield "|---|---:" + "|---:" * (len(splits) + 1) + "|"
-    before = [run["before"] for run in results.runs.values() if run["seed"]]
-    yield f"| base | | {' | '.join(f'{100 * fmean(b[split] for b in before):.1f}' for split in splits)} | |"
+    models = {run["seed"]: run["before"] for run in results.runs.values() if run["seed"] and run["traces"] == "perfect"}
+    before = models.values()
+    yield f"| base | | {' | '.join(spread([b[split] for b in before]) for split in splits)} | |"
     for name, method in results.preset.methods.items():
         if runs := results.of(name, "perfect"):
             said = " | ".join(scored(runs, split) for split in splits)
@@ -53,8 +60,11 @@ def traces_table(results: Results) -> Iterator[str]:
     yield f"| method | {' | '.join(qualities)} |"
     yield "|---" + "|---:" * len(qualities) + "|"
     for name, method in results.preset.methods.items():
-        if len(method.traces) > 1 or name == "on-policy":
-            yield f"| {method.label} | {' | '.join(scored(results.of(name, q), 'heldout') for q in qualities)} |"
+        if method.traces != ("perfect",):
+            cells = [scored(results.of(name, quality), "heldout") for quality in qualities]
+            # without traces, traces that are wrong or missing change nothing
+            without = [cells[0] if cell == "-" and name == "on-policy" else cell for cell in cells]
+            yield f"| {method.label} | {' | '.join(without)} |"
 
 
 def rates_table(results: Results) -> Iterator[str]:
@@ -62,9 +72,20 @@ def rates_table(results: Results) -> Iterator[str]:
     yield "| method | held-out accuracy by rate, one seed |"
     yield "|---|---|"
     for name, method in results.preset.methods.items():
-        tried = [(lr, results.runs.get(f"{name}/perfect/{lr:g}/0")) for lr in results.preset.rates(name)]
-        said = [f"{lr:g}: {run['after']['heldout']:.3f}" for lr, run in tried if run]
-        yield f"| {method.label} | {', '.join(said)} |"
+        tried = [(run.lr, results.runs.get(run.key)) for run in results.tuning(name)]
+        if said := [f"{lr:g}: {run['after']['heldout']:.3f}" for lr, run in tried if run]:
+            yield f"| {method.label} | {', '.join(said)} |"
+
+
+def smoothed(curves: list[list[float | None]]) -> tuple[list[int], list[float]]:
+    """Steps, and the mean over runs and the last five steps of what is known."""
+    steps, means = [], []
+    for at in range(min(map(len, curves))):
+        known = [value for curve in curves for value in curve[max(0, at - 4) : at + 1] if value is not None]
+        if known:
+            steps.append(at + 1)
+            means.append(fmean(known))
+    return steps, means
 
 
 def plot_curves(results: Results) -> None:
@@ -76,11 +97,7 @@ def plot_curves(results: Results) -> None:
         for number, method in enumerate(SHOWN):
             curves = [run["curves"][name] for run in results.of(method, "perfect") if name in run["curves"]]
             if curves:
-                mean = [fmean(values) for values in zip(*curves, strict=False)]
-                smooth = [fmean(mean[max(0, i - 4) : i + 1]) for i in range(len(mean))]
-                axis.plot(
-                    range(1, len(mean) + 1), smooth, label=results.preset.methods[method].label, color=f"C{number}"
-                )
+                axis.plot(*smoothed(curves), label=results.preset.methods[method].label, color=f"C{number}")
         axis.set(title=title, xlabel="step", ylim=(0.9 if name == "p(trace)" else 0, None))
         axis.grid(alpha=0.3)
     handles: dict[str, Any] = {}

@@ -320,6 +320,11 @@ class Config(BaseSettings):
             raise ValueError(
                 f"rollout.{sampled_by_need[0]} needs engines of which each can stop: tensor_parallel 1, or servers"
             )
+        if find(self.objective.name).corrects and self.correction.kind != "none":
+            raise ValueError(
+                f'correction.kind must be "none" with {self.objective.name}, which itself weighs by the same ratio, '
+                f'got "{self.correction.kind}"'
+            )
         low, high = self.correction.bounds
         if not low < high:
             raise ValueError(f"correction.low must be below correction.high, got {low} and {high}")

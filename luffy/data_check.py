@@ -8,6 +8,7 @@ a run is judged by: the same question, less spaces and case, or one that shares 
 from __future__ import annotations
 
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +27,9 @@ SHOWN = 3
 NAMED = 5
 """Examples of what is wrong that are named."""
 WIDTH = 40
-_WORD = re.compile(r"\w+")
+COMMON, COMMON_SHARE = 10, 0.05
+"""Problems, and share of them, above which words in a row that they have in common are their template's."""
+_WORD, _PART = re.compile(r"\w+"), re.compile(r"\d+[.,]\d+|\w+|[^\w\s.,;:?]")
 
 
 @dataclass(kw_only=True)
@@ -89,6 +92,7 @@ FAULTS = {
     "prompts_too_long": "prompts are too long",
     "prompts_outside": "prompts have tokens outside the model's vocabulary",
     **{fault: f"traces cannot be learnt from: {words}" for fault, words in TRACE_FAULTS.items()},
+    "logps": "traces have other teacher log-probs than tokens",
     "traces_open": "traces never close the think tag that the prompt opens",
 }
 
@@ -108,11 +112,13 @@ def encode(
         ):
             if wrong:
                 faults[name].append(problem.id)
-        for text in problem.traces:
+        for text, logps in zip(problem.traces, problem.trace_logps or [()] * len(problem.traces), strict=True):
             found.traces += 1
             trace, fault = encode_trace(text, template, max_trace)
             if trace:
                 found.trace_lengths.append(len(trace))
+            if logps and len(logps) != len(trace):
+                faults["logps"].append(problem.id)
             if not fault and template.opens_think and CLOSE not in text:
                 fault = "traces_open"
             if fault:
@@ -141,7 +147,10 @@ def grade(found: Checked, problems: Sequence[Problem], verifier: VerifierPool) -
 
 
 def overlap(found: Checked, problems: Sequence[Problem], name: str, others: Sequence[Problem], words: int) -> None:
-    same, runs = {plain(other) for other in others}, {run for other in others for run in runs_of(other, words)}
+    same, theirs = {plain(other) for other in others}, {run for other in others for run in runs_of(other, words)}
+    ours = Counter(run for problem in problems for run in theirs.intersection(runs_of(problem, words)))
+    # what so many questions share is said by a template, not by any of them
+    runs = {run for run, count in ours.items() if count <= max(COMMON, len(problems) * COMMON_SHARE)}
     ids = [p.id for p in problems if plain(p) in same or not runs.isdisjoint(runs_of(p, words))]
     found.overlaps[name] = ids
     if ids:
@@ -153,7 +162,8 @@ def question(problem: Problem) -> str:
 
 
 def plain(problem: Problem) -> str:
-    return " ".join(_WORD.findall(question(problem).casefold()))
+    """Its question, less spaces, case and the stops of sentences; 7+3 and 7-3 are two."""
+    return " ".join(_PART.findall(question(problem).casefold()))
 
 
 def runs_of(problem: Problem, words: int) -> Iterator[tuple[str, ...]]:
@@ -176,7 +186,8 @@ def report(found: Checked, problems: Sequence[Problem], template: PromptTemplate
         yield f"\n{problem.id}, as the model sees it (answer: {problem.answer!r})"
         yield shown(template, template.encode_prompt(problem.messages))
         for text in problem.traces[:1]:
-            yield f"its trace\n{shown(template, template.encode_trace(text))}"
+            trace, fault = encode_trace(text, template, sys.maxsize)
+            yield f"its trace\n{shown(template, trace) if trace else f'left out: {TRACE_FAULTS[fault]}'}"
     if found.verdicts:
         yield "\ntraces by the verifier: " + ", ".join(f"{n} {what}" for what, n in found.verdicts.most_common())
     for name, ids in found.overlaps.items():

@@ -108,6 +108,7 @@ class Sampler:
         self._carried: list[Work] = []
         self._ready: list[Group] = []  # graded, and more than the step needed
         self._skipped: list[int] = []
+        self._progress = 0.0  # share of the run's steps that are over when the step is that is being sampled
         self._grader = ThreadPoolExecutor(1, thread_name_prefix="grade")
         self._needs = len(t.world.share(list(range(t.config.train.prompts_per_step))))
         least = min((len(t.objective.may_choose(example)) for example in t.examples), default=0)
@@ -117,6 +118,7 @@ class Sampler:
         """This rank's groups of the next step, in the order of their prompts. With `before` collective: ranks enter it
         whether they need to sample or not."""
         counts = Counter(dict.fromkeys(COUNTED, 0))
+        self._progress = (step - 1) / self.t.config.train.steps
         ready, self._ready = self._ready, []
         found = [done(group) for group in ready]
         recalled: list[Work] = []
@@ -288,7 +290,6 @@ class Sampler:
     def _known(self, positions: list[int], examples: list[Example]) -> list[Known]:
         """What the choice among each problem's traces depends on."""
         t, asked = self.t, self.t.config.objective
-        steps = t.config.train.steps * t.config.train.prompts_per_step
         several = [example.traces for example in examples]
         right = _of_each(several, self._right(examples)) if getattr(asked, "trace_right", False) else None
         chosen = getattr(asked, "trace_choice", "first")
@@ -296,7 +297,7 @@ class Sampler:
         return [
             Known(
                 seed=derive(t.config.train.seed, "traces", position),
-                progress=position / steps,
+                progress=self._progress,
                 right=None if right is None else right[at],
                 logp=None if logp is None else logp[at],
             )
@@ -314,6 +315,12 @@ class Sampler:
         sizes = [len(trace) for example in examples for trace in example.traces]
         scored = self.t.engine.score(sequences) if sequences else []
         return [fmean(logps[-size:]) for logps, size in zip(scored, sizes, strict=True)]
+
+    def _behaviour(self, work: Work, at: int) -> tuple[float, ...]:
+        """Log-probs of a trace's tokens that the objective compares with: given its hint, or the teacher's."""
+        if self.t.objective.hint(work.example) is not None:
+            return work.hinted.get(at, ())
+        return work.example.trace_logps[at] if self.t.objective.options.compares else ()
 
     def _requests(self, work: Work) -> list[tuple[int, Request]]:
         """(which answer, or -1 for all, request) of what is left to sample."""
@@ -360,8 +367,7 @@ class Sampler:
         ]
         for at in work.traces:
             trace, teacher = work.example.traces[at], work.example.teachers[at]
-            logps = work.example.trace_logps[at] if self.t.objective.options.compares else ()
-            logps = work.hinted.get(at, logps)
+            logps = self._behaviour(work, at)
             rows.append(Row(token_ids=trace, text=decode(trace), is_trace=True, teacher=teacher, behaviour=logps))
         if work.recalled is not None:
             rows.append(work.recalled)

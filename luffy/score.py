@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from luffy.config import ModelConfig, RolloutConfig
 from luffy.console import say
 from luffy.data import Problem, load_problems
+from luffy.data.rows import read_rows
 from luffy.data.tables import Row, blocks, copy_with
 from luffy.errors import UserError, user_errors
 from luffy.files import disk_errors, temporary_name, write_json, write_text
@@ -191,9 +192,11 @@ def _check_paths(source: Path, target: Path) -> None:
         raise UserError(f"score: {target} exists already; choose another --out, nothing is overwritten")
     if not target.resolve().parent.is_dir():
         raise UserError(f"score: the folder of --out {target} does not exist")
-    first = next(blocks(source, 1), [{}])[0]
-    if "prompt" not in first:
-        raise UserError(f"score: {source} is not in LUFFY's schema, it has no column 'prompt'; see docs/data.md")
+    with user_errors("score"):
+        first = next(read_rows(source), None)
+    missing = [column for column in ("prompt", "reward_model") if first and column not in first.values]
+    if missing:
+        raise UserError(f"score: {source} is not in LUFFY's schema, it has no column {missing[0]!r}; see docs/data.md")
 
 
 def _open_parts(parts: Path, settings: dict[str, Any]) -> None:

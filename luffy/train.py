@@ -178,11 +178,15 @@ def update(t: Trainer, parts: list[Terms], loop: dict[str, Any]) -> UpdateMetric
     config = t.config
     metrics = UpdateMetrics(t.objective.losses, getattr(config.objective, "gamma", None))
     packs = [micro_batches(t, part) for part in parts]
+    seen: dict[int, Seen] = {}
     if config.first_pass:
         with torch.no_grad():
-            for micro in (m for micros in packs for m in micros):
-                micro.old_logp = t.policy(micro)
+            for number, micro in ((number, micro) for number, micros in enumerate(packs) for micro in micros):
+                entropies = t.objective.looks == "entropy" and number == 0
+                micro.old_logp, entropy = t.policy(micro, entropy=True) if entropies else (t.policy(micro), None)
                 metrics.add_ratios(*correct(micro, config.correction))
+                if number == 0:
+                    seen[id(micro)] = Seen(micro.old_logp, entropy)  # by the weights of the first update
     total = config.train.steps * config.train.updates_per_step
     for number, (part, micros) in enumerate(zip(parts, packs, strict=True)):
         if not micros:
@@ -191,7 +195,7 @@ def update(t: Trainer, parts: list[Terms], loop: dict[str, Any]) -> UpdateMetric
         given |= {"entropy_coef": part.entropy_coef, "kl_coef": part.kl_coef}
         loss = 0.0
         for micro in micros:
-            look(t, micro, first_update=number == 0)
+            look(t, micro, seen.get(id(micro)))
             out = t.policy(micro, **given)
             out.loss.backward()
             loss += out.loss.item()
@@ -218,16 +222,10 @@ def update(t: Trainer, parts: list[Terms], loop: dict[str, Any]) -> UpdateMetric
 
 
 @torch.no_grad()
-def look(t: Trainer, micro: MicroBatch, first_update: bool) -> None:
-    """Let the objective weigh a micro-batch by what the policy says now, where it wants to."""
-    looks = t.objective.looks
-    if looks == "nothing":
-        return
-    if looks == "logp" and first_update and micro.old_logp is not None:
-        seen = Seen(micro.old_logp, None)  # of the same weights
-    else:
-        seen = Seen(*t.policy(micro, entropy=True))
-    t.objective.weigh(micro, seen)
+def look(t: Trainer, micro: MicroBatch, seen: Seen | None) -> None:
+    """Let the objective weigh a micro-batch by what the policy says now, where it wants to. seen: what is known."""
+    if t.objective.looks != "nothing":
+        t.objective.weigh(micro, seen or Seen(*t.policy(micro, entropy=True)))
 
 
 def micro_batches(t: Trainer, part: Terms) -> list[MicroBatch]:

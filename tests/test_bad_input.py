@@ -81,6 +81,9 @@ def test_teacher_log_probs_of_another_length(template):
     words = f"2 of 3 traces have other teacher log-probs than tokens .p1: trace 1 has {tokens - 1} and {tokens} tokens"
     with pytest.raises(DataError, match=words):
         tokenize(problems, template, **LIMITS)
+    assert check(problems, template, None, {}, **LIMITS).wrong[0] == (
+        "2 traces have other teacher log-probs than tokens, such as p1, p2"
+    )
 
 
 @pytest.mark.parametrize("name", ["luffy", "sft", "rl_sft", "bread", "relift", "sort"])

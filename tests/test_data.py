@@ -171,7 +171,12 @@ def test_sharded_splits_are_read_in_order(tmp_path):
             {"reward_model": {"ground_truth": 42}},
             "line 2: column 'reward_model.ground_truth' must be a string.*got int 42",
         ),
-        ({"reward_model": {"ground_truth": ""}}, "line 2: column 'reward_model.ground_truth'"),
+        ({"reward_model": {"ground_truth": [""]}}, "line 2: column 'reward_model.ground_truth'"),
+        ({"prompt": [{"role": "assistant", "content": "?"}]}, "line 2: column 'prompt' must end with a user's turn"),
+        ({"prompt": [{"role": "user", "content": " "}]}, "line 2: column 'prompt' must end with a user's turn"),
+        ({"target": [{"role": "user", "content": "!"}]}, "'target' must hold one assistant turn, got 1 turns .user."),
+        ({"target": None, "target_ds_qwen_7b_probs": [0.5]}, "'target_ds_qwen_7b_probs' is of 'target', which"),
+        ({"prompt": [{"role": "user", "content": "\ud800"}]}, "line 2: a text holds .*half of a character"),
         ({"target": "6*7=42"}, "line 2: column 'target' must be a list"),
         ({"target": QUESTION}, "line 2: column 'target' must hold one assistant turn, got 2"),
         ({"target_lst": "abc"}, "line 2: column 'target_lst' must be a list of strings"),
@@ -184,6 +189,26 @@ def test_bad_rows_are_named(tmp_path, changes, message):
         load_problems(path)
 
 
+def test_a_row_without_an_answer_is_left_to_be_counted(tmp_path):
+    rows = [row(reward_model={"ground_truth": truth}) for truth in ("", "  ", None)]
+    assert [problem.answer for problem in load_problems(write_jsonl(tmp_path / "data.jsonl", rows))] == ["", "", ""]
+
+
+def test_how_many_rows_are_refused_is_said(tmp_path):
+    rows = [row(), *[row(target_teachers=["a", "b"])] * 3, row()]
+    words = "line 2: column 'target_teachers' must have an entry for each of 1 traces, got 2; of 3 rows after it 2 are"
+    with pytest.raises(DataError, match=words):
+        load_problems(write_jsonl(tmp_path / "data.jsonl", rows))
+
+
+def test_traces_that_a_schema_does_not_read_are_refused(tmp_path):
+    plain = {"prompt": "1+1?", "answer": "2", "target": [{"role": "assistant", "content": "2"}]}
+    with pytest.raises(
+        DataError, match="column 'target' is read with prompt and reward_model; beside prompt and answer"
+    ):
+        load_problems(write_jsonl(tmp_path / "data.jsonl", [plain]))
+
+
 def test_a_gsm8k_row_without_gold_is_named(tmp_path):
     path = write_jsonl(tmp_path / "bad.jsonl", [{"question": "How much?", "answer": "12"}])
     with pytest.raises(DataError, match="line 1: column 'answer' must end in a line '#### <gold>'"):
@@ -194,8 +219,11 @@ def test_bad_parquet_columns_are_named(tmp_path):
     path = write_parquet(tmp_path / "bad.parquet", [{"question": "x", "solution": "y"}])
     with pytest.raises(DataError, match="column 'problem' is missing, the nearest column present is 'solution'"):
         load_problems(path)
-    path = write_parquet(tmp_path / "bad.parquet", [row(), row(reward_model={"ground_truth": None, "style": "rule"})])
-    with pytest.raises(DataError, match="row 2: column 'reward_model.ground_truth' must be"):
+    path = write_parquet(
+        tmp_path / "bad.parquet",
+        [row(), row(reward_model={"ground_truth": "", "style": "rule"}), row(reward_model=None)],
+    )
+    with pytest.raises(DataError, match="row 3: column 'reward_model' must be"):
         load_problems(path)
 
 

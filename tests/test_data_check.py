@@ -109,6 +109,31 @@ def test_how_many_words_make_questions_alike(files):
     assert not check(problems, template, None, others, words=18).overlaps["test"]
 
 
+def test_formulas_that_differ_in_an_operator_are_not_the_same(tmp_path):
+    template = PromptTemplate(make_tokenizer())
+    ours = load_problems(write(tmp_path / "train.jsonl", [(f"7{op}3", "1", []) for op in "+-*/^"]))
+    judged = load_problems(write(tmp_path / "test.jsonl", [("7 / 3?", "1", []), ("7.3", "1", [])]))
+    found = check(ours, template, None, {"test": judged})
+    assert found.overlaps == {"test": [ours[3].id]}
+    assert not any("more than once" in sentence for sentence in found.wrong)
+
+
+def test_what_every_question_says_makes_none_of_them_alike(tmp_path):
+    ask = "Think step by step, and put what you find in the end within a box, for it is looked for there."
+    template = PromptTemplate(make_tokenizer())
+    rows = [*((f"{n} + {n}? {ask}", "1", []) for n in range(20)), (f"{LONG}. {ask}", "1", [])]
+    ours = load_problems(write(tmp_path / "train.jsonl", rows))
+    judged = load_problems(write(tmp_path / "test.jsonl", [(f"99 + 99? {ask}", "1", []), (f"{LONG}!", "1", [])]))
+    assert check(ours, template, None, {"test": judged}).overlaps == {"test": [ours[-1].id]}
+
+
+def test_a_trace_that_cannot_be_shown_is_no_end(tmp_path):
+    problems = load_problems(write(tmp_path / "train.jsonl", [("1 + 1?", "2", ["a <|im_end|> \\boxed{2}"])]))
+    template = PromptTemplate(make_tokenizer())
+    text = "\n".join(report(check(problems, template, None, {}), problems, template))
+    assert "left out: with an EOS inside" in text
+
+
 def test_bars_show_every_length():
     lines = list(histogram([1, 2, 3, 4, 4, 4, 5, 100]))
     assert [int(line.split()[2]) for line in lines] == [1, 1, 4, 1, 0, 0, 0, 1]

@@ -183,9 +183,36 @@ def test_value_updates_are_parts_of_the_rows(tmp_path):
     judge(t, groups)
     micros = micro_batches(t, split(t, groups, 0.0)[0])
     [value] = t.networks
+    seen, update = [], value._update
+    value._update = lambda part, *args: seen.extend(map(id, part)) or update(part, *args)
     found = value.learn(micros, 0, 1)
+    assert len(micros) > 1
+    assert seen == [id(micro) for micro in micros], "every row, once"
     assert {s["step"].item() for s in value.optimizer.state.values()} == {float(min(3, len(micros)))}
     assert found["critic/lr"] == 5e-6
+
+
+@pytest.mark.parametrize(("objective", "options"), [("ppo", {}), ("prime", ANY)])
+def test_gradients_of_what_is_taught_are_clipped(tmp_path, objective, options):
+    """At a norm so small, that the weights move as little as the clip says."""
+    t, groups = trainer(make_model(tmp_path / "model"), configured(objective, **options)), some_groups()
+    judge(t, groups)
+    taught = t.networks[-1]
+    assert taught.optim.max_grad_norm == taught.max_grad_norm == (10.0 if objective == "prime" else 1.0)
+    taught.optim.max_grad_norm = 1e-3
+    clipped, step = {}, taught.optimizer.step
+    taught.optimizer.step = lambda *a: (
+        clipped.update(
+            norm=math.sqrt(
+                sum(full(p.grad).square().sum().item() for p in taught.model.parameters() if p.grad is not None)
+            )
+        )
+        or step(*a)
+    )
+    found = taught.learn(micro_batches(t, split(t, groups, 0.0)[0]), 0, 1)
+    where = "critic" if objective == "ppo" else "reward_model"
+    assert clipped["norm"] == pytest.approx(1e-3, rel=1e-3)
+    assert found[f"{where}/grad_norm"] > 1e-3
 
 
 @pytest.mark.parametrize(("objective", "options"), [("ppo", {}), ("prime", ANY)])

@@ -1,7 +1,9 @@
 """Every objective against its published formula: rows, advantages and per-token gradients of hand-made groups, written
 here a second time in float64."""
 
+import dataclasses
 import math
+import sys
 from statistics import fmean, pstdev, stdev
 from types import SimpleNamespace
 
@@ -278,6 +280,8 @@ def test_gspo():
 
     w.expect(make("gspo", rows=4, clip_low=bounds[0], clip_high=bounds[1]), formula)
     assert seen == {True, False, None}
+    for bounds in ((1.0, 0.01), (0.01, 1.0)):  # each by itself
+        w.expect(make("gspo", rows=4, clip_low=bounds[0], clip_high=bounds[1]), formula)
 
 
 RESHAPED = {  # of x: the surrogate's derivative in log x
@@ -340,6 +344,38 @@ def test_luffy_bounds():
     w.expect(make("luffy", **bounds), formula)
 
 
+def test_luffy_bounds_what_the_reshape_gives():
+    """As the published code does: of f(p) = p / (p + gamma) at most 1/2 is p at most gamma."""
+    w = guided()
+    known = sorted(p for g in w.groups for row in g.traces for p in (math.exp(w.now[token]) for token in row.token_ids))
+    gamma = known[len(known) // 2] + 1e-6
+    for options, f in (
+        ({"off_policy": "shaped"}, lambda p: p / (p + gamma)),
+        ({"off_policy": "square_root", "trace_max": gamma**0.5}, math.sqrt),
+        ({"off_policy": "logp", "trace_max": 0.1 * math.log(gamma)}, lambda p: 0.1 * math.log(p)),
+        ({"off_policy": "p_logp", "trace_max": gamma + 0.1 * math.log(gamma)}, lambda p: p + 0.1 * math.log(p)),
+    ):
+        given = {"gamma": gamma, "trace_max": 0.5, "entropy_coef": 0.0} | options
+        grads = w.gradients(make("luffy", **given))
+        shown = {token for g in w.groups for row in g.traces if row.advantage for token in row.token_ids}
+        for token in shown:
+            inside = f(math.exp(w.now[token])) <= given["trace_max"]
+            assert (grads[token] != 0) == inside, options
+        assert 0 < sum(grads[token] != 0 for token in shown) < len(shown)
+
+
+def test_luffy_clips_rollouts_where_it_is_asked_to():
+    w = guided()
+
+    def formula(g, row, token):
+        p, a = math.exp(w.now[token]), centred(g, row)
+        if row.is_trace:
+            return -a * GAMMA * p / (p + GAMMA) ** 2 / 65536
+        return clipped(a, math.exp(w.now[token] - w.old[token]), 0.1, 0.2) / 65536
+
+    w.expect(make("luffy", clip_low=0.1, clip_high=0.2, entropy_coef=0.0), formula)
+
+
 def test_rl_with_an_sft_loss():
     w = guided()
     shown = tokens(row for g in w.groups for row in g.traces)
@@ -395,6 +431,11 @@ def test_srft():
         return (-0.1 * math.exp(h) if row.solved else 1.0) / count
 
     w.expect(make("srft"), formula)
+
+    def by_rows(g, row, token):
+        return formula(g, row, token) * count / len(row.token_ids) / sum(len(g.rows) for g in w.groups)
+
+    w.expect(make("srft", normalizer="sequences"), by_rows)
 
 
 def test_asymre():
@@ -684,6 +725,51 @@ def test_sort_weighs_by_what_a_plan_makes_likely():
     w.expect(make("sort", normalizer=50.0, coef=0.7), formula)
 
 
+def test_taking_a_trace_after_grading_knows_neither_verdicts_nor_perplexities():
+    for name in ("relift", "bread"):
+        for option in ({"trace_right": True}, {"trace_choice": "likely"}):
+            with pytest.raises(ValueError, match=f"{name} takes a trace after its rollouts are graded"):
+                make(name, **option)
+    make("relift", trace_choice="curriculum")
+    with pytest.raises(ValueError, match="among first, random, shortest, longest, got"):
+        make("bread", trace_choice="curriculum")
+
+
+def test_weights_of_teachers_that_do_nothing_are_refused():
+    with pytest.raises(ValueError, match=r'need trace_choice = "random", got \{.a.: 2.0\} with "first"'):
+        make("luffy", teacher_weights={"a": 2.0, "b": 0.0})
+    of_a = dataclasses.replace(example(1), teachers=("a",))
+    with pytest.raises(UserError, match="teacher_weights names 'A', and the data have traces a"):
+        make("luffy", teacher_weights={"A": 0.0}).prepare([of_a])
+    with pytest.raises(UserError, match=r"none of the 2 problems.*1 have traces, which objective.trace_tokens or"):
+        make("luffy", teacher_weights={"a": 0.0}).prepare([of_a, example(0)])
+
+
+def test_a_ratio_is_not_corrected_twice():
+    for name in ("topr", "oapl", "pessimistic"):
+        with pytest.raises(UserError, match=f'correction.kind must be "none" with {name}'):
+            load_config("quickstart", ["--objective.name", name, "--correction.kind", "truncate"])
+
+
+def test_replay_of_groups_without_rollouts():
+    objective = make("exgrpo", start=0.0)
+    objective.observe([])
+    assert not objective.started
+    objective.started = True
+    objective.observe([Group(example=example(0), index=3)])
+    assert not objective.replay.retired
+
+
+def test_chord_leaves_traces_out_while_their_weight_is_zero():
+    terms = make("chord").terms(guided().groups, 0.0)
+    assert not any(row.is_trace for rows in terms.rows for row in rows)
+    assert any(row.is_trace for rows in make("chord").terms(guided().groups, 0.05).rows for row in rows)
+
+
+def test_sorts_room_for_a_plan():
+    assert make("sort", plan_tokens=40).scored(example(2)) == 43
+
+
 def test_sorts_plan_is_the_datas_or_else_the_answer():
     objective = make("sort")
     assert objective.hint(example()) == "The answer is 1."
@@ -745,6 +831,19 @@ def test_the_entropy_bonus_is_a_mean_over_tokens_whatever_the_normalizer():
         assert terms.entropy_coef / terms.normalizer == pytest.approx(0.01 / 10)
 
 
+@pytest.mark.parametrize("coef", ["entropy_coef", "kl_coef"])
+@pytest.mark.parametrize(
+    "name", [n for n in KNOWN if "kl_coef" in options_of(n).model_fields and n not in ("ppo", "prime")]
+)
+def test_a_term_of_every_token_is_a_mean_over_those_that_enter(name, coef):
+    """Also where every group fails, and what is learned from is not what is counted."""
+    for groups in (guided().groups, [group([0.0] * 3, 1.0), group([0.0] * 2, 1.0, first=100)]):
+        terms = make(name, **{coef: 0.01}).terms(groups, 0.5)
+        entering = sum(row.num_targets for rows in terms.rows for row in rows)
+        assert entering, name
+        assert getattr(terms, coef) / terms.normalizer == pytest.approx(0.01 / entering)
+
+
 def test_standard_deviation_only_when_asked_for():
     assert group_advantages([1.0, 0.0]) == [0.5, -0.5]
     assert group_advantages([1.0, 0.0], divide_by_std=True) == pytest.approx(
@@ -765,7 +864,8 @@ def test_one_of_ones_own(tmp_path, monkeypatch):
         "    def rewards(self, group):\n"
         "        return [self.options.factor * row.reward for row in group.rows]\n"
     )
-    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [path for path in sys.path if path])  # as an installed command has it
     config = load_config("quickstart", ["--objective.name", "mine:Halved", "--objective.factor", "0.25"])
     assert config.objective.factor == 0.25
     assert config.objective.rows == 4  # of the recipe, for it has such an option; gamma it has not

@@ -30,7 +30,8 @@ def test_the_final_answer(response, said):
 @pytest.mark.parametrize(
     "response",
     ["\\boxed{B}", "\\boxed{\\text{B}}", "\\boxed{(B)}", "ANSWER: B", "the answer is (B).", "The answer is **B**",
-     "Answer: B) because of that", "I think it is\nB", "\\boxed{b}", "Answer: option B"],
+     "Answer: B) because of that", "I think it is\nB", "\\boxed{b}", "Answer: option B", "I think it is B",
+     "I choose (B).", "B, because A is wrong", "B. A is wrong"],
 )  # fmt: skip
 def test_a_letter_that_is_named(response):
     assert grade_choice(response, "B") == 1.0
@@ -40,10 +41,28 @@ def test_a_letter_that_is_named(response):
 
 @pytest.mark.parametrize(
     "response",
-    ["", "B is wrong\nso is C", "answer: A or B", "Answer: Because", "\\boxed{}", "Answer: ABC", "I'd say so"],
+    [
+        "",
+        "B is wrong\nso is C",
+        "answer: A or B",
+        "Answer: Because",
+        "\\boxed{}",
+        "Answer: ABC",
+        "I'd say so",
+        "A. B. C.",
+        "A, B",
+        "(A) and (B)",
+    ],
 )
 def test_a_letter_that_is_not(response):
     assert grade_choice(response, "B") == 0.0
+
+
+def test_articles_and_pronouns_are_no_letters():
+    assert grade_choice("A man walks into a bar, so none", "A") == 0.0
+    assert grade_choice("I do not know", "I") == 0.0
+    assert grade_choice("The answer is A", "A") == 1.0
+    assert grade_choice("It is (A) man", "A") == 1.0
 
 
 def test_digits_are_options_too():

@@ -156,6 +156,44 @@ def test_rollouts_go_on_from_the_beginning_of_a_trace():
     assert asked[6, 1, 1].count == 2
 
 
+class Scores(Scripted):
+    """Scores a token by its id and its place, so that who reads another place reads another number."""
+
+    def score(self, sequences):
+        self.scored = sequences
+        return [[-ids[at] - at / 100 for at in range(1, len(ids))] for ids in sequences]
+
+
+def hinted(tokens: int):
+    """SORT's sampler of one problem, whose teacher's log-probs the data have; (trainer, its group)."""
+    problem = Problem(id="0", messages=[{"role": "user", "content": "?"}], answer="1", data_source="s")
+    one = Example(problem, (2, 0, 1), ((7, 8, 9),), trace_logps=((-0.7, -0.7, -0.7),))
+    t = trainer([one], prompts=1, objective="sort")
+    t.objective.options.plan_tokens = tokens
+    t.engine = Scores()
+    # a letter is a token
+    t.template.encode_prompt = lambda turns: [ord(c) for c in turns[-1]["content"]]
+    with Sampler(t, Ledger(Stream(1, batch_size=1, seed=0))) as sampler:
+        [group] = a_step(sampler).groups
+    return t, group
+
+
+def test_a_trace_is_scored_after_the_question_and_the_plan():
+    t, group = hinted(64)
+    [sequence] = t.engine.scored
+    question = "?\n\nThe answer is 1."
+    assert list(sequence) == [*map(ord, question), 7, 8, 9]
+    [trace] = group.traces
+    begin = len(question)
+    assert trace.behaviour == pytest.approx([-7 - begin / 100, -8 - (begin + 1) / 100, -9 - (begin + 2) / 100])
+
+
+def test_a_trace_whose_plan_is_too_long_is_compared_with_nobody():
+    t, group = hinted(2)
+    assert not hasattr(t.engine, "scored")
+    assert group.traces[0].behaviour == ()
+
+
 def test_a_prefix_leaves_a_token_of_the_longest_answer():
     t = trainer([begun(0, (4,) * 50, length=40)], prompts=1, objective="prefix_rft")
     with Sampler(t, Ledger(Stream(1, 1, seed=0))) as sampler:

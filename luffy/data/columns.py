@@ -52,6 +52,16 @@ def turns(row: Row, column: str, where: str) -> tuple[Mapping[str, str], ...]:
     return tuple({"role": turn["role"], "content": turn["content"]} for turn in found)
 
 
+def conversation(row: Row, column: str, where: str) -> tuple[Mapping[str, str], ...]:
+    """Chat turns that end with the user's, which is not empty."""
+    found = turns(row, column, where)
+    if found[-1]["role"] != "user" or not found[-1]["content"].strip():
+        raise DataError(
+            f"{where}: column {column!r} must end with a user's turn that is not empty, got {found[-1]!r:.60}"
+        )
+    return found
+
+
 def asked(row: Row, column: str, where: str) -> tuple[Mapping[str, str], ...]:
     """The one user turn of a question that must not be empty."""
     question = typed(row, column, str, "a string", where)

@@ -9,6 +9,9 @@ from luffy.data.problem import DataError, Problem
 from luffy.data.rows import SourceRow, read_rows
 from luffy.data.schemas import Schema, find_schema
 
+COUNTED = 100_000
+"""Rows after one that is refused, of which it is said how many are."""
+
 
 def load_problems(source: str | Path, *, split: str | None = None, limit: int | None = None) -> list[Problem]:
     """Problems of a source, in its order.
@@ -30,12 +33,45 @@ def load_problems(source: str | Path, *, split: str | None = None, limit: int | 
 
 
 def convert(rows: Iterable[SourceRow]) -> Iterator[tuple[SourceRow, Schema, Problem]]:
-    """Each row, the schema it is in, and the problem it is."""
+    """Each row, the schema it is in, and the problem it is.
+
+    Raises DataError for the first row that is refused, which says of how many others of them the same is true.
+    """
     columns, schema = None, None
+    rows = iter(rows)
     for row in rows:
         if schema is None or row.values.keys() != columns:
             columns, schema = set(row.values), find_schema(row.values, row.where)
-        yield row, schema, schema.read(row.values, name=row.name, number=row.number, where=row.where)
+        try:
+            problem = _read(schema, row)
+        except DataError as error:
+            raise _with_count(error, schema, rows) from None
+        yield row, schema, problem
+
+
+def _read(schema: Schema, row: SourceRow) -> Problem:
+    problem = schema.read(row.values, name=row.name, number=row.number, where=row.where)
+    try:
+        "".join([*(turn["content"] for turn in problem.messages), *problem.traces, *problem.answer]).encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start : error.end]
+        raise DataError(f"{row.where}: a text holds {half!r}, which is half of a character") from None
+    return problem
+
+
+def _with_count(error: DataError, schema: Schema, rows: Iterator[SourceRow]) -> DataError:
+    """The same, with the number of rows after it that are refused too, as far as they can be read."""
+    others = looked_at = 0
+    try:
+        for row in islice(rows, COUNTED):
+            looked_at += 1
+            try:
+                _read(schema, row)
+            except DataError:
+                others += 1
+    except DataError:
+        pass  # the rest is unreadable; the first error is what to mend first
+    return DataError(f"{error}; of {looked_at} rows after it {others} are refused too" if others else str(error))
 
 
 def unique(problems: Iterable[Problem]) -> Iterator[Problem]:

@@ -56,6 +56,9 @@ SCHEMAS = (
     Schema("gsm8k", ("question", "answer"), (), read_gsm8k),
 )
 
+TRACES = ("target", "target_lst", "target_teachers", "target_logps", "traces", "teachers", "generations")
+"""Columns of traces and of what is known of them; each of one schema."""
+
 
 def find_schema(columns: Iterable[str], where: str) -> Schema:
     """The schema of these columns. Raises DataError that names a missing column and the nearest one present."""
@@ -63,6 +66,7 @@ def find_schema(columns: Iterable[str], where: str) -> Schema:
     for schema in SCHEMAS:
         if set(schema.required) <= set(present):
             _refuse_misspelt(schema, present, where)
+            _refuse_unread(schema, present, where)
             return schema
     nearest = max(SCHEMAS, key=lambda schema: _likeness(schema, present))
     column = next(column for column in nearest.required if column not in present)
@@ -80,6 +84,17 @@ def _refuse_misspelt(schema: Schema, present: Collection[str], where: str) -> No
         near = difflib.get_close_matches(column, unknown, n=1, cutoff=0.8)
         if near:
             raise DataError(f"{where}: column {near[0]!r} is unknown, is it {column!r}? expected {schema}")
+
+
+def _refuse_unread(schema: Schema, present: Collection[str], where: str) -> None:
+    """Traces that are there, and in a column that this schema does not have, would be lost just as silently."""
+    for column in present:
+        if column in TRACES and column not in (*schema.required, *schema.optional):
+            [other] = [one for one in SCHEMAS if column in (*one.required, *one.optional)]
+            raise DataError(
+                f"{where}: column {column!r} is read with {' and '.join(other.required)}; beside "
+                f"{' and '.join(schema.required)} it would be lost, rename or remove it (see docs/data.md)"
+            )
 
 
 def _likeness(schema: Schema, present: Collection[str]) -> float:

@@ -5,6 +5,8 @@ looked for as MODULE:CLASS. Importing this imports no torch: a configuration is 
 """
 
 import difflib
+import os
+import sys
 from importlib import import_module
 
 from luffy.objectives.base import Objective, Options, Terms
@@ -48,6 +50,8 @@ def find(name: str) -> type[Objective]:
         known = f"did you mean {close[0]}?" if close else f"known: {', '.join(KNOWN)}, or MODULE:CLASS"
         raise ValueError(f"objective.name must be one that is known, got {name!r}; {known}")
     module, _, attribute = where.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # as `python -m` does; an installed command has its own folder there instead
     try:
         found = getattr(import_module(module), attribute)
     except (ImportError, AttributeError) as error:

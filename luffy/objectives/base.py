@@ -85,6 +85,9 @@ class Objective:
     tries: int = 0
     """How often `again` is asked."""
 
+    corrects: ClassVar[bool] = False
+    """Whether `weigh` weighs by how far the policy is from who sampled; `luffy.correction` would do so again."""
+
     recalls: ClassVar[bool] = False
     """Whether `recall` may put stored answers into a step's groups."""
 
@@ -144,15 +147,17 @@ class Objective:
     def terms(self, groups: list[Group], progress: float) -> Terms:
         """Of the groups of one update, of all ranks. Divides as `GroupOptions` says; without them by the tokens."""
         rows = [self.assign(group, progress) for group in groups]
+        entering = [row for found in rows for row in found]
         counted = [row for group in groups for row in self.counted(group)]
         tokens = sum(row.num_targets for row in counted)
         chosen = getattr(self.options, "normalizer", "tokens")
         if chosen == "sequences":
-            for row in counted:
+            for row in entering:
                 row.weight /= row.num_targets
         normalizer = float({"tokens": tokens, "sequences": len(counted)}[chosen] if isinstance(chosen, str) else chosen)
         normalizer = normalizer or 1.0
-        per_token = normalizer / max(tokens, 1)
+        # where there is an entropy bonus or a KL term every row enters the model, and so do those that are imitated
+        per_token = normalizer / max(sum(row.num_targets for row in entering), 1)
         return Terms(
             groups=groups,
             rows=rows,

@@ -11,11 +11,11 @@ Rows: rollouts, all of a group from the same place. Criterion: the mean reward o
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from luffy.objectives.choice import Known
+from luffy.objectives.choice import Known, only_by
 from luffy.objectives.prefixed import Prefixed, PrefixOptions
 from luffy.sections import NonNegative
 
@@ -31,6 +31,11 @@ class Bread(Prefixed):
         advantage_std: bool = True
         tries: Annotated[int, Field(ge=1, le=8)] = 3
         """Beginnings that are tried, at most."""
+
+        @model_validator(mode="after")
+        def _choice_is_known(self) -> Self:
+            only_by(self, ("first", "random", "shortest", "longest"))
+            return self
 
     def __init__(self, options: Options) -> None:
         super().__init__(options)

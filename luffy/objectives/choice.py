@@ -6,9 +6,9 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Self
 
-from pydantic import PositiveInt
+from pydantic import PositiveInt, model_validator
 
 from luffy.errors import UserError
 from luffy.objectives.base import Options
@@ -39,6 +39,15 @@ class TraceOptions(Options):
     @property
     def shown(self) -> int:
         return self.traces
+
+    @model_validator(mode="after")
+    def _weights_are_used(self) -> Self:
+        uneven = {teacher: weight for teacher, weight in self.teacher_weights.items() if weight not in (0.0, 1.0)}
+        if uneven and self.trace_choice != "random":
+            raise ValueError(
+                f'teacher_weights other than 0 need trace_choice = "random", got {uneven} with "{self.trace_choice}"'
+            )
+        return self
 
 
 class TracesAside(TraceOptions):
@@ -78,13 +87,33 @@ def may_choose(example: Example, options: TraceOptions) -> list[int]:
     return choose(example, options, Known()) if fixed else allowed(example, options)
 
 
-def refuse_without(examples: list[Example], options: TraceOptions) -> None:
-    """Raises UserError where none of the problems has a trace that may be taken."""
-    if not any(may_choose(example, options) for example in examples):
-        raise UserError(
-            f"objective: {options.name} learns from traces, and none of the {len(examples)} problems has one that it "
-            f"may take; bring data with traces (target), raise data.max_trace_tokens, or choose another one"
+def only_by(options: TraceOptions, choices: tuple[str, ...]) -> None:
+    """Raises ValueError where the options ask for what is not known when this objective takes a trace."""
+    if options.trace_right or options.trace_choice not in choices:
+        raise ValueError(
+            f"{options.name} takes a trace after its rollouts are graded: trace_right must be false and trace_choice "
+            f"among {', '.join(choices)}, got {options.trace_right} and {options.trace_choice!r}"
         )
+
+
+def refuse_without(examples: list[Example], options: TraceOptions) -> None:
+    """Raises UserError where none of the problems has a trace that may be taken, or a weight is of nobody's."""
+    teachers = {teacher for example in examples for teacher in example.teachers}
+    if unknown := sorted(set(options.teacher_weights) - teachers):
+        known = ", ".join(sorted(filter(None, teachers))) or "of nobody by name"
+        raise UserError(f"objective: teacher_weights names {unknown[0]!r}, and the data have traces {known}")
+    if any(may_choose(example, options) for example in examples):
+        return
+    some = sum(bool(example.traces) for example in examples)
+    advice = (
+        f"{some} have traces, which objective.trace_tokens or objective.teacher_weights exclude: change these"
+        if some
+        else "bring data with traces (target), raise data.max_trace_tokens, or choose another one"
+    )
+    raise UserError(
+        f"objective: {options.name} learns from traces, and none of the {len(examples)} problems has one that it may "
+        f"take; {advice}"
+    )
 
 
 def choose(example: Example, options: TraceOptions, known: Known) -> list[int]:

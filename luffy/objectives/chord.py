@@ -48,6 +48,8 @@ class Chord(Guided):
         for rows in terms.rows:
             for row in rows:
                 row.weight *= 1.0 if row.loss_id == IMITATED else 1 - self.imitation(progress)
+        if not (terms.entropy_coef or terms.kl_coef):
+            terms.rows = [[row for row in rows if row.weight] for rows in terms.rows]  # mu is 0 in the first step
         return terms
 
     def weigh(self, micro: MicroBatch, seen: Seen) -> None:

@@ -108,7 +108,8 @@ class ExGrpo(Grpo):
         return super().assign(group, progress)
 
     def observe(self, groups: list[Group]) -> None:
-        self.started = self.started or fmean(row.solved for group in groups for row in group.rows) > self.options.start
+        solved = [row.solved for group in groups for row in group.rows]
+        self.started = self.started or (bool(solved) and fmean(solved) > self.options.start)
         if self.started:
             for group in groups:
                 self.replay.add(group)

@@ -1,4 +1,4 @@
-"""LUFFY: learning to reason under off-policy guidance (arXiv 2504.14945; its published recipe and options).
+"""LUFFY: learning to reason under off-policy guidance (arXiv 2504.14945; its published recipe).
 
 A group is rollouts and traces of stronger models, verified like the rollouts and counted in the group's mean. Rollout
 tokens: -A pi/pi_old. Trace tokens, their behaviour probability taken as 1 (eq. 6):
@@ -18,12 +18,17 @@ the data have the teachers' log-probs (`luffy data score`) traces may be compare
 the former as in the published code (use_off_policy_probs), the latter as the paper writes its eq. 6 before it takes q
 as 1. Traces without them keep q = 1.
 
+Of the published code's options these are left out: prefixes of traces (`prefix_rft` and `uft` have them), its adaptive
+entropy coefficient, its PPO-KL penalty (`kl_coef` has the estimate k3), and the reweighting of prefix rewards.
+
 Criterion: the mean reward of rollouts rises.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import model_validator
@@ -45,6 +50,17 @@ GPUS, PUBLISHED = 8, 8 * 8192.0
 Reshape = Literal["shaped", "ratio", "logp", "p_logp", "square_root", "pow"]
 
 
+def where(rising: Callable[[float], float], value: float | None) -> float | None:
+    """The x > 0 at which a rising function has a value: by bisection of log x, within e^+-60."""
+    if value is None:
+        return None
+    low, high = -60.0, 60.0
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if rising(math.exp(middle)) < value else (low, middle)
+    return math.exp(high)
+
+
 class Luffy(Grpo):
     class Options(GuidedOptions):
         name: Literal["luffy"] = "luffy"
@@ -60,9 +76,10 @@ class Luffy(Grpo):
         """w."""
         exponent: Positive = 0.5
         """a."""
-        trace_min: Positive | None = None
-        """Smallest p of a trace's token that has a gradient (off_policy_min_clip); null: none."""
-        trace_max: Positive | None = None
+        trace_min: float | None = None
+        """Smallest value of a trace's reshaped x whose token has a gradient (off_policy_min_clip, which the published
+        code applies after its reshape); null: none."""
+        trace_max: float | None = None
         """Largest one (off_policy_max_clip)."""
         p_max: Positive | None = None
         """Tokens of any row whose p exceeds it have no gradient (all_max_clip); null: none."""
@@ -86,7 +103,20 @@ class Luffy(Grpo):
 
         o = self.options
         clips: dict[str, Any] = {"clip_low": o.clip_low, "clip_high": o.clip_high, "p_max": o.p_max}
-        bounds: dict[str, Any] = {"x_min": o.trace_min, "x_max": o.trace_max, "p_max": o.p_max}
+        reshape = {
+            "shaped": lambda x: x / (x + o.gamma),
+            "shaped_teacher": lambda x: x / (x + o.gamma),
+            "logp": lambda x: o.logp_weight * math.log(x),
+            "p_logp": lambda x: x + o.logp_weight * math.log(x),
+            "square_root": math.sqrt,
+            "pow": lambda x: x**o.exponent,
+        }
+
+        def bounded(name: str) -> dict[str, Any]:
+            """The bounds of what it makes of x, as bounds of x."""
+            of = partial(where, reshape.get(name, lambda x: x))
+            return {"x_min": of(o.trace_min), "x_max": of(o.trace_max), "p_max": o.p_max}
+
         rollout = {
             "ratio": lambda: t.policy_gradient(**clips),
             "shaped": lambda: t.shaped_relative(o.gamma, **clips),
@@ -96,16 +126,16 @@ class Luffy(Grpo):
             "pow": lambda: t.power(o.exponent, "old", **clips),
         }
         trace = {
-            "ratio": lambda: t.power(1.0, "prob", **bounds),
-            "shaped": lambda: t.shaped(o.gamma, "prob", **bounds),
-            "logp": lambda: t.log_prob(o.logp_weight, "prob", **bounds),
-            "p_logp": lambda: t.prob_plus_log(o.logp_weight, "prob", **bounds),
-            "square_root": lambda: t.power(0.5, "prob", **bounds),
-            "pow": lambda: t.power(o.exponent, "prob", **bounds),
+            "ratio": lambda: t.power(1.0, "prob", **bounded("ratio")),
+            "shaped": lambda: t.shaped(o.gamma, "prob", **bounded("shaped")),
+            "logp": lambda: t.log_prob(o.logp_weight, "prob", **bounded("logp")),
+            "p_logp": lambda: t.prob_plus_log(o.logp_weight, "prob", **bounded("p_logp")),
+            "square_root": lambda: t.power(0.5, "prob", **bounded("square_root")),
+            "pow": lambda: t.power(o.exponent, "prob", **bounded("pow")),
         }
         compared = {
-            "teacher": lambda: t.behaviour_ratio(1e-6, **bounds),
-            "shaped_teacher": lambda: t.shaped(o.gamma, "old", **bounds),
+            "teacher": lambda: t.behaviour_ratio(1e-6, **bounded("teacher")),
+            "shaped_teacher": lambda: t.shaped(o.gamma, "old", **bounded("shaped_teacher")),
         }
         if o.compares:
             return rollout[o.on_policy](), trace["shaped"](), compared[o.off_policy]()

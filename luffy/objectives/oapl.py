@@ -32,6 +32,7 @@ class Oapl(Grpo):
         """Both are ours: the survey that we have gives none for OAPL, and 0.5 and 0.001 for its relative A*-PO."""
 
     looks: ClassVar = "logp"
+    corrects: ClassVar = True
 
     def token_losses(self) -> tuple[TokenLoss, ...]:
         from luffy_kernels.token_losses import reinforce

@@ -30,6 +30,7 @@ class Pessimistic(Oapl):
         shift: float = 0.0
 
     looks: ClassVar = "logp"
+    corrects: ClassVar = True
 
     def assign(self, group: Group, progress: float) -> list[Row]:
         advantages = group_advantages([row.reward for row in group.rows], self.options.advantage_std)

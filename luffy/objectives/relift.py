@@ -12,13 +12,13 @@ Rows: rollouts. State: the buffer. Criterion: the mean reward of rollouts rises.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Self
 
-from pydantic import PositiveInt
+from pydantic import PositiveInt, model_validator
 
 from luffy.groups import Group, Row
 from luffy.objectives.base import Terms
-from luffy.objectives.choice import Known, TracesAside, choose, may_choose, refuse_without
+from luffy.objectives.choice import Known, TracesAside, choose, may_choose, only_by, refuse_without
 from luffy.objectives.grpo import Grpo, RatioOptions
 from luffy.seeds import derive
 
@@ -36,6 +36,11 @@ class Relift(Grpo):
         name: Literal["relift"] = "relift"
         demonstrations: PositiveInt = 64
         """Traces of an update that imitates."""
+
+        @model_validator(mode="after")
+        def _choice_is_known(self) -> Self:
+            only_by(self, ("first", "random", "shortest", "longest", "curriculum"))
+            return self
 
     def __init__(self, options: Options) -> None:
         super().__init__(options)

@@ -43,7 +43,7 @@ class Replay:
     def add(self, group: Group) -> None:
         """What a graded group says of its question."""
         index, counted = group.index, [row for row in group.rows if self.count_replays or not row.is_trace]
-        if index in self.retired:
+        if index in self.retired or not counted:
             return
         right = sum(row.solved for row in counted)
         if right == len(counted):

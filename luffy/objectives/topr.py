@@ -28,6 +28,7 @@ class Topr(Asymre):
         """What a reward of 0 counts as."""
 
     looks: ClassVar = "logp"
+    corrects: ClassVar = True
 
     def assign(self, group: Group, progress: float) -> list[Row]:
         for row in group.rows:

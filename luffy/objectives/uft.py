@@ -6,8 +6,8 @@ All rollouts of a group begin with the same first tokens of a trace: a binomial 
 
     p(t) = low + (high - low) (1 + cos(pi t / T)) / 2 until t = T, then 0                          (appendix, eq. B.1)
 
-T being a share of the run's steps. Unverified: the paper counts a hint in steps of a solution, here in tokens, and its
-small KL to the initial policy is left out.
+T being a share of the run's steps. Unverified: the paper counts a hint in steps of a solution, here in tokens; its
+small KL to the initial policy is `kl_coef`, 0 unless it is asked for.
 
 Rows: rollouts. Criterion: the mean reward of rollouts rises, without hints too.
 """

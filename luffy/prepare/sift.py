@@ -71,6 +71,11 @@ class Sieve:
         found = []
         for position, (row, schema, problem) in enumerate(convert(rows), first):
             tally.problems["read"] += 1
+            if any(problem.trace_logps) and self.options.traces:
+                raise DataError(
+                    f"{row.where}: has the teachers' log-probs of its traces, which depend on the prompt and would be "
+                    "lost; prepare first, then score what was prepared (luffy data score)"
+                )
             if not problem.answer:
                 tally.drop_problem("without_answer", problem.id)
             elif question_key(problem.messages) in self.left_out:

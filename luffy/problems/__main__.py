@@ -26,8 +26,12 @@ def main(argv: list[str] | None = None) -> int:
     noise = {"wrong": args.wrong, "missing": args.missing, "verbose": args.verbose}
     common = {"seed": args.seed, "teachers": tuple(args.teacher or ("terse",)), **noise}
     counts = dict.fromkeys(SPLITS, args.n)
+    try:
+        spec = ProblemSpec(families=families, **counts, **common)
+    except ValueError as error:
+        parser.error(str(error))
     if args.out:
-        for path in write_splits(ProblemSpec(families=families, **counts, **common), args.out).values():
+        for path in write_splits(spec, args.out).values():
             print(path)
         return 0
     for family in families:

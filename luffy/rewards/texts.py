@@ -9,7 +9,9 @@ from collections.abc import Sequence
 
 _ANNOUNCED = re.compile(r"answer\s*(?:is\b\s*:?|[:=])\s*(?=\S)", re.IGNORECASE)
 _WRAPPED = re.compile(r"\\(?:text|mathrm|mathbf|textbf)\{([^{}]*)\}")
-_LETTER = re.compile(r"\(?([A-Za-z]|\d)\)?(?:[).:,]?\s*\Z|[).:]\s|\s+[^A-Za-z0-9\s])")
+_LETTER = re.compile(r"\(?([A-Za-z]|\d)\)?(?:[).:,]?\s*\Z|[).:,]\s|\s+[^A-Za-z0-9\s])")
+_SEVERAL = re.compile(r"(?:\(?[A-Z]\)?[.:,/&]*(?:\s+(?:and|or)\b)?\s*){2,}\Z")
+_WORDS = re.compile(r"(?<![A-Za-z0-9(])[AI](?=\s+(?!(?:or|and)\b)[a-z])")
 _ALONE = re.compile(r"(?<![A-Za-z0-9])\(?([A-Z])\)?(?![A-Za-z0-9'])")
 
 
@@ -30,11 +32,12 @@ def final_answer(response: str) -> str:
 def grade_choice(response: str, answer: str | Sequence[str]) -> float:
     """1.0 when the final answer names the letter (or digit) of an accepted option, else 0.0.
 
-    `(B)`, `B.`, `B) because`, `\\boxed{\\text{B}}` and "the answer is B" name B; several letters name none.
+    `(B)`, `B.`, `B) because`, `B, because`, `\\boxed{\\text{B}}` and "the answer is B" name B; several letters name
+    none. A and I before a word in small letters are words.
     """
     said = final_answer(response).strip("*$ ")
-    match = _LETTER.match(said)
-    letters = {match.group(1).upper()} if match else set(_ALONE.findall(said))
+    match = None if _SEVERAL.match(said) else _LETTER.match(said)
+    letters = {match.group(1).upper()} if match else set(_ALONE.findall(_WORDS.sub("", said)))
     golds = (answer,) if isinstance(answer, str) else tuple(answer)
     return float(len(letters) == 1 and letters <= {gold.strip().strip("().").upper() for gold in golds})
 

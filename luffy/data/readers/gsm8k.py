@@ -2,7 +2,7 @@
 
 import re
 
-from luffy.data.columns import Row, typed
+from luffy.data.columns import Row, asked, typed
 from luffy.data.problem import DataError, Problem
 
 _CALCULATOR = re.compile(r"<<[^<>]*>>")
@@ -11,7 +11,6 @@ _GOLD = re.compile(r"\n?####[ \t]*(\S[^\n]*?)\s*\Z")
 
 def read_gsm8k(row: Row, *, name: str, number: int, where: str) -> Problem:
     """The gold loses its thousands commas, the trace its marks, and it ends in a boxed answer."""
-    question = typed(row, "question", str, "a string", where)
     solution = typed(row, "answer", str, "a string", where)
     gold = _GOLD.search(solution)
     if gold is None:
@@ -22,7 +21,7 @@ def read_gsm8k(row: Row, *, name: str, number: int, where: str) -> Problem:
     return Problem(
         id=f"{name}/{number}",
         data_source="openai/gsm8k",
-        messages=({"role": "user", "content": question},),
+        messages=asked(row, "question", where),
         answer=answer,
         traces=(trace,),
     )

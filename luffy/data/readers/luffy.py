@@ -7,7 +7,18 @@ target_logps (log-probs of the trace's tokens, EOS included, under who wrote it;
 import math
 from collections.abc import Mapping, Sequence
 
-from luffy.data.columns import Row, first_of_equals, lists, one_for_each, texts, turns, typed, wrong_type
+from luffy.data.columns import (
+    Row,
+    answers,
+    conversation,
+    first_of_equals,
+    lists,
+    one_for_each,
+    texts,
+    turns,
+    typed,
+    wrong_type,
+)
 from luffy.data.problem import DataError, Logps, Problem
 
 
@@ -24,7 +35,7 @@ def read_luffy(row: Row, *, name: str, number: int, where: str) -> Problem:
     return Problem(
         id=f"{source}/{extra.get('split', 'default')}/{index}",
         data_source=source,
-        messages=turns(row, "prompt", where),
+        messages=conversation(row, "prompt", where),
         answer=_answer(row, where),
         traces=traces,
         teachers=teachers,
@@ -35,12 +46,12 @@ def read_luffy(row: Row, *, name: str, number: int, where: str) -> Problem:
 
 def _answer(row: Row, where: str) -> str | tuple[str, ...]:
     model = typed(row, "reward_model", Mapping, "a struct {ground_truth, style}", where)
-    truth = model.get("ground_truth")
-    if isinstance(truth, str) and truth:
-        return truth
-    if isinstance(truth, list) and truth and all(isinstance(one, str) and one for one in truth):
-        return tuple(truth)
-    raise wrong_type("reward_model.ground_truth", "a string that is not empty, or a list of such", truth, where)
+    try:
+        return answers(model, "ground_truth", where)
+    except DataError:
+        truth = model.get("ground_truth")
+        meaning = "a string, or a list of strings that are not empty"
+        raise wrong_type("reward_model.ground_truth", meaning, truth, where) from None
 
 
 def _traces(row: Row, where: str) -> tuple[tuple[str, ...], tuple[str, ...], tuple[Logps, ...]]:
@@ -48,13 +59,16 @@ def _traces(row: Row, where: str) -> tuple[tuple[str, ...], tuple[str, ...], tup
     found = []
     if row.get("target"):
         target = turns(row, "target", where)
-        if len(target) != 1:
-            raise DataError(f"{where}: column 'target' must hold one assistant turn, got {len(target)} turns")
+        if [turn["role"] for turn in target] != ["assistant"]:
+            said = ", ".join(turn["role"] for turn in target)
+            raise DataError(f"{where}: column 'target' must hold one assistant turn, got {len(target)} turns ({said})")
         found.append(target[0]["content"])
     found += texts(row, "target_lst", where)
     teachers = texts(row, "target_teachers", where)
     logps = [_logps(one, where) for one in lists(row, "target_logps", where)]
     if not logps and row.get("target_ds_qwen_7b_probs"):  # the published column: probabilities, of `target` alone
+        if not row.get("target"):
+            raise DataError(f"{where}: column 'target_ds_qwen_7b_probs' is of 'target', which is missing")
         logps = [_from_probs(row, where), *[()] * (len(found) - 1)]
     one_for_each("target_teachers", teachers, found, where)
     one_for_each("target_logps", logps, found, where)

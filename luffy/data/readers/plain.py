@@ -2,7 +2,7 @@
 optionally traces (a list of texts) and teachers (who wrote each).
 """
 
-from luffy.data.columns import Row, answers, asked, first_of_equals, one_for_each, text, texts, turns
+from luffy.data.columns import Row, answers, asked, conversation, first_of_equals, one_for_each, text, texts
 from luffy.data.problem import Problem
 
 
@@ -14,7 +14,7 @@ def read_plain(row: Row, *, name: str, number: int, where: str) -> Problem:
     return Problem(
         id=f"{name}/{number}",
         data_source=text(row, "data_source", where) or name,
-        messages=(asked if is_text else turns)(row, "prompt", where),
+        messages=(asked if is_text else conversation)(row, "prompt", where),
         answer=answers(row, "answer", where),
         traces=tuple(traces[at] for at in kept),
         teachers=tuple(teachers[at] for at in kept if teachers),
