@@ -344,3 +344,14 @@ def test_a_run_that_is_resumed_is_the_same_run(home, name, ranks):
         assert all(record["critic/vf_loss"] > 0 for record in one)
     if name == "kl":
         assert one[0]["actor/kl_loss"] < 1e-5 < one[-1]["actor/kl_loss"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
+def test_two_ranks_learn_what_one_does(home, name):
+    """Losses and norms of the first step, of which sampling is the same."""
+    one, two = (records(run(home, f"{name}-of-{ranks}", name, ranks=ranks))[0] for ranks in (1, 2))
+    learned = [key for key in one if key.startswith(("critic/", "reward_model/", "actor/kl", "actor/grad"))]
+    assert len(learned) >= 2
+    for key in learned:
+        assert two[key] == pytest.approx(one[key], rel=1e-3, abs=1e-7), key
