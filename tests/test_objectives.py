@@ -364,6 +364,29 @@ def test_luffy_bounds_what_the_reshape_gives():
         assert 0 < sum(grads[token] != 0 for token in shown) < len(shown)
 
 
+def test_luffy_weighs_traces_and_rollouts_and_leaves_out_what_was_cut():
+    w = guided()
+    cut = rollouts(w.groups[0])[1]
+    cut.finished = False
+
+    def formula(g, row, token):
+        p, a = math.exp(w.now[token]), centred(g, row)
+        if row.is_trace:
+            return -2.0 * a * GAMMA * p / (p + GAMMA) ** 2 / 65536
+        return 0.0 if row is cut else -0.5 * a * math.exp(w.now[token] - w.old[token]) / 65536
+
+    options = {"trace_weight": 2.0, "rollout_weight": 0.5, "learn_cut": False, "entropy_coef": 0.0}
+    w.expect(make("luffy", **options), formula)
+
+
+def test_luffy_shows_traces_as_often_as_it_is_told():
+    objective = make("luffy", trace_rate=0.3)
+    shown = [bool(objective.choose(example(), Known(seed=seed))) for seed in range(1000)]
+    assert sum(shown) / len(shown) == pytest.approx(0.3, abs=0.05)
+    assert shown == [bool(objective.choose(example(), Known(seed=seed))) for seed in range(1000)]
+    assert objective.rollouts(0) == 8
+
+
 def test_luffy_clips_rollouts_where_it_is_asked_to():
     w = guided()
 

@@ -18,8 +18,9 @@ the data have the teachers' log-probs (`luffy data score`) traces may be compare
 the former as in the published code (use_off_policy_probs), the latter as the paper writes its eq. 6 before it takes q
 as 1. Traces without them keep q = 1.
 
-Of the published code's options these are left out: prefixes of traces (`prefix_rft` and `uft` have them), its adaptive
-entropy coefficient, its PPO-KL penalty (`kl_coef` has the estimate k3), and the reweighting of prefix rewards.
+Of the published code's options these are left out: traces that rollouts go on from (`prefix_rft` and `uft` do that), an
+entropy coefficient that adapts, its other estimates of a KL term (`kl_coef` has k3), and those it declares and never
+uses.
 
 Criterion: the mean reward of rollouts rises.
 """
@@ -27,6 +28,7 @@ Criterion: the mean reward of rollouts rises.
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -36,7 +38,8 @@ from pydantic import model_validator
 from luffy.errors import UserError
 from luffy.objectives.grpo import Grpo
 from luffy.objectives.guided import GuidedOptions
-from luffy.sections import NonNegative, Positive
+from luffy.sections import Fraction, NonNegative, Positive
+from luffy.seeds import derive
 
 if TYPE_CHECKING:
     from luffy_kernels.token_losses import TokenLoss
@@ -44,6 +47,7 @@ if TYPE_CHECKING:
     from luffy.data import Example
     from luffy.groups import Group, Row
     from luffy.objectives.base import Terms
+    from luffy.objectives.choice import Known
 
 ROLLOUT, TRACE, COMPARED = 0, 1, 2
 GPUS, PUBLISHED = 8, 8 * 8192.0
@@ -83,6 +87,14 @@ class Luffy(Grpo):
         """Largest one (off_policy_max_clip)."""
         p_max: Positive | None = None
         """Tokens of any row whose p exceeds it have no gradient (all_max_clip); null: none."""
+        trace_rate: Fraction = 1.0
+        """How often a problem that is drawn is shown its traces (sample_target_ratio)."""
+        trace_weight: Positive = 1.0
+        """Of traces' advantages (prefix_reward_weight_alpha)."""
+        rollout_weight: Positive = 1.0
+        """Of rollouts' (prefix_reward_weight_beta)."""
+        learn_cut: bool = True
+        """false: rollouts that the token limit cut off have advantage 0 (disable_truncation_advantage)."""
 
         parity: bool = False
         """Divide as the published code does on its 8 GPUs: the policy loss by 8192 on each, whose gradients are
@@ -141,6 +153,10 @@ class Luffy(Grpo):
             return rollout[o.on_policy](), trace["shaped"](), compared[o.off_policy]()
         return rollout[o.on_policy](), trace[o.off_policy]()
 
+    def choose(self, example: Example, known: Known) -> list[int]:
+        shown = random.Random(derive(known.seed, "shown")).random() < self.options.trace_rate
+        return super().choose(example, known) if shown else []
+
     def prepare(self, examples: list[Example]) -> None:
         super().prepare(examples)
         shown = [example for example in examples if self.may_choose(example)]
@@ -154,7 +170,12 @@ class Luffy(Grpo):
     def assign(self, group: Group, progress: float) -> list[Row]:
         for row in group.rows:
             row.loss_id = ROLLOUT if not row.is_trace else COMPARED if row.behaviour else TRACE
-        return super().assign(group, progress)
+        super().assign(group, progress)
+        for row in group.rows:
+            row.weight = self.options.trace_weight if row.is_trace else self.options.rollout_weight
+            if not (row.finished or row.is_trace or self.options.learn_cut):
+                row.advantage = 0.0
+        return self.alive(group.rows)
 
     def terms(self, groups: list[Group], progress: float) -> Terms:
         terms = super().terms(groups, progress)
