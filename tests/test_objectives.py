@@ -250,6 +250,11 @@ def test_prime_keeps_groups_within_the_band(right, stays):
     assert terms.normalizer == (tokens(made.rows) if stays else 1.0)
 
 
+def test_primes_band_is_of_the_mean_reward():
+    half = group([0.5] * 4)  # none of them is solved
+    assert make("prime", rows=4).judged(half) == half.rows
+
+
 def test_dapo_punishes_what_is_too_long():
     objective = make("dapo", rows=3, overlong_after=2, overlong_span=4)
     g = group([1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0])  # of 2 to 8 tokens
@@ -653,6 +658,9 @@ def test_prefix_rft_gives_less_of_a_trace_as_the_run_goes_on():
     given = [objective.prefixes(e, Known(progress=p)) for p in (0.0, 0.5, 1.0)]
     assert given == [[(0, 95)], [(0, 50)], [(0, 5)]]
     assert objective.prefixes(example(0), Known()) == []
+    several = Example(example().problem, (1,), ((4,) * 10, (5,) * 20, (6,) * 30))
+    chosen = make("prefix_rft", traces=2, trace_choice="longest").prefixes(several, Known(progress=0.5))
+    assert chosen == [(2, 15), (1, 10)], "a rollout for each trace"
 
 
 def test_uft_learns_of_one_hint_by_its_likelihood_alone():
@@ -681,6 +689,8 @@ def test_ufts_hints_are_shared_by_a_group_and_end():
         assert found[0][1] == pytest.approx(1000 * share, abs=50)
     assert objective.prefixes(e, Known(seed=3)) != objective.prefixes(e, Known(seed=4)), "the length is drawn"
     assert objective.prefixes(e, Known(progress=0.5)) == []
+    several = Example(example().problem, (1,), ((4,) * 10, (5,) * 20))
+    assert {at for at, _ in make("uft", trace_choice="longest").prefixes(several, Known())} == {1}
 
 
 def test_bread_learns_nothing_of_a_prefix():
@@ -808,10 +818,10 @@ def test_luffy_divides_as_published_with_parity():
     # 8 GPUs, each with an eighth of the tokens, far below 32768: one micro-batch; the bonus is a mean over tokens
     assert terms.normalizer == 8 * 8192
     assert terms.entropy_coef / terms.normalizer == pytest.approx(0.001 / tokens(rows))
-    long = Row(token_ids=(7,) * (8 * 32768), text="")
+    long = Row(token_ids=(7,) * (8 * 32768 - 8), text="")  # the answers fill one micro-batch, prompts need another
     many = Group(example=example(), rows=[long, Row(token_ids=(8,) * 8, text="", reward=1.0)])
     terms = make("luffy", parity=True, entropy_coef=0.001).terms([many], 0.0)
-    assert terms.entropy_coef / terms.normalizer == pytest.approx(0.001 * 2 / (8 * 32768 + 8))
+    assert terms.entropy_coef / terms.normalizer == pytest.approx(0.001 * 2 / (8 * 32768))
     with pytest.raises(ValueError, match="normalizer is 65536 with parity"):
         make("luffy", parity=True, normalizer=8192.0)
 
