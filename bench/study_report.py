@@ -18,6 +18,7 @@ DOC, CURVES, QUALITY = (
 )
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 """Student's t, two-sided, by the number of seeds."""
+BASELINE = "on-policy"
 SHOWN = ("on-policy", "sft", "sft-rl", "rl_sft", "luffy", "luffy-linear", "srft", "chord", "hpt")
 Runs = list[dict[str, Any]]
 
@@ -43,16 +44,17 @@ def spread(values: list[float]) -> str:
 
 def methods_table(results: Results) -> Iterator[str]:
     splits = next(iter(results.runs.values()))["after"]
-    yield f"| method | rate | {' | '.join(splits)} | tokens of an answer |"
-    yield "|---|---:" + "|---:" * (len(splits) + 1) + "|"
+    yield f"| method | rate | {' | '.join(splits)} | heldout, less on-policy RL's | tokens of an answer |"
+    yield "|---|---:" + "|---:" * (len(splits) + 2) + "|"
     models = {run["seed"]: run["before"] for run in results.runs.values() if run["seed"] and run["traces"] == "perfect"}
     before = models.values()
-    yield f"| base | | {' | '.join(spread([b[split] for b in before]) for split in splits)} | |"
+    yield f"| base | | {' | '.join(spread([b[split] for b in before]) for split in splits)} | | |"
     for name, method in results.preset.methods.items():
         if runs := results.of(name, "perfect"):
             said = " | ".join(scored(runs, split) for split in splits)
             tokens = fmean(run["answer_tokens"] for run in runs)
-            yield f"| {method.label} | {results.best(name):g} | {said} | {tokens:.0f} |"
+            ahead = "" if name == BASELINE else difference(runs, results.of(BASELINE, "perfect"))
+            yield f"| {method.label} | {results.best(name):g} | {said} | {ahead} | {tokens:.0f} |"
 
 
 def traces_table(results: Results) -> Iterator[str]:
@@ -61,10 +63,31 @@ def traces_table(results: Results) -> Iterator[str]:
     yield "|---" + "|---:" * len(qualities) + "|"
     for name, method in results.preset.methods.items():
         if method.traces != ("perfect",):
-            cells = [scored(results.of(name, quality), "heldout") for quality in qualities]
-            # without traces, traces that are wrong or missing change nothing
-            without = [cells[0] if cell == "-" and name == "on-policy" else cell for cell in cells]
-            yield f"| {method.label} | {' | '.join(without)} |"
+            same = results.of(method.tuned_as or name, "perfect")
+            cells = [changed(results.of(name, quality), same) for quality in qualities]
+            if name == BASELINE:  # traces that are wrong or missing change nothing for it
+                cells = [cell if q in method.traces else cells[0] for q, cell in zip(qualities, cells, strict=True)]
+            elif method.tuned_as:  # which it is, with perfect traces
+                cells[0] = changed(same, same)
+            yield f"| {method.label} | {' | '.join(cells)} |"
+
+
+def difference(runs: Runs, others: Runs) -> str:
+    """Of held-out accuracy, in points, seed by seed: what the model of a seed began with falls out."""
+    theirs = {run["seed"]: run["after"]["heldout"] for run in others}
+    mine = {run["seed"]: run["after"]["heldout"] for run in runs}
+    if mine.keys() != theirs.keys() or not mine:
+        return "-"
+    mean, half = mean_and_half([mine[seed] - theirs[seed] for seed in mine])
+    return f"{100 * mean:+.1f} \u00b1 {100 * half:.1f}"
+
+
+def changed(runs: Runs, perfect: Runs) -> str:
+    """Mean held-out accuracy, and what is gained or lost against perfect traces."""
+    if not runs:
+        return "-"
+    mean = f"{100 * fmean(run['after']['heldout'] for run in runs):.1f}"
+    return mean if runs == perfect else f"{mean} ({difference(runs, perfect)})"
 
 
 def rates_table(results: Results) -> Iterator[str]:
@@ -116,11 +139,11 @@ def plot_traces(results: Results) -> None:
     width = 0.8 / len(methods)
     for number, name in enumerate(methods):
         found = [(at, results.of(name, quality)) for at, quality in enumerate(qualities)]
-        points = [(at, *mean_and_half([run["after"]["heldout"] for run in runs])) for at, runs in found if runs]
+        points = [(at, fmean(run["after"]["heldout"] for run in runs)) for at, runs in found if runs]
         if points:
-            at, mean, half = zip(*points, strict=True)
+            at, mean = zip(*points, strict=True)
             where = [x + (number - len(methods) / 2 + 0.5) * width for x in at]
-            axis.bar(where, mean, width, yerr=half, label=results.preset.methods[name].label, error_kw={"lw": 0.8})
+            axis.bar(where, mean, width, label=results.preset.methods[name].label)
     axis.set(xticks=range(len(qualities)), xticklabels=qualities, ylabel="held-out accuracy", ylim=(0, 1))
     axis.grid(alpha=0.3, axis="y")
     figure.legend(loc="outside lower center", ncols=4, frameon=False)

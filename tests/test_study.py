@@ -152,6 +152,26 @@ def test_intervals_are_students():
     assert half == pytest.approx(4.303 * stdev(values) / 3**0.5)
 
 
+def test_methods_are_compared_seed_by_seed(preset):
+    def runs(*scores: float) -> list[dict]:
+        return [found(score) | {"seed": seed} for seed, score in enumerate(scores, 1)]
+
+    theirs = runs(0.4, 0.6, 0.9)
+    assert study_report.difference(runs(0.5, 0.7, 1.0), theirs) == "+10.0 \u00b1 0.0"
+    assert study_report.difference(runs(0.5, 0.7), theirs) == "-", "some are missing"
+    half = 100 * 4.303 * stdev([0.0, 0.1, 0.2]) / 3**0.5
+    assert study_report.difference(runs(0.4, 0.7, 1.1), theirs) == f"+10.0 \u00b1 {half:.1f}"
+
+
+def test_rl_without_traces_has_the_same_figure_whatever_they_are(preset):
+    results = Results(preset)
+    tune(results, "on-policy", [0.2, 0.5, 0.3, 0.1])
+    for seed in SEEDS:
+        results.add(Run("on-policy", "perfect", 3e-5, seed), found(0.625))
+    [line] = [line for line in study_report.traces_table(results) if line.startswith("| on-policy")]
+    assert line.split("|")[2:-1] == [" 62.5 ", " 62.5 ", " 62.5 ", " - "], "but that with verbose ones is run"
+
+
 def test_the_page_shows_what_is_stored():
     if not TINY.results.exists():
         pytest.skip("nothing is stored")
