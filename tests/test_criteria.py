@@ -58,7 +58,6 @@ SMALL = {
     "relift": {"objective.demonstrations": 8},
     "sort": {"objective.plan_tokens": 32},
     "ppo": {"objective.value_lr": 1e-3},
-    "prime": {"objective.reward_lr": 1e-5},
 }
 """What a run of 40 steps needs to come to what a method is about."""
 IMITATES = ("luffy", "rl_sft", "hpt", "chord", "srft", "relift", "sort", "sft", "uft", "prefix_rft")
