@@ -5,7 +5,7 @@ response tokens only: `source[n]` is the packed position whose hidden state pred
 of every row that is the last token of the shared prompt. The last token of a row predicts nothing and stays out of the
 body. A prefix that nothing is learned of is in the body alone.
 
-    T packed tokens, N response tokens
+    T packed tokens, N response tokens, R rows
 """
 
 from collections.abc import Callable
@@ -37,7 +37,8 @@ class MicroBatch:
     ref_logp: Tensor | None = None  # [N] float32, of the reference policy; None: nobody asked it
     returns: Tensor | None = None  # [N] float32, what a network beside the policy learns; None: nothing
     row: Tensor | None = None  # [N] int64, which of the micro-batch's rows; None: not made by `pack`
-    num_rows: int = 0  # of the whole micro-batch, also where ranks share its tokens
+    rewards: Tensor | None = None  # [R] float32, of the micro-batch's rows, also where ranks share its tokens
+    num_rows: int = 0  # R
 
     @property
     def num_tokens(self) -> int:
@@ -152,5 +153,6 @@ def assemble(units: Bin) -> MicroBatch:
         ref_logp=joined([(row.said.get("reference"), row) for row in rows]),
         returns=joined([(row.returns, row) for row in rows]),
         row=per_row(list(range(len(rows))), torch.int64),
+        rewards=torch.tensor([row.reward for row in rows], dtype=torch.float32),
         num_rows=len(rows),
     )

@@ -28,11 +28,11 @@ from luffy.metrics import UpdateMetrics, count_tokens, group_metrics, work_metri
 from luffy.networks.judge import judge
 from luffy.objectives import Terms
 from luffy.objectives.looking import Seen
-from luffy.packing import MicroBatch, pack
+from luffy.packing import MicroBatch
 from luffy.rollout.engine import Engine
 from luffy.run_folder import RunFolder
 from luffy.sampling import Batch, awake, sampling, sync
-from luffy.sequence import slice_of
+from luffy.sequence import share_of
 from luffy.setup import Trainer, set_up
 from luffy.timing import Phases, peak_memory_gib
 
@@ -78,7 +78,7 @@ def train_steps(t: Trainer, loop: dict[str, Any], ledger: Ledger) -> dict[str, A
                     loop["ledger"] = ledger.state_dict()
                 behind = staleness(groups, t.version)
                 with phases("update"):
-                    judge(t, groups)
+                    taught = judge(t, groups, loop["updates"])
                     parts = split(t, groups, (step - 1) / config.train.steps)
                     metrics = update(t, parts, loop)
                 t.objective.observe(groups)
@@ -86,7 +86,7 @@ def train_steps(t: Trainer, loop: dict[str, Any], ledger: Ledger) -> dict[str, A
                     with phases("sync"):
                         sync(t)  # what is being sampled goes on with these
 
-                record = record_step(t, loop, parts, metrics, phases) | behind | counts | t.objective.metrics()
+                record = record_step(t, loop, parts, metrics, phases) | behind | counts | taught | t.objective.metrics()
                 if config.rollout.engine != "replay":
                     check_engine(record)
                 if t.world.is_main:
@@ -204,7 +204,8 @@ def update(t: Trainer, parts: list[Terms], loop: dict[str, Any]) -> UpdateMetric
         lr = optim.learning_rate(config.optim, loop["updates"] - loop.get("extra", 0), total)
         norm, good = optim.step(t.optimizer, t.policy, config.optim.max_grad_norm, loss, lr)
         for network in t.networks:
-            metrics.taught |= network.learn(micros, loop["updates"], total)
+            if not network.learns_first:
+                metrics.taught |= network.learn(micros, loop["updates"], total)
         metrics.finish_update(loss, norm, lr, good)
         loop["updates"] += 1
         loop["extra"] = loop.get("extra", 0) + part.extra
@@ -229,17 +230,9 @@ def look(t: Trainer, micro: MicroBatch, seen: Seen | None) -> None:
 
 
 def micro_batches(t: Trainer, part: Terms) -> list[MicroBatch]:
-    """This rank's share of the rows, on its device; as many micro-batches as every other rank has."""
+    """This rank's share of the rows of an update."""
     rows = {id(group): rows for group, rows in zip(part.groups, part.rows, strict=True)}
-    packed = pack(
-        part.groups,
-        lambda group: rows[id(group)],
-        t.config.train.tokens_per_micro,
-        rank=t.world.data_rank,
-        ranks=t.world.data_ranks,
-        attention_weight=t.policy.attention_weight,
-    )
-    return [slice_of(micro, t.world.sequence_rank, t.world.sequence_group).to(t.device) for micro in packed]
+    return share_of(t, part.groups, lambda group: rows[id(group)])
 
 
 def evaluate_all(t: Trainer, step: int) -> list[Evaluation]:

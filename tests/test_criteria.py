@@ -135,8 +135,7 @@ def ends(values: list[float]) -> tuple[float, float]:
     return fmean(values[:FEW]), fmean(values[-FEW:])
 
 
-@pytest.mark.parametrize("name", KNOWN)
-def test_it_improves(taught, table, name):
+def options_for(taught: Taught, name: str) -> dict:
     options = LEARNING | {"objective.name": name, "model.name": taught.model} | SMALL.get(name, {})
     defaults = options_of(name).model_validate({})
     own = {key: getattr(defaults, key) for key in ("normalizer", "entropy_coef") if hasattr(defaults, key)}
@@ -144,7 +143,12 @@ def test_it_improves(taught, table, name):
         own["normalizer"] = 1440.0  # a published one is for 512 long answers: the entropy bonus would be all there is
     options |= {f"objective.{key}": value for key, value in own.items()}  # not the recipe's
     options |= {"objective.rows": 6} if hasattr(defaults, "rows") else {"train.prompts_per_step": 48}
-    result, steps = taught.run(name, options)
+    return options
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_it_improves(taught, table, name):
+    result, steps = taught.run(name, options_for(taught, name))
     assert len(steps) == STEPS
     said, found = criterion(name), {}
     if "mean reward of rollouts rises" in said:  # on problems that it is not trained on
@@ -160,3 +164,11 @@ def test_it_improves(taught, table, name):
         assert found["reward"][1] - found["reward"][0] > LEAST, "that little could be chance"
     if name in HAPPENS:
         assert any(value > 0 for value in known(steps, HAPPENS[name])), f"{name} did not do what is its own"
+
+
+def test_primes_process_norm_gives_noise_a_weight(taught, table):
+    """As the published code has it: here phi has too little to learn from, and the policy learns its noise."""
+    result, _ = taught.run("prime-norm", options_for(taught, "prime") | {"objective.process_norm": True})
+    first, last = result["before"][0]["accuracy"], result["after"][0]["accuracy"]
+    table.append(f"{'prime, divided':16} reward {first:.3f} -> {last:.3f}")
+    assert last < first + LEAST

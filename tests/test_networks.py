@@ -25,7 +25,7 @@ from luffy.networks import make_networks
 from luffy.networks.judge import judge
 from luffy.optim import make_optimizer
 from luffy.packing import assemble
-from luffy.sequence import holds, slice_of
+from luffy.sequence import holds, share_of, slice_of
 from luffy.shapes import find_shape
 from luffy.shards import fill, full
 from luffy.train import micro_batches, split
@@ -148,10 +148,10 @@ def test_the_value_model_learns_the_returns(tmp_path):
 def test_the_implicit_reward_model_learns_outcomes_by_cross_entropy(tmp_path):
     """Loss and gradients in float64 by autograd through the sum of an answer, which the model itself never does."""
     path = make_model(tmp_path / "model")
-    config = configured("prime", beta=0.3, **ANY)
+    config = configured("prime", beta=0.3, reward_update="after", **ANY)
     t, groups = trainer(path, config), some_groups()
     _, phi = t.networks
-    judge(t, groups)
+    assert judge(t, groups) == {}
     for row in (row for group in groups for row in group.rows):
         assert torch.equal(row.said["implicit_reward"], row.said["reference"])  # so that no token has a reward yet
     other = make_model(tmp_path / "other", seed=1)
@@ -176,6 +176,24 @@ def test_the_implicit_reward_model_learns_outcomes_by_cross_entropy(tmp_path):
     for name, parameter in lm.named_parameters():
         scale = parameter.grad.abs().max()
         assert (seen[f"lm.{name}"].double() - parameter.grad).abs().max() <= 1e-4 * scale + 1e-9, name
+
+
+def test_the_implicit_reward_model_learns_a_step_before_it_judges_it(tmp_path):
+    """In as many updates as the policy makes, of the rows within the band; then nothing after the policy."""
+    path, config = make_model(tmp_path / "model"), configured("prime", reward_lr=0.01, accuracy_high=0.4)
+    t, groups = trainer(path, config), some_groups()
+    config.train.updates_per_step = 3
+    _, phi = t.networks
+    lessons, step = [], phi.learn
+    phi.learn = lambda micros, *at: lessons.append((sum(m.num_targets for m in micros), *at)) or step(micros, *at)
+    metrics = judge(t, groups, updates=12)
+    assert [len(t.objective.judged(group)) for group in groups] == [3, 0, 0]  # the others' means are 1 / 2
+    assert lessons == [(12, 12, 3 * config.train.steps)]
+    assert metrics["reward_model/ce_loss"] == pytest.approx(math.log(2))
+    said = [(row.said["implicit_reward"] - row.said["reference"]).sum().item() for row in groups[0].rows]
+    assert said[0] > 0 > max(said[1:])  # the right one, and the wrong ones
+    micros = share_of(t, groups, t.objective.judged)
+    assert [x for micro in micros for x in micro.rewards.tolist()] == [1.0, 0.0, 0.0]
 
 
 def test_value_updates_are_parts_of_the_rows(tmp_path):
@@ -319,7 +337,9 @@ def test_a_run_with_networks_learns(home):
     steps = records(run(home, "once", "prime"))
     assert [record["step"] for record in steps] == [1, 2, 3, 4]
     assert steps[0]["reward_model/ce_loss"] == pytest.approx(math.log(2))  # no reward yet: sigmoid(0)
-    assert all(record["reward_model/ce_loss"] != pytest.approx(math.log(2)) for record in steps[1:])
+    taught = [record for record in steps[1:] if record["batch/zero_rows"] < record["batch/rows"]]
+    assert len(taught) >= 2
+    assert all(record["reward_model/ce_loss"] != pytest.approx(math.log(2)) for record in taught)
     assert steps[-1]["actor/kl_loss"] > 1e-3
     stored = state(home / "once", "step-000004")
     assert any("networks" in name and "implicit_reward" in name and name.endswith("exp_avg_sq") for name in stored)

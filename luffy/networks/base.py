@@ -50,6 +50,11 @@ class Network:
         """[N] float32: of every target of a micro-batch."""
         return self.model(micro)
 
+    @property
+    def learns_first(self) -> bool:
+        """Whether it learns a step's rows before it is asked about them, and not after the policy has learned them."""
+        return False
+
     def learn(self, micros: list[MicroBatch], update: int, total: int) -> dict[str, float]:
         """Learn from an update's micro-batches, the `update`-th (from 0) of `total`; returns metrics."""
         return {}

@@ -5,8 +5,9 @@ asks for text. What it adds to the reference's log-probs is the reward.
     loss = cross-entropy of sigmoid(r(answer)) and the answer's outcome, a mean over answers
     d loss / d log phi(token) = beta (sigmoid(r(answer)) - outcome) / answers
 
-It begins with the reference's weights, so that every reward is 0 at first. A step's rewards are those before it learns
-from the step (`update = after` in the published code; its scripts have `before`, where they follow it).
+It begins with the reference's weights. It learns a step's outcomes before it is asked for the step's rewards, so that
+these tell right from wrong from the first step on; or, with `reward_update = "after"`, after the policy has learned,
+and the first step has no process rewards. The paper calls the first double and the second single forward.
 """
 
 from typing import ClassVar
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from luffy.networks.base import Taught
-from luffy.objectives.looking import row_lengths, row_sums
+from luffy.objectives.looking import row_sums
 from luffy.packing import MicroBatch
 
 
@@ -31,8 +32,12 @@ class ImplicitReward(Taught):
     def max_grad_norm(self) -> float:
         return self.options.reward_max_grad_norm
 
+    @property
+    def learns_first(self) -> bool:
+        return self.options.reward_update == "before"
+
     def learn(self, micros: list[MicroBatch], update: int, total: int) -> dict[str, float]:
-        """`returns` are the outcomes, of every token its answer's."""
+        """Outcomes are the rewards."""
         share = 1 / self.world.sequence_ranks  # ranks that share an answer's tokens all know its reward
         [answers] = self.world.sum([share * sum(micro.num_rows for micro in micros)])
         loss = 0.0
@@ -47,9 +52,9 @@ class ImplicitReward(Taught):
     def _cross_entropy(self, logp: Tensor, micro: MicroBatch) -> tuple[Tensor, Tensor]:
         """([N] derivative in each log-prob, [R] loss of each answer), not divided by anything."""
         assert micro.ref_logp is not None
-        assert micro.returns is not None
+        assert micro.rewards is not None
         beta = self.options.beta
         reward = row_sums(beta * (logp - micro.ref_logp), micro)
-        outcome = row_sums(micro.returns, micro) / row_lengths(micro).clamp(min=1)
+        outcome = micro.rewards.double()
         slope = beta * (reward.sigmoid() - outcome)
         return slope[micro.row].float(), softplus(reward) - outcome * reward

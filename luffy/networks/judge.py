@@ -1,4 +1,5 @@
-"""What the networks beside the policy say of a step's rows, before the objective assigns anything."""
+"""What the networks beside the policy say of a step's rows, before the objective assigns anything; and what those learn
+that learn first."""
 
 import torch
 import torch.distributed as dist
@@ -8,22 +9,44 @@ from luffy.balance import plan
 from luffy.groups import Group
 from luffy.networks.base import Network
 from luffy.packing import MicroBatch, assemble
-from luffy.sequence import holds, slice_of
+from luffy.sequence import holds, share_of, slice_of
 from luffy.setup import Trainer
 
 
-@torch.no_grad()
-def judge(t: Trainer, groups: list[Group]) -> None:
+def judge(t: Trainer, groups: list[Group], updates: int = 0) -> dict[str, float]:
     """Fill `said` of the rows that the objective wants judged, one network after the other, a pass without a backward
-    each. Collective; every rank holds the same groups, and afterwards knows the same of them."""
+    each. Collective; every rank holds the same groups, and afterwards knows the same of them.
+
+    Args:
+        updates: of the policy so far, for learning rates.
+
+    Returns:
+        Metrics of the networks that learn from these rows before they are asked.
+    """
+    metrics: dict[str, float] = {}
     for network in t.networks:
+        if network.learns_first:
+            metrics |= learn_first(t, network, groups, updates)
         numbered = dict(enumerate(row for group in groups for row in t.objective.judged(group)))
         for said in t.world.everyone(said_of(t, network, groups)):
             for number, values in said:
                 numbered[number].said[network.name] = values
         network.rest()
+    return metrics
 
 
+def learn_first(t: Trainer, network: Network, groups: list[Group], updates: int) -> dict[str, float]:
+    """In as many updates as the policy will make of the step."""
+    metrics: dict[str, float] = {}
+    train = t.config.train
+    share = len(groups) // train.updates_per_step
+    for number, at in enumerate(range(0, len(groups), share)):
+        if micros := share_of(t, groups[at : at + share], t.objective.judged):
+            metrics |= network.learn(micros, updates + number, train.steps * train.updates_per_step)
+    return metrics
+
+
+@torch.no_grad()
 def said_of(t: Trainer, network: Network, groups: list[Group]) -> list[tuple[int, Tensor]]:
     """(number of a row that is judged, [n] float32 on the CPU) of this rank's share of the rows."""
     numbers = {id(row): n for n, row in enumerate(row for group in groups for row in t.objective.judged(group))}

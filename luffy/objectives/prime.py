@@ -5,10 +5,11 @@
          + outcome_coef x (R_i - mean over j != i of R_j)                                  leave-one-out, eq. 5
     loss = max(-A pi/pi_old, -A clip(pi/pi_old)), a mean over tokens
 
-phi is a network of its own that learns each step's outcomes by cross-entropy (`luffy.networks.implicit_reward`). Groups
-whose mean reward lies outside the band teach neither it nor the policy. The published code, not the paper, divides
-process rewards by the largest sum of an update (`process_norm`) and brings the advantages of an update to mean 0 and
-variance 1 (`normalise`).
+phi is a network of its own that learns each step's outcomes by cross-entropy (`luffy.networks.implicit_reward`), before
+it says the step's rewards. Groups whose mean reward lies outside the band teach neither it nor the policy. The
+published code, not the paper, divides process rewards by the largest sum of an update (`process_norm`: a phi that knows
+nothing yet then weighs as much as the outcomes do; docs/objectives.md) and brings the advantages of an update to mean 0
+and variance 1 (`normalise`).
 
 Left out: the published code gives an answer's last token no process reward, and takes a token's own r in the place of
 its answer's mean when it leaves an answer out of the baseline.
@@ -46,7 +47,7 @@ class Prime(base.Objective):
         """Of a process reward, for each token that it is away."""
         process_coef: NonNegative = 1.0
         outcome_coef: NonNegative = 1.0
-        process_norm: bool = True
+        process_norm: bool = False
         """Divide process rewards by the largest sum of later ones in the update."""
         normalise: bool = True
         """Bring the advantages of an update's tokens to mean 0 and variance 1."""
@@ -57,6 +58,9 @@ class Prime(base.Objective):
         reward_lr: Positive = 1e-6
         """Learning rate of phi; schedule and all else but the next are the policy's (`optim`)."""
         reward_max_grad_norm: Positive = 10.0
+        reward_update: Literal["before", "after"] = "before"
+        """phi learns a step's outcomes before it says the step's rewards, as the authors' recipe in verl has it, or
+        after the policy has learned, as their first scripts have it: then nothing of the step is in its rewards."""
 
         @property
         def networks(self) -> tuple[str, ...]:
@@ -81,8 +85,6 @@ class Prime(base.Objective):
         return self.judged(group)
 
     def assign(self, group: Group, progress: float) -> list[Row]:
-        import torch
-
         from luffy.token_advantages import give, to_go
 
         o, rows = self.options, self.judged(group)
@@ -93,7 +95,6 @@ class Prime(base.Objective):
             outcome = row.reward - (total - row.reward) / others
             later = to_go(r - (sum(means) - mean) / others, o.discount)
             give(row, o.process_coef * later + o.outcome_coef * outcome)
-            row.returns = torch.full((len(row.token_ids),), row.reward)
             row.weight = 1.0
         return rows
 
