@@ -7,6 +7,9 @@ def test_the_readme_shows_the_stored_results():
     results = quickstart.load()
     have = quickstart.current(results)
     assert set(have) == set(results), "rows of another recipe: python -m bench.quickstart runs them again"
+    assert set(have) == {"pace", *quickstart.VARIANTS, *quickstart.TRACES}, (
+        "python -m bench.quickstart runs what is missing"
+    )
     shown = (quickstart.ROOT / "README.md").read_text().split(quickstart.BEGIN)[1].split(quickstart.END)[0]
     assert shown.strip() == quickstart.table(have).strip()
 
@@ -22,3 +25,11 @@ def test_another_recipe_is_another_digest(monkeypatch):
     before = quickstart.recipe()
     monkeypatch.setitem(quickstart.COMMON, "optim.lr", 1e-6)
     assert quickstart.recipe() != before
+
+
+def test_the_study_shows_one_two_and_four_traces():
+    text = (quickstart.ROOT / "docs" / "study.md").read_text()
+    shown = text.split("<!-- several -->")[1].split("<!-- /several -->")[0]
+    assert shown.strip() == quickstart.traces_table(quickstart.load()).strip()
+    tokens = [quickstart.load()[name]["response_tokens"] for name in quickstart.TRACES]
+    assert max(tokens) <= 1.1 * min(tokens)
