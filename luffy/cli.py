@@ -1,4 +1,4 @@
-"""The `luffy` command: train, eval, generate.
+"""The `luffy` command: train, eval, grade, generate.
 
 Heavy imports happen inside the commands, so `--help` and a mistyped key answer at once. Exit codes: 0 done, 2 something
 the user can mend (one sentence on stderr), 130 interrupted. Training with many ranks (docs/multi-node.md) ends with the
@@ -21,7 +21,13 @@ def main(argv: list[str] | None = None) -> int:
     if rest and args.command not in ("train", "plan"):
         build_parser().parse_args(argv)  # ends with argparse's own message
     try:
-        commands = {"train": run_train, "eval": run_eval, "generate": run_generate, "plan": run_plan}
+        commands = {
+            "train": run_train,
+            "eval": run_eval,
+            "generate": run_generate,
+            "plan": run_plan,
+            "grade": run_grade,
+        }
         return (commands | {"doctor": run_doctor, "data": run_data})[args.command](args, rest)
     except UserError as error:
         from luffy.failure import say_failure
@@ -87,6 +93,19 @@ def build_parser() -> argparse.ArgumentParser:
         "--grader", help="answer, train, boxed, number or module:function (default: the run's own, else answer)"
     )
     evaluate.add_argument("--out", metavar="FILE", help="write every answer as JSON lines")
+
+    grade = commands.add_parser("grade", help="grade answers that lie in a file, by one grader or two")
+    grade.add_argument("file", metavar="FILE.jsonl", help="lines with `response` and `answer`")
+    grade.add_argument(
+        "--grader", required=True, metavar="G", help="as reward.grader: boxed, train, answer, choice, ..."
+    )
+    grade.add_argument("--compare", metavar="G2", help="grade by this one too, and show where they disagree")
+    grade.add_argument("--out", metavar="FILE2", help="write the lines with `reward` and `verdict`, in order")
+    grade.add_argument("--workers", type=_positive, default=2, metavar="N", help="processes (default: %(default)s)")
+    grade.add_argument(
+        "--timeout", type=_seconds, default=10.0, metavar="S", help="of an answer (default: %(default)s)"
+    )
+    grade.add_argument("--show", type=_positive, default=20, metavar="N", help="disagreements (default: %(default)s)")
 
     generate = commands.add_parser("generate", help="answer a question")
     generate.add_argument("question")
@@ -264,6 +283,18 @@ def run_eval(args: argparse.Namespace, _: list[str]) -> int:
     return 0
 
 
+def run_grade(args: argparse.Namespace, _: list[str]) -> int:
+    from pathlib import Path
+
+    from luffy.grade import grade_file
+    from luffy.report import print_grades
+
+    out = Path(args.out) if args.out else None
+    options = {"compare": args.compare, "workers": args.workers, "timeout_s": args.timeout, "shown": args.show}
+    print_grades(grade_file(Path(args.file), args.grader, out=out, **options), args.grader, args.compare)
+    return 0
+
+
 def run_data(args: argparse.Namespace, _: list[str]) -> int:
     _quiet()
     return {"check": run_check, "gym": run_gym, "prepare": run_prepare, "score": run_score}[args.what](args)
@@ -392,6 +423,13 @@ def _spell_out_resume(argv: list[str]) -> list[str]:
 
 def _wants_help(commands: tuple[str, ...]) -> bool:
     return any(flag in sys.argv for flag in ("-h", "--help")) and any(command in sys.argv for command in commands)
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be positive, got {value}")
+    return value
 
 
 def _not_negative(text: str) -> float:

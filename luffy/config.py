@@ -163,9 +163,10 @@ class RolloutConfig(Section):
 
 class RewardConfig(Section):
     grader: str = "train"
-    """`train`: math-verify on what follows </think> (LUFFY's); `answer`: the same on the whole text; `boxed`: on the
-    last box; `number`: the last number is the answer; `choice`: the letter of an option; `exact` and `regex`: the final
-    answer as text; `code`: a program that passes the problem's tests; `gym`: reasoning-gym's verifier of the task;
+    """`train`: math-verify on what follows </think> (LUFFY's); `answer`: the same on the whole text; `boxed`: the last
+    box, by the strict grader of evaluations; `deepscaler`, `deepscaler_v0`, `deepscaler_v1`: LUFFY's earlier rewards;
+    `number`: the last number is the answer; `choice`: the letter of an option; `exact` and `regex`: the final answer as
+    text; `code`: a program that passes the problem's tests; `gym`: reasoning-gym's verifier of the task;
     `module:function`, or one that an installed package brings (entry point `luffy.graders`): yours."""
     workers: PositiveInt = 2
     """Verifier processes."""

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 from luffy.data import Problem
 from luffy.data.examples import TRACE_FAULTS, encode_trace, within
 from luffy.data.think import CLOSE
-from luffy.rewards.graders import SYMBOLIC, last_boxed
+from luffy.rewards.graders import SYMBOLIC
+from luffy.rewards.latex import last_boxed
 
 if TYPE_CHECKING:
     from luffy.prompts import PromptTemplate

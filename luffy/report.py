@@ -11,6 +11,8 @@ from luffy.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from luffy.evaluate import Evaluation
+    from luffy.grade import Graded
+    from luffy.rewards import Verdict
 
 COLORS = {"rollouts": "tab:blue", "rollout": "tab:blue", "traces": "tab:orange", "trace": "tab:orange"}
 SET_NAMES = {"heldout": "held-out problems", "ood": "harder than any in training"}
@@ -42,6 +44,38 @@ def print_evaluation(result: "Evaluation") -> None:
     table.add_row("all", _percent(result.record()), style="bold")
     console.print(table)
     say(f"truncated {result.truncated:.1%}, verifier timeouts or crashes {result.timeouts}")
+
+
+def print_grades(found: "Graded", grader: str, compare: str | None) -> None:
+    """Where two graders disagree, then what the first of them gave."""
+    from luffy.rewards import label
+    from luffy.rewards.texts import final_answer
+
+    for line, ours, theirs in found.disagreements:
+        id = line.row.get("id")
+        where = f"line {line.number}" + (f", id {id}" if id is not None else "")
+        marks = f"{grader} {_mark(ours)}, {compare} {_mark(theirs)}"
+        said = final_answer(line.response)
+        say(f"{where}: {marks}   answer {_short(line.answer)}   given {_short(said)}")
+    if compare:
+        both = [f"{found.together[pair]:,}" for pair in ((True, True), (False, False), (True, False), (False, True))]
+        say(
+            f"{label(grader)} and {label(compare)}: both right {both[0]}, both wrong {both[1]}, right by the first "
+            f"alone {both[2]}, by the second alone {both[3]}"
+        )
+    say(
+        f"{label(grader)}: {found.right:,} of {found.lines:,} right ({found.right / found.lines:.1%}), mean reward "
+        f"{found.rewards / found.lines:.4f}, timeouts {found.statuses['timeout']}, crashes {found.statuses['crash']}"
+    )
+
+
+def _mark(verdict: "Verdict") -> str:
+    return f"{verdict.reward:g}" if verdict.status == "ok" else verdict.status
+
+
+def _short(text: Any, most: int = 60) -> str:
+    shown = repr(text)
+    return shown if len(shown) <= most else f"{shown[: most - 4]}...{shown[-1]}"
 
 
 def draw_curves(run: RunFolder) -> Path:

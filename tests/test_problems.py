@@ -10,7 +10,8 @@ from luffy.problems.__main__ import main
 from luffy.problems.family import Pen, solve_wrong
 from luffy.problems.spec import question_split
 from luffy.problems.write import MANIFEST
-from luffy.rewards.graders import grade_answer, grade_train, last_boxed
+from luffy.rewards.graders import grade_answer, grade_train
+from luffy.rewards.latex import last_boxed
 
 
 def questions(spec: ProblemSpec, split: str) -> list[str]:

@@ -79,7 +79,9 @@ def test_train_grades_between_the_first_and_a_second_think_end():
 def test_a_wrong_trace_gets_zero_from_every_grader():
     trace = "<think>\n4+8=13\n</think>\nThe answer is \\boxed{13}."
     graders = {name: grader for name, grader in GRADERS.items() if name != "gym"}  # whose answers are problems
-    assert {name: grader(trace, "12") for name, grader in graders.items()} == dict.fromkeys(graders, 0)
+    assert {name: grader(trace, "12") for name, grader in graders.items()} == dict.fromkeys(graders, 0) | {
+        "deepscaler_v1": -0.5
+    }
 
 
 def test_equal_values_in_other_forms_count():

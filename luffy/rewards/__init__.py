@@ -8,9 +8,10 @@ with reward 0. Deliberately absent: advantages, and any judgement of what a trac
 """
 
 from luffy.rewards.code import grade_code
-from luffy.rewards.graders import GRADERS, grade_answer, grade_boxed, grade_number, grade_train
+from luffy.rewards.graders import GRADERS, grade_answer, grade_number, grade_train, label
 from luffy.rewards.gym import grade_gym
 from luffy.rewards.pool import Verdict, VerifierPool
+from luffy.rewards.strict import grade_boxed, grade_deepscaler, grade_deepscaler_v0, grade_deepscaler_v1
 from luffy.rewards.texts import grade_choice, grade_exact, grade_regex
 
 __all__ = [
@@ -21,9 +22,13 @@ __all__ = [
     "grade_boxed",
     "grade_choice",
     "grade_code",
+    "grade_deepscaler",
+    "grade_deepscaler_v0",
+    "grade_deepscaler_v1",
     "grade_exact",
     "grade_gym",
     "grade_number",
     "grade_regex",
     "grade_train",
+    "label",
 ]

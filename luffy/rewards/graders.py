@@ -2,13 +2,16 @@
 
     train    LUFFY's reward version 3: needs `</think>`, grades what stands between the first and a second one
     answer   LUFFY's reward version 4: the whole response; no box is required
-    boxed    strict, for evaluation: the last `\\boxed{}` of the response, and 0 without one
+    boxed    for evaluation: the last `\\boxed{}` of the response by any of three tests, and 0 without one (`strict`)
+    deepscaler, deepscaler_v0, deepscaler_v1   LUFFY's reward versions 2, 0 and 1 (`strict`); v1 also gives -0.5 and -1
     number   the last number written, in the last box if there is one; for answers that are plain numbers
     choice, exact, regex   of words (`texts`)    code   of programs (`code`)    gym   of reasoning-gym's tasks (`gym`)
 
-The first three compare with math-verify, gold first, and a verdict counts only if it `is True`. math-verify's own
-timeouts are alarms that need a main thread and cannot stop C code: they are off, the pool's wall clock stands in.
-Deliberately absent: length or format rewards.
+`train`, `answer` and the last test of `boxed` compare with math-verify, gold first, and a verdict counts only if it
+`is True`. math-verify's own timeouts are alarms that need a main thread and cannot stop C code: they are off, the
+pool's wall clock stands in. Deliberately absent: length rewards.
+
+A change that may alter a verdict raises the grader's number in `VERSIONS`; results name it (`label`).
 """
 
 import functools
@@ -24,12 +27,12 @@ from typing import Any
 
 from luffy.rewards.code import grade_code
 from luffy.rewards.gym import MISSING, grade_gym
+from luffy.rewards.latex import last_boxed
+from luffy.rewards.strict import THINK_END, grade_boxed, grade_deepscaler, grade_deepscaler_v0, grade_deepscaler_v1
 from luffy.rewards.texts import grade_choice, grade_exact, grade_regex
 
 Answer = str | Sequence[str]
 Grader = Callable[[str, Answer], float]
-
-THINK_END = "</think>"
 
 _INTEGER = re.compile(r"0|-?[1-9][0-9]{0,11}")
 _BOXED_INTEGER = re.compile(r"\\boxed\{(0|-?[1-9][0-9]{0,11})\}")
@@ -50,14 +53,8 @@ def grade_answer(response: str, answer: Answer) -> float:
     golds = (answer,) if isinstance(answer, str) else tuple(answer)
     verdict = shortcut(response, golds)
     if verdict is None:
-        verdict = symbolic(response, golds)
+        verdict = echoes(response, golds) or symbolic(response, golds)
     return float(verdict)
-
-
-def grade_boxed(response: str, answer: Answer) -> float:
-    """1.0 when the last `\\boxed{}` of the response holds an accepted answer, else 0.0."""
-    content = last_boxed(response)
-    return 0.0 if content is None else grade_answer(f"\\boxed{{{content}}}", answer)
 
 
 def grade_number(response: str, answer: Answer) -> float:
@@ -80,22 +77,6 @@ def _equal(number: str, gold: str) -> bool:
     return bool(_NUMBER.fullmatch(gold)) and Decimal(gold.replace(",", "")) == Decimal(number.replace(",", ""))
 
 
-def last_boxed(text: str) -> str | None:
-    """Content of the last `\\boxed{...}` with its braces matched; None when there is none or it never closes."""
-    start = text.rfind("\\boxed{")
-    if start < 0:
-        return None
-    start, depth = start + len("\\boxed{"), 1
-    for at in range(start, len(text)):
-        if text[at] == "{":
-            depth += 1
-        elif text[at] == "}":
-            depth -= 1
-        if depth == 0:
-            return text[start:at]
-    return None
-
-
 def shortcut(response: str, golds: Sequence[str]) -> bool | None:
     """math-verify's verdict where it is certain without symbolic work, None elsewhere.
 
@@ -114,6 +95,20 @@ def shortcut(response: str, golds: Sequence[str]) -> bool | None:
         return None
     box = _BOXED_INTEGER.search(response)
     return None if box is None else box.group(1) in golds
+
+
+def echoes(response: str, golds: Sequence[str]) -> bool:
+    """Whether the one box of a response, which has no LaTeX beside it, holds a gold letter by letter.
+
+    math-verify reads the box as it reads the gold, and takes it for equal if it can read it at all.
+    """
+    if response.count("\\boxed{") != 1 or _ANNOUNCED.search(response):
+        return False
+    said = last_boxed(response)
+    if said is None or said not in golds or "$" in said:
+        return False
+    around = response.replace(f"\\boxed{{{said}}}", "", 1)
+    return not _LATEX.search(around) and bool(_parse_gold(said))
 
 
 def symbolic(response: str, golds: Sequence[str]) -> bool:
@@ -137,7 +132,14 @@ def warm_up() -> None:
     symbolic("so x is $\\frac{1}{2}$", ("0.5",))
 
 
-SYMBOLIC: dict[str, Grader] = {"train": grade_train, "answer": grade_answer, "boxed": grade_boxed}
+SYMBOLIC: dict[str, Grader] = {
+    "train": grade_train,
+    "answer": grade_answer,
+    "boxed": grade_boxed,
+    "deepscaler": grade_deepscaler,
+    "deepscaler_v0": grade_deepscaler_v0,
+    "deepscaler_v1": grade_deepscaler_v1,
+}
 GRADERS: dict[str, Grader] = SYMBOLIC | {
     "number": grade_number,
     "choice": grade_choice,
@@ -146,7 +148,13 @@ GRADERS: dict[str, Grader] = SYMBOLIC | {
     "code": grade_code,
     "gym": grade_gym,
 }
+VERSIONS = dict.fromkeys(GRADERS, 1) | {"boxed": 2}
 ENTRY_POINTS = "luffy.graders"
+
+
+def label(name: str) -> str:
+    """A grader and its version, as results name it: `boxed-2`. One of somebody else's is its name alone."""
+    return f"{name}-{VERSIONS[name]}" if name in VERSIONS else name
 
 
 def find_grader(name: str) -> Grader:

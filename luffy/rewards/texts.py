@@ -7,18 +7,18 @@ last line. A response without any of it scores 0.
 import re
 from collections.abc import Sequence
 
+from luffy.rewards.latex import last_boxed
+
 _ANNOUNCED = re.compile(r"answer\s*(?:is\b\s*:?|[:=])\s*(?=\S)", re.IGNORECASE)
 _WRAPPED = re.compile(r"\\(?:text|mathrm|mathbf|textbf)\{([^{}]*)\}")
 _LETTER = re.compile(r"\(?([A-Za-z]|\d)\)?(?:[).:,]?\s*\Z|[).:,]\s|\s+[^A-Za-z0-9\s])")
 _SEVERAL = re.compile(r"(?:\(?[A-Z]\)?[.:,/&]*(?:\s+(?:and|or)\b)?\s*){2,}\Z")
 _WORDS = re.compile(r"(?<![A-Za-z0-9(])[AI](?=\s+(?!(?:or|and)\b)[a-z])")
-_ALONE = re.compile(r"(?<![A-Za-z0-9])\(?([A-Z])\)?(?![A-Za-z0-9'])")
+_ALONE = re.compile(r"(?<![A-Za-z0-9])\(?([A-Z])\)?(?![A-Za-z0-9'])|\((\d)\)")
 
 
 def final_answer(response: str) -> str:
     """What a response ends up saying; "" when it says nothing."""
-    from luffy.rewards.graders import last_boxed
-
     boxed = last_boxed(response)
     if boxed is not None:
         return _WRAPPED.sub(r"\1", boxed).strip()
@@ -37,9 +37,9 @@ def grade_choice(response: str, answer: str | Sequence[str]) -> float:
     """
     said = final_answer(response).strip("*$ ")
     match = None if _SEVERAL.match(said) else _LETTER.match(said)
-    letters = {match.group(1).upper()} if match else set(_ALONE.findall(_WORDS.sub("", said)))
+    letters = {match.group(1).upper()} if match else {a or b for a, b in _ALONE.findall(_WORDS.sub("", said))}
     golds = (answer,) if isinstance(answer, str) else tuple(answer)
-    return float(len(letters) == 1 and letters <= {gold.strip().strip("().").upper() for gold in golds})
+    return float(len(letters) == 1 and letters <= {_WRAPPED.sub(r"\1", gold).strip("$(). ").upper() for gold in golds})
 
 
 def grade_exact(response: str, answer: str | Sequence[str]) -> float:

@@ -2,7 +2,7 @@
 
 from luffy.data.columns import Row, answers, distinct, text, turns
 from luffy.data.problem import DataError, Problem
-from luffy.rewards.graders import last_boxed
+from luffy.rewards.latex import last_boxed
 
 
 def read_chat(row: Row, *, name: str, number: int, where: str) -> Problem:

@@ -2,7 +2,7 @@
 
 from luffy.data.columns import Row, answers, asked, distinct, scalars, text
 from luffy.data.problem import Problem
-from luffy.rewards.graders import last_boxed
+from luffy.rewards.latex import last_boxed
 
 NO_ANSWER = ("proof", "notfound")
 """What NuminaMath-1.5 writes where there is nothing to compare with."""

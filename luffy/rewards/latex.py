@@ -1,0 +1,170 @@
+"""What a mathematical answer says, less how it is written: boxes, and the string that two spellings have in common.
+
+    normal("\\dfrac12\\text{ cm}") == normal("x = 1/2") == "\\frac{1}{2}"
+
+The rules are those of the MATH benchmark's equality (arXiv 2103.03874), widened as Minerva's and Qwen2.5-Math's
+evaluations do (arXiv 2206.14858 appendix D.1; arXiv 2409.12122): units, matrices, names of relations, degrees, percent
+signs, thousands separators. A single letter is never taken for a unit: in a formula it is a variable.
+"""
+
+import re
+from functools import cache
+
+UNITS = """
+    mm cm dm km kilometer kilometre meter metre centimeter centimetre millimeter millimetre inch inches foot
+    feet ft yard mile mph light-year light-years unit square cubic sq cu acre hectare liter litre milliliter
+    millilitre ml gallon quart pint cup ounce oz pound lb lbs ton tonne gram kilogram kg mg second sec minute
+    min hour hr day week month year decade century centuries degree deg radian rad kelvin celsius fahrenheit
+    joule kj ev kev mev erg calorie kcal watt kw kilowatt newton pascal kpa atm bar volt ohm ampere amp coulomb
+    farad henry tesla gauss hertz hz khz mhz ghz mole mol molar dollar cent euro rupee yen pence penny pennies
+    people person student child children boy girl men women way apple orange ball marble card coin book page
+    stamp ticket game point vote time step piece pair dozen digit number solution root face edge side vertex
+    vertices percent parsec pc kpc mpc angstrom nm au dyne rev revolution revolutions rpm bit byte
+"""
+
+_MARKS = str.maketrans(
+    {
+        "\u2212": "-",
+        "\u2013": "-",
+        "\u00d7": "\\times ",
+        "\u00b7": "\\cdot ",
+        "\u00f7": "/",
+        "\u03c0": "\\pi ",
+        "\u221e": "\\infty ",
+        "\u221a": "\\sqrt ",
+    }
+    | {
+        "\u00b0": "^\\circ ",
+        "\u2264": "\\le ",
+        "\u2265": "\\ge ",
+        "\u2260": "\\ne ",
+        "\u222a": "\\cup ",
+        "\u2229": "\\cap ",
+        "\u00bd": "\\frac{1}{2}",
+    }
+    | {"\u00b2": "^2", "\u00b3": "^3", "\u00a0": " ", "\u2009": " ", "\u202f": " "}
+)
+_BRACE = re.compile(r"[{}]")
+_BOX = re.compile(r"\\boxed\s*\{")
+_NOTHING = re.compile(r",\s*\\!\s*|\\!")
+_SPACES = re.compile(r"\\[,;: ]|~|\\q?quad\b|\\(?:left|right|displaystyle|textstyle|limits|bigl?|bigr?)(?![a-zA-Z])")
+_DOLLARS = re.compile(r"\\?\$|\\[()\[\]](?!\d)")
+_FRACTION = re.compile(r"\\[dtc]frac(?![a-zA-Z])")
+_MATRIX = re.compile(r"\\(begin|end)\{(?:b|small|p)?matrix\}")
+_ARRAY = re.compile(r"\\begin\{array\}(?:\{[^{}]*\})?|\\end\{array\}")
+_RELATIONS = ((re.compile(r"\\neq?(?![a-zA-Z])"), r"\\ne "), (re.compile(r"\\leq?(?:slant)?(?![a-zA-Z])"), r"\\le "),
+              (re.compile(r"\\geq?(?:slant)?(?![a-zA-Z])"), r"\\ge "))  # fmt: skip
+_DEGREES = re.compile(r"\^\s*\{?\s*\\circ\s*\}?|\\degree(?![a-zA-Z])")
+_PERCENT = re.compile(r"\\?%")
+_TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mbox|mathrm|mathbf|mathit|operatorname)\s*\{([^{}]*)\}")
+_AFTER = re.compile(r"(?<=[\d})a-zA-Z])\s*\\(?:text|mbox|mathrm)\s*\{[^{}]*\}\s*(?:\^\s*\{?\d\}?)?\s*$")
+_THOUSANDS = re.compile(r"([+-]?\d{1,3})((?:[, ]\d{3})+)(\.\d+)?")
+_POINT = re.compile(r"(?<![\d.])\.(?=\d)")
+_ZEROS = re.compile(r"([+-]?\d+)\.0*")
+_NAMED = re.compile(r"[a-zA-Z]{1,2}\s*(?:=|\\in(?![a-zA-Z]))\s*(?!.*=)")
+_ROOT = re.compile(r"\\sqrt\s*([a-zA-Z0-9])")
+_MIXED = re.compile(r"([+-]?\d+) +(\d+)/(\d+)")
+_APART = re.compile(r"(?<!\d)\s+|\s+(?!\d)")
+_SLASH = re.compile(r"([+-]?)(\d+)/(\d+)")
+_SINGLE = re.compile(r"([_^])\{([a-zA-Z0-9])\}")
+_HALF = re.compile(r"(?<![\d.])0\.5(?!\d)")
+
+
+def last_boxed(text: str) -> str | None:
+    """Content of the last `\\boxed{...}` with its braces matched; None when there is none or it never closes."""
+    starts = [found.end() - 1 for found in _BOX.finditer(text)]
+    return braced(text, starts[-1]) if starts else None
+
+
+def braced(text: str, at: int) -> str | None:
+    """What stands between the brace at `at` and its partner; None where it never closes."""
+    depth = 0
+    for brace in _BRACE.finditer(text, at):
+        depth += 1 if brace.group() == "{" else -1
+        if depth == 0:
+            return text[at + 1 : brace.start()]
+    return None
+
+
+def normal(text: str) -> str:
+    """The string that stands for the answer; see the module."""
+    text = bare(text)
+    text = _AFTER.sub("", text)
+    text = whole(without_unit(words(text)).strip())
+    text = _POINT.sub("0.", text)
+    text = _NAMED.sub("", text, count=1) if _NAMED.match(text) else text
+    if found := _MIXED.fullmatch(text):
+        text = "{}\\frac{{{}}}{{{}}}".format(*found.groups())
+    text = together(roots(fractions(text)))
+    if found := _ZEROS.fullmatch(text):
+        text = found.group(1)
+    if found := _SLASH.fullmatch(text):
+        text = f"{found.group(1)}\\frac{{{found.group(2)}}}{{{found.group(3)}}}"
+    return _HALF.sub(r"\\frac{1}{2}", _SINGLE.sub(r"\1\2", text))
+
+
+def bare(text: str) -> str:
+    """Without signs that only format: spaces, dollars, sizes of brackets, degrees, percent, a full stop at the end."""
+    text = text.translate(_MARKS).replace("{,}", ",").strip()
+    if "\\begin" not in text:
+        text = text.replace("\\\\", "\\")
+    text = _NOTHING.sub(lambda found: found.group()[: found.group().startswith(",")], text)
+    text = _DOLLARS.sub("", _SPACES.sub(" ", text))
+    text = _MATRIX.sub(r"\\\1{pmatrix}", _FRACTION.sub(r"\\frac", text))
+    text = _ARRAY.sub(lambda found: "\\begin{pmatrix}" if "begin" in found.group() else "\\end{pmatrix}", text)
+    for pattern, name in _RELATIONS:
+        text = pattern.sub(name, text)
+    return _PERCENT.sub("", _DEGREES.sub("", text)).strip().rstrip(".,;").strip()
+
+
+def whole(text: str) -> str:
+    """10,080 and 10 080 -> 10080, where the text is nothing else."""
+    return re.sub("[, ]", "", text) if _THOUSANDS.fullmatch(text) else text
+
+
+def together(text: str) -> str:
+    """Without spaces, but for those between digits: "20 4" is no 204."""
+    return _APART.sub("", text)
+
+
+def words(text: str) -> str:
+    """\\text{cm} -> cm."""
+    return _TEXT.sub(r" \1", text)
+
+
+@cache
+def _units() -> re.Pattern[str]:
+    words = "|".join(sorted((re.escape(unit) for unit in UNITS.split()), key=len, reverse=True))
+    unit = rf"(?:{words})(?:e?s)?(?:\s*\^\s*\{{?-?\d\}}?)?"
+    return re.compile(rf"(?<=[\d)}}])\s*(?:\b|(?<=\d)){unit}(?:\s*(?:/|per|\s)\s*{unit})*\.?\s*$", re.IGNORECASE)
+
+
+def without_unit(text: str) -> str:
+    """5 cm^2 -> 5; nothing where no number stands before the unit."""
+    return _units().sub("", text)
+
+
+def roots(text: str) -> str:
+    """\\sqrt2 -> \\sqrt{2}."""
+    return _ROOT.sub(r"\\sqrt{\1}", text)
+
+
+def fractions(text: str) -> str:
+    """\\frac12, \\frac1{2}, \\frac{1}2 -> \\frac{1}{2}."""
+    made, at = [], 0
+    while (start := text.find("\\frac", at)) >= 0:
+        made.append(text[at:start] + "\\frac")
+        at = start + len("\\frac")
+        for _ in range(2):
+            while at < len(text) and text[at].isspace():
+                at += 1
+            inside = braced(text, at) if text[at : at + 1] == "{" else None
+            if inside is not None:
+                made.append(f"{{{fractions(inside)}}}")
+                at += len(inside) + 2
+            elif text[at : at + 1].isalnum():
+                made.append(f"{{{text[at]}}}")
+                at += 1
+            else:
+                break
+    return "".join([*made, text[at:]])

@@ -1,0 +1,184 @@
+"""The graders that want a box: an answer is right if one of several tests says so.
+
+    boxed       for evaluation, the three tests that LUFFY's second version has ("oat" grader): the same text
+                (`latex.normal`), the same expression (`same_expression`), or math-verify, box against box
+    deepscaler  the first two alone (agentica's DeepScaleR), LUFFY's reward versions 0 to 2
+
+Written after their description; where they differ from the originals the docstrings say so.
+"""
+
+import re
+import zlib
+from collections.abc import Sequence
+from decimal import Decimal
+
+from luffy.rewards.arithmetic import read
+from luffy.rewards.latex import bare, braced, fractions, last_boxed, normal, roots, together, whole, without_unit, words
+
+Answer = str | Sequence[str]
+THINK_END = "</think>"
+
+_LARGE = {"trillion": 12, "billion": 9, "million": 6}
+_MIXED = re.compile(r"(?<![\d.])(\d+)\s*\\frac\{(\d+)\}\{(\d+)\}|(?<![\d.])(\d+)\s+(\d+)/(\d+)")
+_INTEGER = re.compile(r"[+-]?\d+")
+_FRACTION = re.compile(r"[+-]?\(*[+-]?\d+\)*/\(*\d+\)*")
+_WORDS = re.compile(r"\s*,?\s*\b(?:and|or)\b\s*")
+_SCIENTIFIC = re.compile(r"([+-]?\d*\.?\d+|[+-]?\d+\.)(?:e|\*10\^\(?)([+-]?\d{1,3})\)?")
+_BASE = re.compile(r"\d_\{?\d+\}?$")
+_LETTERS = re.compile(r"[a-z]")
+OPENING, CLOSING = "([", ")]"
+MOST_LETTERS = 2
+LONG, REPETITIVE = 128, 0.3
+LONGEST = 2000
+"""Of an answer that is more than a text, characters; the longest gold of the benchmarks has 300."""
+
+
+def grade_boxed(response: str, answer: Answer) -> float:
+    """1.0 when the last `\\boxed{}` (or `\\fbox{}`) of the response holds an accepted answer, else 0.0."""
+    said = box_of(response)
+    return 0.0 if said is None else float(any(same(said, gold) for gold in golds_of(answer)))
+
+
+def grade_deepscaler(response: str, answer: Answer) -> float:
+    """Version 2: 1.0 when the last box holds an accepted answer, in what follows a `</think>` if there is one."""
+    return float(_solved(response if THINK_END in response else THINK_END + response, answer) is True)
+
+
+def grade_deepscaler_v0(response: str, answer: Answer) -> float:
+    """Version 0: as version 2, but without `</think>` nothing is right."""
+    return float(_solved(response, answer) is True)
+
+
+def grade_deepscaler_v1(response: str, answer: Answer) -> float:
+    """Version 1: 1.0 right, -0.5 wrong, -1.0 without `</think>`, box or usable answer."""
+    solved = _solved(response, answer)
+    return -1.0 if solved is None else 1.0 if solved else -0.5
+
+
+def _solved(response: str, answer: Answer) -> bool | None:
+    """None: there is nothing to compare."""
+    parts = response.split(THINK_END)
+    said = box_of(parts[1]) if len(parts) > 1 else None
+    golds = [unboxed(gold) for gold in golds_of(answer) if gold.strip()]
+    if said is None or not golds:
+        return None
+    said = unboxed(said)
+    return any(same_text(said, gold) or same_expression(said, gold) for gold in golds)
+
+
+def golds_of(answer: Answer) -> tuple[str, ...]:
+    return (answer,) if isinstance(answer, str) else tuple(answer)
+
+
+def box_of(response: str) -> str | None:
+    """Content of the last box, None without one."""
+    said = last_boxed(response)
+    if said is None and (start := response.rfind("\\fbox{")) >= 0:
+        said = braced(response, start + len("\\fbox"))
+    return said
+
+
+def unboxed(gold: str) -> str:
+    """What stands in a gold's box, if it has one; numpy's names (Minerva has some) as LaTeX's."""
+    inside = (last_boxed(gold) or gold) if "\\boxed" in gold else gold
+    return inside.replace("np.arc", "\\arc")
+
+
+def same(said: str, gold: str) -> bool:
+    """By one of the three tests."""
+    said, gold = unboxed(said), unboxed(gold)
+    return same_text(said, gold) or same_expression(said, gold) or same_by_math_verify(said, gold)
+
+
+def same_text(said: str, gold: str) -> bool:
+    return normal(said) == normal(gold) != ""
+
+
+def same_expression(said: str, gold: str) -> bool:
+    """PRM800K's test (arXiv 2305.20050, its repository's grader): after a plainer spelling the texts are the same, or
+    equal expressions: number by number of a tuple, an integer only by itself, a fraction only as it stands (reduced),
+    with at most two letters. Numbers of any size and powers beyond `arithmetic` are compared as text alone.
+    """
+    said, gold = plain(said), plain(gold)
+    if said == gold or max(len(said), len(gold)) > LONGEST:
+        return said == gold != ""
+    ours, theirs = parts(said), parts(gold)
+    if len(ours) != len(theirs) or (len(theirs) > 1 and (said[0], said[-1]) != (gold[0], gold[-1])):
+        return False
+    return all(_same_part(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def _same_part(said: str, gold: str) -> bool:
+    if said == gold:
+        return said != ""
+    if _FRACTION.fullmatch(said) and _FRACTION.fullmatch(gold):
+        return said.replace("(", "").replace(")", "") == gold.replace("(", "").replace(")", "")
+    if _INTEGER.fullmatch(gold):
+        return bool(_INTEGER.fullmatch(said)) and Decimal(said) == Decimal(gold)
+    if len(set(_LETTERS.findall(re.sub(r"sqrt|pi", "", f"{said}{gold}")))) > MOST_LETTERS:
+        return False
+    ours, theirs = read(said), read(gold)
+    if ours is None or theirs is None:
+        return False
+    from sympy import simplify
+
+    return bool(simplify(ours - theirs) == 0)
+
+
+def plain(text: str) -> str:
+    """In a line, in small letters: \\frac{a}{b} -> ((a)/(b)), 3\\sqrt2 -> 3sqrt(2), 2 million -> 2*10^6."""
+    text = roots(fractions(words(bare(text)).lower())).replace("\\pi", " pi ")
+    for word, zeros in _LARGE.items():
+        text = re.sub(rf"(?<=\d)\s*{word}s?\b", f"*10^{zeros}", text)
+    text = _WORDS.sub(",", without_unit(text)).replace("\\cdot", "*").replace("\\times", "*")
+    text = _MIXED.sub(lambda found: "({}+{}/{})".format(*(part for part in found.groups() if part)), text)
+    text = together(whole(_over(text).strip()).replace("{", "(").replace("}", ")"))
+    number = re.fullmatch(r"([+-]?\d+)\.0*", text)
+    return number.group(1) if number else _written_out(text)
+
+
+def _written_out(text: str) -> str:
+    """3.61e2 and 3.61*10^2 -> 361, 1e-5 -> 0.00001; ours: the original reads the first form alone."""
+    found = _SCIENTIFIC.fullmatch(text)
+    return f"{Decimal(found.group(1)).scaleb(int(found.group(2))).normalize():f}" if found else text
+
+
+def _over(text: str) -> str:
+    """Fractions and roots as they are written in a line."""
+    for name, made in (("\\frac", "(({0})/({1}))"), ("\\sqrt", "sqrt({0})")):
+        while (start := text.find(name + "{")) >= 0:
+            at, found = start + len(name), []
+            for _ in range(made.count("{")):
+                inside = braced(text, at) if text[at : at + 1] == "{" else None
+                if inside is None:
+                    return text
+                found.append(inside)
+                at += len(inside) + 2
+            text = text[:start] + made.format(*found) + text[at:]
+    return text
+
+
+def parts(text: str) -> list[str]:
+    """(a,b] -> a, b; anything else, and what has brackets inside, is one."""
+    inside = text[1:-1]
+    if len(text) > 2 and text[0] in OPENING and text[-1] in CLOSING and not set(inside) & set(OPENING + CLOSING):
+        return inside.split(",")
+    return [text]
+
+
+def same_by_math_verify(said: str, gold: str) -> bool:
+    """math-verify, box against box: first match, no fallback. Not asked about long texts that repeat themselves."""
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+
+    if max(len(said), len(gold)) > LONGEST:
+        return False
+    if bool(_BASE.search(said.strip("$ "))) != bool(_BASE.search(gold.strip("$ "))):
+        return False  # it reads 52_8 as 52
+    if len(said) > LONG and len(zlib.compress(said.encode())) < REPETITIVE * len(said.encode()):
+        return False
+    targets = (LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig())
+    ours, theirs = (
+        parse(f"\\boxed{{{text}}}", targets, "no_fallback", ["first_match"], parsing_timeout=None)
+        for text in (said, gold)
+    )
+    return verify(theirs, ours, timeout_seconds=None) is True
