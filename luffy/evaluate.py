@@ -3,11 +3,12 @@
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from statistics import NormalDist, fmean
+from statistics import fmean
 from typing import Any
 
 from luffy.data import Example
 from luffy.distributed import World
+from luffy.evaluation.statistics import wilson
 from luffy.files import write_text
 from luffy.prompts import PromptTemplate
 from luffy.rewards import VerifierPool
@@ -96,12 +97,3 @@ def evaluate(
             for example, text, verdict, answer in zip(examples, texts, verdicts, answers, strict=True)
         ],
     )
-
-
-def wilson(successes: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of a proportion."""
-    z = NormalDist().inv_cdf(0.5 + confidence / 2)
-    p, n = successes / trials, trials
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * ((p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5)
-    return max(0.0, centre - half), min(1.0, centre + half)

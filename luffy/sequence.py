@@ -7,10 +7,7 @@ Attention per row, with shared prompts, is the same code on either side: it neve
 target belongs to the rank that holds the position which predicts it, so losses and counts add up over ranks.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,11 +15,7 @@ from torch import Tensor
 
 from luffy.attention import Layout, Segment
 from luffy.errors import UserError
-from luffy.groups import Group, Row
-from luffy.packing import MicroBatch, pack
-
-if TYPE_CHECKING:
-    from luffy.setup import Trainer
+from luffy.packing import MicroBatch
 
 PER_TARGET = ("source", "targets", "advantages", "loss_id", "is_trace", "token_weight", "sampler_logp", "row")
 
@@ -38,19 +31,6 @@ def check_heads(config: Any, ranks: int) -> None:
             f"mesh.sequence: {ranks} ranks cannot share the model's {heads} attention heads; take one of "
             f"{', '.join(map(str, fitting))}"
         )
-
-
-def share_of(t: Trainer, groups: list[Group], rows_of: Callable[[Group], list[Row]]) -> list[MicroBatch]:
-    """This rank's share of the rows, on its device; as many micro-batches as every other rank has."""
-    packed = pack(
-        groups,
-        rows_of,
-        t.config.train.tokens_per_micro,
-        rank=t.world.data_rank,
-        ranks=t.world.data_ranks,
-        attention_weight=t.policy.attention_weight,
-    )
-    return [slice_of(micro, t.world.sequence_rank, t.world.sequence_group).to(t.device) for micro in packed]
 
 
 def slice_of(micro: MicroBatch, rank: int, group: dist.ProcessGroup | None) -> MicroBatch:

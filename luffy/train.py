@@ -32,8 +32,8 @@ from luffy.packing import MicroBatch
 from luffy.rollout.engine import Engine
 from luffy.run_folder import RunFolder
 from luffy.sampling import Batch, awake, sampling, sync
-from luffy.sequence import share_of
 from luffy.setup import Trainer, set_up
+from luffy.share import share_of
 from luffy.timing import Phases, peak_memory_gib
 
 MOST_GAP = 0.5

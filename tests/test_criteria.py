@@ -3,7 +3,7 @@
 The model, of `bench.small_model`, is taught in a minute to add digits, and to guess more often than to work it
 out. Each objective then has its own defaults, and what is its own has to have happened, too. It prints a table:
 
-    python -m pytest tests/test_criteria.py -m slow
+    OMP_NUM_THREADS=1 python -m pytest tests/test_criteria.py -m slow
 """
 
 import json
@@ -22,9 +22,9 @@ from luffy.rollout.vllm_engine import VllmEngine
 from luffy.run_folder import RunFolder
 from luffy.train import train
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
-STEPS, FEW, LEAST = 40, 8, 0.03
+STEPS, FEW, LEAST = 80, 8, 0.03
 FAMILY = {"digit_sum": {"digits": 2, "ood_digits": 3}}
 COMMON = {
     "model.dtype": "float32",
@@ -52,21 +52,21 @@ TEACHING = {
     "optim.warmup_steps": 10,
     "optim.schedule": "linear",
 }
-LEARNING = {"train.steps": STEPS, "train.prompts_per_step": 12, "optim.lr": 3e-4}
+LEARNING = {"train.steps": STEPS, "train.prompts_per_step": 12, "optim.lr": 1e-4}
 SMALL = {
     "exgrpo": {"objective.start": 0.05},
     "relift": {"objective.demonstrations": 8},
     "sort": {"objective.plan_tokens": 32},
     "ppo": {"objective.value_lr": 1e-3},
 }
-"""What a run of 40 steps needs to come to what a method is about."""
+"""What so short a run needs to come to what a method is about."""
 IMITATES = ("luffy", "rl_sft", "hpt", "chord", "srft", "relift", "sort", "sft", "uft", "prefix_rft")
 HAPPENS = {
     **dict.fromkeys(IMITATES, "actor/off_policy_prob"),
     "bread": "batch/tried_again",
     "exgrpo": "replay/answers",
     "ppo": "critic/vf_loss",
-    "prime": "reward_model/ce_loss",
+    "prime": "reward_model/grad_norm",
 }
 """Metric above 0 in some step of a method that does what is its own."""
 
@@ -164,11 +164,3 @@ def test_it_improves(taught, table, name):
         assert found["reward"][1] - found["reward"][0] > LEAST, "that little could be chance"
     if name in HAPPENS:
         assert any(value > 0 for value in known(steps, HAPPENS[name])), f"{name} did not do what is its own"
-
-
-def test_primes_process_norm_gives_noise_a_weight(taught, table):
-    """As the published code has it: here phi has too little to learn from, and the policy learns its noise."""
-    result, _ = taught.run("prime-norm", options_for(taught, "prime") | {"objective.process_norm": True})
-    first, last = result["before"][0]["accuracy"], result["after"][0]["accuracy"]
-    table.append(f"{'prime, divided':16} reward {first:.3f} -> {last:.3f}")
-    assert last < first + LEAST

@@ -25,9 +25,10 @@ from luffy.networks import make_networks
 from luffy.networks.judge import judge
 from luffy.optim import make_optimizer
 from luffy.packing import assemble
-from luffy.sequence import holds, share_of, slice_of
+from luffy.sequence import holds, slice_of
 from luffy.shapes import find_shape
 from luffy.shards import fill, full
+from luffy.share import share_of
 from luffy.train import micro_batches, split
 
 ANY = {"accuracy_low": 0.0, "accuracy_high": 1.0}
@@ -90,7 +91,7 @@ def test_nothing_is_loaded_that_no_coefficient_asks_for(name, monkeypatch):
 def test_the_reference_says_what_the_model_says_and_keeps_no_gradient(tmp_path):
     path = make_model(tmp_path / "model")
     t, groups = trainer(path, configured("grpo", kl_coef=0.1)), some_groups()
-    judge(t, groups)
+    judge(t, groups, 0)
     [reference] = t.networks
     assert reference.optimizer is None
     assert not any(p.requires_grad for p in reference.model.parameters())
@@ -114,11 +115,11 @@ def test_the_value_model_learns_the_returns(tmp_path):
     path = make_model(tmp_path / "model")
     t, groups = trainer(path, configured("ppo")), some_groups()
     [value] = t.networks
-    judge(t, groups)
+    judge(t, groups, 0)
     assert all(not row.said["value"].any() for group in groups for row in group.rows)  # a head of zeros
     head = torch.randn(1, 64, generator=torch.Generator().manual_seed(1)) / 8
     fill(value.model.head.weight.detach(), head)
-    judge(t, groups)
+    judge(t, groups, 0)
     parts = split(t, groups, 0.0)
     seen = {}
     value.step = lambda name, loss, update, total: seen.update(
@@ -151,7 +152,7 @@ def test_the_implicit_reward_model_learns_outcomes_by_cross_entropy(tmp_path):
     config = configured("prime", beta=0.3, reward_update="after", **ANY)
     t, groups = trainer(path, config), some_groups()
     _, phi = t.networks
-    assert judge(t, groups) == {}
+    assert judge(t, groups, 0) == {}
     for row in (row for group in groups for row in group.rows):
         assert torch.equal(row.said["implicit_reward"], row.said["reference"])  # so that no token has a reward yet
     other = make_model(tmp_path / "other", seed=1)
@@ -179,26 +180,28 @@ def test_the_implicit_reward_model_learns_outcomes_by_cross_entropy(tmp_path):
 
 
 def test_the_implicit_reward_model_learns_a_step_before_it_judges_it(tmp_path):
-    """In as many updates as the policy makes, of the rows within the band; then nothing after the policy."""
-    path, config = make_model(tmp_path / "model"), configured("prime", reward_lr=0.01, accuracy_high=0.4)
+    """In as many updates as the policy makes, of the rows within the band alone."""
+    path, config = make_model(tmp_path / "model"), configured("prime", reward_lr=0.01, accuracy_high=0.6)
     t, groups = trainer(path, config), some_groups()
+    for row in groups[1].rows:
+        row.reward = 0.0  # out of the band
     config.train.updates_per_step = 3
     _, phi = t.networks
-    lessons, step = [], phi.learn
-    phi.learn = lambda micros, *at: lessons.append((sum(m.num_targets for m in micros), *at)) or step(micros, *at)
-    metrics = judge(t, groups, updates=12)
-    assert [len(t.objective.judged(group)) for group in groups] == [3, 0, 0]  # the others' means are 1 / 2
-    assert lessons == [(12, 12, 3 * config.train.steps)]
-    assert metrics["reward_model/ce_loss"] == pytest.approx(math.log(2))
+    lessons, learn = [], phi.learn
+    phi.learn = lambda micros, *at: lessons.append((sum(m.num_targets for m in micros), *at)) or learn(micros, *at)
+    metrics = judge(t, groups, 12)
+    total = 3 * config.train.steps
+    assert lessons == [(12, 12, total), (10, 13, total)]  # as many as the policy's, which has no row of the second part
+    assert metrics["reward_model/ce_loss"] != pytest.approx(math.log(2))  # the last one's
     said = [(row.said["implicit_reward"] - row.said["reference"]).sum().item() for row in groups[0].rows]
     assert said[0] > 0 > max(said[1:])  # the right one, and the wrong ones
     micros = share_of(t, groups, t.objective.judged)
-    assert [x for micro in micros for x in micro.rewards.tolist()] == [1.0, 0.0, 0.0]
+    assert [x for micro in micros for x in micro.rewards.tolist()] == [1.0, 0.0, 0.0, 1.0, 0.0]
 
 
 def test_value_updates_are_parts_of_the_rows(tmp_path):
     t, groups = trainer(make_model(tmp_path / "model"), configured("ppo", value_updates=3)), some_groups()
-    judge(t, groups)
+    judge(t, groups, 0)
     micros = micro_batches(t, split(t, groups, 0.0)[0])
     [value] = t.networks
     seen, update = [], value._update
@@ -214,7 +217,7 @@ def test_value_updates_are_parts_of_the_rows(tmp_path):
 def test_gradients_of_what_is_taught_are_clipped(tmp_path, objective, options):
     """At a norm so small, that the weights move as little as the clip says."""
     t, groups = trainer(make_model(tmp_path / "model"), configured(objective, **options)), some_groups()
-    judge(t, groups)
+    judge(t, groups, 0)
     taught = t.networks[-1]
     assert taught.optim.max_grad_norm == taught.max_grad_norm == (10.0 if objective == "prime" else 1.0)
     taught.optim.max_grad_norm = 1e-3
@@ -240,7 +243,7 @@ def test_a_checkpoint_holds_what_is_taught_bit_for_bit(tmp_path, objective, opti
     config = configured(objective, **options)
     config.optim.lr = 0.01
     one = trainer(path, config)
-    judge(one, groups)
+    judge(one, groups, 0)
     micros = micro_batches(one, split(one, groups, 0.0)[0])
     teach(one, micros)
     keeper = Checkpointer(tmp_path / "checkpoints", 1)
@@ -279,6 +282,7 @@ def test_ranks_that_share_a_micro_batch_put_together_what_each_holds(ranks):
         part = slice_of(micro, rank, SimpleNamespace(size=lambda: ranks))
         found[holds(micro, rank, ranks)] = part.ref_logp
         assert part.ref_logp.numel() == part.num_targets
+        assert part.rewards.tolist() == [row.reward for group in groups for row in group.rows]
     assert torch.equal(found, numbers)
 
 
@@ -314,6 +318,10 @@ RUNS = {
     },
     "ppo": {"objective__name": "ppo", "objective__value_updates": 2},
 }
+RUNS["prime-after"] = RUNS["prime"] | {"objective__reward_update": "after"}
+RUNS["prime-sequence"] = RUNS["prime"] | {"train__updates_per_step": 2}
+SHARED = {"prime-sequence": ("--mesh.sequence=2",)}
+"""Options of two ranks that share rows, not groups."""
 
 
 @pytest.fixture(scope="module")
@@ -341,7 +349,12 @@ def test_a_run_with_networks_learns(home):
     assert len(taught) >= 2
     assert all(record["reward_model/ce_loss"] != pytest.approx(math.log(2)) for record in taught)
     assert steps[-1]["actor/kl_loss"] > 1e-3
+    rates = [record["reward_model/lr"] for record in steps if "reward_model/lr" in record]
+    assert len(set(rates)) == len(rates)  # its schedule is the policy's
     stored = state(home / "once", "step-000004")
+    lessons = [value.item() for name, value in stored.items() if "implicit_reward" in name and name.endswith(".step")]
+    updates = sum(record["actor/updates"] or 0 for record in steps)
+    assert set(lessons) == {float(updates)}, "one for each of the policy's, before or after it"
     assert any("networks" in name and "implicit_reward" in name and name.endswith("exp_avg_sq") for name in stored)
     assert not any("reference" in name for name in stored)
 
@@ -370,7 +383,8 @@ def test_a_run_that_is_resumed_is_the_same_run(home, name, ranks):
 @pytest.mark.parametrize("name", RUNS)
 def test_two_ranks_learn_what_one_does(home, name):
     """Losses and norms of the first step, of which sampling is the same."""
-    one, two = (records(run(home, f"{name}-of-{ranks}", name, ranks=ranks))[0] for ranks in (1, 2))
+    one = records(run(home, f"{name}-of-1", name))[0]
+    two = records(run(home, f"{name}-of-2", name, *SHARED.get(name, ()), ranks=2))[0]
     learned = [key for key in one if key.startswith(("critic/", "reward_model/", "actor/kl", "actor/grad"))]
     assert len(learned) >= 2
     for key in learned:

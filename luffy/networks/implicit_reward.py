@@ -6,8 +6,8 @@ asks for text. What it adds to the reference's log-probs is the reward.
     d loss / d log phi(token) = beta (sigmoid(r(answer)) - outcome) / answers
 
 It begins with the reference's weights. It learns a step's outcomes before it is asked for the step's rewards, so that
-these tell right from wrong from the first step on; or, with `reward_update = "after"`, after the policy has learned,
-and the first step has no process rewards. The paper calls the first double and the second single forward.
+these hold what there was to learn of them ("double forward" in the paper); or, with `reward_update = "after"`, after
+the policy has learned, and the first step has no process rewards ("single forward").
 """
 
 from typing import ClassVar

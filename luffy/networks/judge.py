@@ -9,11 +9,12 @@ from luffy.balance import plan
 from luffy.groups import Group
 from luffy.networks.base import Network
 from luffy.packing import MicroBatch, assemble
-from luffy.sequence import holds, share_of, slice_of
+from luffy.sequence import holds, slice_of
 from luffy.setup import Trainer
+from luffy.share import share_of
 
 
-def judge(t: Trainer, groups: list[Group], updates: int = 0) -> dict[str, float]:
+def judge(t: Trainer, groups: list[Group], updates: int) -> dict[str, float]:
     """Fill `said` of the rows that the objective wants judged, one network after the other, a pass without a backward
     each. Collective; every rank holds the same groups, and afterwards knows the same of them.
 
@@ -36,13 +37,14 @@ def judge(t: Trainer, groups: list[Group], updates: int = 0) -> dict[str, float]
 
 
 def learn_first(t: Trainer, network: Network, groups: list[Group], updates: int) -> dict[str, float]:
-    """In as many updates as the policy will make of the step."""
+    """In as many updates as the policy will make of the step; the metrics are the last one's."""
     metrics: dict[str, float] = {}
     train = t.config.train
     share = len(groups) // train.updates_per_step
-    for number, at in enumerate(range(0, len(groups), share)):
+    for at in range(0, len(groups), share):
         if micros := share_of(t, groups[at : at + share], t.objective.judged):
-            metrics |= network.learn(micros, updates + number, train.steps * train.updates_per_step)
+            metrics = network.learn(micros, updates, train.steps * train.updates_per_step)
+            updates += 1
     return metrics
 
 

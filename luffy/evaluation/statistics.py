@@ -1,0 +1,126 @@
+"""What n answers to each of many problems say about a model.
+
+Problems are the sample and answers are measurements of them: intervals and tests resample problems, with all their
+answers. An average over benchmarks resamples the problems of each, and weighs benchmarks equally.
+
+    P problems, n answers to each, R resamples
+"""
+
+import math
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
+from statistics import NormalDist, fmean
+
+import numpy as np
+from numpy.typing import NDArray
+
+RESAMPLES = 10_000
+BLOCK = 1 << 22
+"""Draws that are held at a time."""
+
+
+def pass_at_k(right: int, answers: int, k: int) -> float:
+    """Chance that one of k answers, drawn from these without replacement, is right (arXiv 2107.03374, eq. 1).
+
+    Raises ValueError where k is more than there are.
+    """
+    if not 1 <= k <= answers:
+        raise ValueError(f"pass@{k}: needs 1 to {answers} answers to a problem, which has {answers}; sample more (--n)")
+    return 1.0 - math.comb(answers - right, k) / math.comb(answers, k)
+
+
+def majority(votes: Sequence[Hashable], right: Mapping[Hashable, bool]) -> float:
+    """maj@n: whether the answer that is given most often is right; of answers that are given equally often, the share
+    that is. None votes for nothing, and without any vote nothing is right (arXiv 2203.11171)."""
+    counts = Counter(vote for vote in votes if vote is not None)
+    if not counts:
+        return 0.0
+    most = max(counts.values())
+    return fmean(bool(right[vote]) for vote, count in counts.items() if count == most)
+
+
+def interval(benchmarks: Sequence[Sequence[float]], confidence: float = 0.95, seed: int = 0) -> tuple[float, float]:
+    """Bootstrap interval of the unweighted mean over benchmarks of the mean over their problems.
+
+    Args:
+        benchmarks: of each, [P] scores of its problems (with n answers to each: their mean), from 0 to 1.
+
+    The percentiles are widened as Student's t is against the normal distribution, and by the n / (n - 1) of a variance
+    ("expanded percentile", arXiv 1411.5279, section 4.3.3): with thirty problems plain ones cover too little. Scores of
+    one benchmark that are all 0 or 1 get Wilson's interval, and so do benchmarks none of whose problems differ, where
+    there is nothing to resample.
+    """
+    every = [np.asarray(scores, dtype=np.float64) for scores in benchmarks]
+    binary = len(every) == 1 and bool(np.isin(every[0], (0, 1)).all())
+    if binary or all(np.ptp(scores) == 0 for scores in every):
+        return wilson(sum(scores.sum() for scores in every), sum(len(scores) for scores in every), confidence)
+    fewest = min(len(scores) for scores in every if np.ptp(scores))
+    tail = NormalDist().cdf(-math.sqrt(fewest / (fewest - 1)) * _t(0.5 + confidence / 2, fewest - 1))
+    low, high = np.quantile(_means(every, seed), (tail, 1 - tail))
+    return max(0.0, float(low)), min(1.0, float(high))
+
+
+def difference(
+    ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]], confidence: float = 0.95, seed: int = 0
+) -> tuple[float, float, float, float]:
+    """(mean of ours - theirs, low, high, p) on the same problems of the same benchmarks.
+
+    low, high: as `interval`, of the differences by problem. p: of a sign-flip test, two-sided, that no model is better:
+    each problem's difference could as well have been the other way round.
+
+    Raises ValueError where the problems are not as many.
+    """
+    if [len(one) for one in ours] != [len(one) for one in theirs]:
+        raise ValueError("difference: needs two models' scores on the same problems")
+    every = [
+        np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64) for a, b in zip(ours, theirs, strict=True)
+    ]
+    mean = float(np.mean([scores.mean() for scores in every]))
+    if not any(scores.any() for scores in every):
+        return 0.0, 0.0, 0.0, 1.0
+    fewest = max(2, min(len(scores) for scores in every))
+    tail = NormalDist().cdf(-math.sqrt(fewest / (fewest - 1)) * _t(0.5 + confidence / 2, fewest - 1))
+    low, high = np.quantile(_means(every, seed), (tail, 1 - tail))
+    rng = np.random.default_rng(seed)
+    flipped = np.zeros(RESAMPLES)
+    for scores in every:
+        for at, rows in _blocks(len(scores)):
+            signs = rng.integers(0, 2, (rows, len(scores)), dtype=np.int8) * 2 - 1
+            flipped[at : at + rows] += signs @ scores / len(scores) / len(every)
+    as_far = np.count_nonzero(np.abs(flipped) >= abs(mean) - 1e-12)
+    return mean, float(low), float(high), (1 + as_far) / (1 + RESAMPLES)
+
+
+def wilson(successes: float, trials: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval of a proportion."""
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    p, n = successes / trials, trials
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * ((p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def _means(benchmarks: list[NDArray[np.float64]], seed: int) -> NDArray[np.float64]:
+    """[R] unweighted means over benchmarks of problems drawn with replacement."""
+    rng = np.random.default_rng(seed)
+    means = np.zeros(RESAMPLES)
+    for scores in benchmarks:
+        for at, rows in _blocks(len(scores)):
+            drawn = rng.integers(0, len(scores), (rows, len(scores)), dtype=np.int32)
+            means[at : at + rows] += scores[drawn].mean(axis=1) / len(benchmarks)
+    return means
+
+
+def _blocks(problems: int) -> list[tuple[int, int]]:
+    """(begin, size) of parts of the resamples."""
+    size = max(1, BLOCK // problems)
+    return [(at, min(size, RESAMPLES - at)) for at in range(0, RESAMPLES, size)]
+
+
+def _t(probability: float, freedom: int) -> float:
+    """Quantile of Student's t, by Abramowitz and Stegun 26.7.5."""
+    z, v = NormalDist().inv_cdf(probability), freedom
+    first = (z**3 + z) / 4
+    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + first / v + second / v**2 + third / v**3
