@@ -10,6 +10,7 @@ import sys
 from typing import Any
 
 from luffy.errors import UserError
+from luffy.evaluation.command import STYLES, TEMPLATES, add_eval, run_eval
 from luffy.launch import add_options
 from luffy.prepare.command import add_prepare, run_prepare
 from luffy.problems.gym import add_gym, run_gym
@@ -23,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         commands = {
             "train": run_train,
-            "eval": run_eval,
+            "eval": run_evaluation,
             "generate": run_generate,
             "plan": run_plan,
             "grade": run_grade,
@@ -84,15 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
     plan.add_argument("--answer-tokens", type=int, metavar="N", help="mean answer (default: half of the longest)")
     plan.add_argument("--json", action="store_true", help="print everything as JSON: bytes, seconds, FLOP")
 
-    evaluate = commands.add_parser("eval", help="accuracy of a model on problems with known answers")
-    evaluate.add_argument("--data", required=True, metavar="PATH", help="parquet or JSONL file, folder, or dataset id")
-    evaluate.add_argument("--split", help="of a folder, file or dataset id (default: the only one, or `train`)")
-    _add_model_options(evaluate, temperature=0.0)
-    evaluate.add_argument("--limit", type=_positive, metavar="N", help="only the first N problems")
-    evaluate.add_argument(
-        "--grader", help="answer, train, boxed, number or module:function (default: the run's own, else answer)"
-    )
-    evaluate.add_argument("--out", metavar="FILE", help="write every answer as JSON lines")
+    add_eval(commands, _add_model_options, _positive, _share)
 
     grade = commands.add_parser("grade", help="grade answers that lie in a file, by one grader or two")
     grade.add_argument("file", metavar="FILE.jsonl", help="lines with `response` and `answer`")
@@ -161,19 +154,19 @@ def _add_score(commands: Any) -> None:
     score.add_argument("--kv-cache-gib", type=_gib, metavar="G", help="size of vLLM's KV cache, GiB (on a CPU: 1)")
 
 
-def _add_model_options(parser: argparse.ArgumentParser, temperature: float) -> None:
+def _add_model_options(parser: argparse.ArgumentParser, temperature: float, models: bool = False) -> None:
     default = "embedded:smollm2-135m-instruct"
-    parser.add_argument(
-        "--model", default=default, help="run folder, model folder or Hugging Face id (default: %(default)s)"
-    )
+    what = "run folder, model folder or Hugging Face id" + (", or several" if models else "")
+    several: dict[str, Any] = {"nargs": "+", "default": [default]} if models else {"default": default}
+    parser.add_argument("--model", metavar="MODEL", help=f"{what} (default: {default})", **several)
     which = "of a run folder: newest, best or a step (default: %(default)s)"
     parser.add_argument("--checkpoint", default="newest", metavar="WHICH", help=which)
     parser.add_argument(
         "--temperature", type=_not_negative, default=temperature, help="0 is greedy (default: %(default)s)"
     )
     parser.add_argument("--max-tokens", type=_positive, default=512, metavar="N", help="default: %(default)s")
-    parser.add_argument("--max-prompt-tokens", type=_positive, default=512, metavar="N", help="default: %(default)s")
-    parser.add_argument("--prompt-style", choices=("chat", "luffy", "plain"), help="default: the run's own, else chat")
+    styles = (*STYLES, *TEMPLATES)
+    parser.add_argument("--template", choices=styles, help="of prompts (default: the run's own, else the model's chat)")
     parser.add_argument("--memory-fraction", type=_fraction, metavar="F", help="share of the GPU's memory for vLLM")
     parser.add_argument("--kv-cache-gib", type=_gib, metavar="G", help="size of vLLM's KV cache, GiB (on a CPU: 1)")
     parser.add_argument("--seed", type=int, default=0)
@@ -253,34 +246,9 @@ def run_plan(args: argparse.Namespace, overrides: list[str]) -> int:
     return 0
 
 
-def run_eval(args: argparse.Namespace, _: list[str]) -> int:
-    from pathlib import Path
-
-    from luffy.errors import user_errors
-    from luffy.rewards import VerifierPool
-
+def run_evaluation(args: argparse.Namespace, _: list[str]) -> int:
     _quiet()
-    if args.out and not Path(args.out).resolve().parent.is_dir():
-        raise UserError(f"eval: the folder of --out {args.out} does not exist")
-    path, template, config = _open_model(args)
-    from luffy.evaluate import evaluate
-    from luffy.report import print_evaluation
-    from luffy.sources import load_examples
-
-    grader = args.grader or config.reward.grader
-    config.data.max_prompt_tokens = args.max_prompt_tokens
-    loaded = load_examples(args.data, template, config, split=args.split, limit=args.limit)
-    print(f"problems: {loaded.report}")
-    with user_errors("eval"):
-        verifier = VerifierPool(grader, config.reward.workers, config.reward.timeout_s)
-    with verifier:
-        options: dict[str, Any] = {"temperature": args.temperature, "max_tokens": args.max_tokens, "seed": args.seed}
-        with _start_engine(args, path, config, template) as engine:
-            result = evaluate(Path(args.data).stem, loaded.examples, engine, verifier, template, **options)
-    if args.out:
-        result.write_samples(Path(args.out))
-    print_evaluation(result)
-    return 0
+    return run_eval(args, _open_model, _start_engine)
 
 
 def run_grade(args: argparse.Namespace, _: list[str]) -> int:
@@ -345,11 +313,9 @@ def run_generate(args: argparse.Namespace, _: list[str]) -> int:
     from luffy.rollout.engine import Request, generate
 
     _quiet()
-    path, template, config = _open_model(args)
+    path, template, config = _open_model(args, args.model)
     prompt = tuple(template.encode_prompt([{"role": "user", "content": args.question}]))
-    if len(prompt) > args.max_prompt_tokens:
-        raise UserError(f"generate: the question has {len(prompt)} tokens, more than --max-prompt-tokens")
-    with _start_engine(args, path, config, template) as engine:
+    with _start_engine(args, path, config, template, len(prompt)) as engine:
         [[answer]] = generate(engine, [Request(prompt, 1, args.max_tokens, args.seed)], args.temperature)
     print(template.decode(answer.token_ids))
     return 0
@@ -362,24 +328,28 @@ def run_doctor(args: argparse.Namespace, _: list[str]) -> int:
     return print_findings(examine())
 
 
-def _open_model(args: argparse.Namespace):
-    """Model path, prompt template and configuration for `--model`: a run folder brings its own, grader included."""
+def _open_model(args: argparse.Namespace, name: str):
+    """Model path, prompt template and configuration of a model: a run folder brings its own, grader included."""
     from luffy.checkpoint import choose
     from luffy.config import Config, load_config
     from luffy.run_folder import RunFolder
     from luffy.sources import load_template, resolve
 
     config = Config()
-    config.model.name = args.model
-    config.reward.grader = "answer"
-    run = RunFolder(args.model)
+    config.model.name = name
+    config.reward.grader = ""
+    run = RunFolder(name)
     if run.holds_a_run:
         config = load_config(str(run.path / "config.toml"))
         config.model.name = str(choose(run.checkpoints, args.checkpoint).resolve())
     elif args.checkpoint != "newest":
-        raise UserError(f"model: --checkpoint {args.checkpoint} is for run folders, and {args.model} is none")
-    if args.prompt_style:
-        config.model.prompt_style = args.prompt_style
+        raise UserError(f"model: --checkpoint {args.checkpoint} is for run folders, and {name} is none")
+    if args.template in TEMPLATES:
+        prompts = load_config(TEMPLATES[args.template]).model
+        config.model.prompt_style, config.model.system = "chat", prompts.system
+        config.model.chat_template = prompts.chat_template
+    elif args.template:
+        config.model.prompt_style = args.template
     if args.memory_fraction is not None:
         config.rollout.memory_fraction = args.memory_fraction
     if args.kv_cache_gib is not None:
@@ -389,7 +359,8 @@ def _open_model(args: argparse.Namespace):
     return path, load_template(path, config.model), config
 
 
-def _start_engine(args: argparse.Namespace, path: str, config, template):
+def _start_engine(args: argparse.Namespace, path: str, config, template, longest: int):
+    """longest: prompt, tokens."""
     from luffy import dtypes
     from luffy.rollout.vllm_engine import VllmEngine
 
@@ -398,7 +369,7 @@ def _start_engine(args: argparse.Namespace, path: str, config, template):
         config.rollout,
         dtype=dtypes.resolve(config.rollout.dtype or config.model.dtype),
         eos_token_id=template.eos_token_id,
-        max_model_len=args.max_prompt_tokens + args.max_tokens,
+        max_model_len=longest + args.max_tokens,
         trust_remote_code=config.model.trust_remote_code,
     )
 
@@ -443,6 +414,13 @@ def _fraction(text: str) -> float:
     value = float(text)
     if not 0 < value < 1:
         raise argparse.ArgumentTypeError(f"must lie between 0 and 1, got {value}")
+    return value
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"must lie above 0 and be at most 1, got {value}")
     return value
 
 

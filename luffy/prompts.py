@@ -70,7 +70,7 @@ class PromptTemplate:
         if style == "chat" and not (chat_template or tokenizer.chat_template):
             raise ValueError(
                 f"PromptTemplate: tokenizer {tokenizer.name_or_path!r} has no chat template; "
-                "give one as chat_template, or use style 'luffy' or 'plain'"
+                "give one as chat_template, or use style 'luffy' or 'plain' (--template of a command)"
             )
         self.tokenizer, self.style, self.system, self.chat_template = tokenizer, style, system, chat_template
         self.vocab_size = vocab_size

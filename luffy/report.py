@@ -10,7 +10,6 @@ from luffy.files import disk_errors, read_jsonl
 from luffy.run_folder import RunFolder
 
 if TYPE_CHECKING:
-    from luffy.evaluate import Evaluation
     from luffy.grade import Graded
     from luffy.rewards import Verdict
 
@@ -33,17 +32,6 @@ def print_result(run: RunFolder) -> None:
     if result["before"]:
         console.print(table)
     say(f"run folder: {run.path}   (curves.png, metrics.jsonl, samples/, {result['checkpoint']})")
-
-
-def print_evaluation(result: "Evaluation") -> None:
-    table = Table(title=f"{result.name}: {result.num_problems} problems, {result.mean_tokens:.0f} tokens an answer")
-    table.add_column("source")
-    table.add_column("accuracy", justify="right")
-    for source, accuracy in result.by_source.items():
-        table.add_row(source, f"{accuracy:.1%}")
-    table.add_row("all", _percent(result.record()), style="bold")
-    console.print(table)
-    say(f"truncated {result.truncated:.1%}, verifier timeouts or crashes {result.timeouts}")
 
 
 def print_grades(found: "Graded", grader: str, compare: str | None) -> None:

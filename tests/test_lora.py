@@ -246,6 +246,6 @@ def test_a_run_with_adapters_is_resumed_bit_for_bit(tmp_path):
     gaps = [record["rollout/logp_gap_mean"] for record in records(whole)]
     assert max(gaps) < 0.05
     [data] = (tmp_path / "cache" / "problems").glob("*/ood.parquet")
-    few = ["--limit", "2", "--max-tokens", "8", "--max-prompt-tokens", "400"]
+    few = ["--limit", "2", "--max-tokens", "8"]
     done = luffy("eval", "--model", whole, "--checkpoint", "2", "--data", data, *few, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]

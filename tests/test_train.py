@@ -191,15 +191,18 @@ def test_baselines_run_through_the_same_loop(home, objective):
 
 def test_evaluation_of_a_run(whole, home):
     [data] = (home / "cache" / "problems").glob("*/ood.parquet")
-    out = home / "answers.jsonl"
-    options = ["--limit", "3", "--max-tokens", "8", "--max-prompt-tokens", "400", "--out", out]
+    out = home / "answers"
+    options = ["--limit", "3", "--max-tokens", "8", "--out", out]
     done = luffy("eval", "--model", whole, "--data", data, *options, cwd=home)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert len(out.read_text().splitlines()) == 3
+    [answers] = out.glob("*/*.jsonl")
+    assert len(answers.read_text().splitlines()) == 1 + 3
+    [model] = json.loads((out / "summary.json").read_text())["models"].values()
+    assert model["benchmarks"][0]["grader"] == "answer-1"  # the run's
 
 
 def test_generation_from_a_run(whole, home):
-    done = luffy("generate", "2+2?", "--model", whole, "--max-tokens", "4", "--max-prompt-tokens", "100", cwd=home)
+    done = luffy("generate", "2+2?", "--model", whole, "--max-tokens", "4", cwd=home)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -67,6 +67,8 @@ class Request:
     """Completions to draw."""
     max_tokens: int
     seed: int
+    top_p: float = 1.0
+    """Below 1 the log-probs are those of the tokens that are left."""
 
 
 class Generation(Protocol):

@@ -102,6 +102,7 @@ class Servers:
             params: Params = {"n": request.count, "temperature": temperature, "max_tokens": request.max_tokens}
             params |= {"stop_token_ids": [self.eos_token_id], "detokenize": False, "logprobs": 0}
             params |= {"seed": request.seed} if temperature else {}
+            params |= {"top_p": request.top_p} if request.top_p < 1 else {}
             if self._version_of(client) < at_least:
                 raise Unreachable(f"{client.url} was started again and waits for weights")
             try:

@@ -26,6 +26,7 @@ class Stepping:
             params = SamplingParams(
                 n=request.count,
                 temperature=temperature,
+                top_p=request.top_p,
                 max_tokens=request.max_tokens,
                 stop_token_ids=[eos_token_id],  # the checkpoint's own EOS may be another token
                 logprobs=0,

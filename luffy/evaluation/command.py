@@ -1,0 +1,247 @@
+"""`luffy eval`: models on benchmarks, several answers to each problem."""
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from luffy.errors import UserError, user_errors
+
+TEMPLATES = {
+    "qwen-math": "oat-zero-qwen2.5-math-7b",
+    "simplerl-zero": "simplerl-zero-qwen2.5-math-7b",
+    "open-reasoner-zero": "open-reasoner-zero-qwen2.5-math-7b",
+    "prime-zero": "prime-zero-qwen2.5-math-7b",
+}
+"""Recipes whose prompts these are."""
+STYLES = ("chat", "luffy", "plain")
+NO_LIMIT = 1 << 30
+SHOWN = 5
+
+
+def add_eval(commands: Any, add_model_options: Any, positive: Any, fraction: Any) -> None:
+    parser = commands.add_parser(
+        "eval",
+        help="accuracy of models on problems with known answers",
+        description="Sample answers to every problem, grade them, and say how right they are, with intervals. What is "
+        "there in DIR already is not asked again. Rows that repeat a problem count as further answers to it.",
+    )
+    parser.add_argument(
+        "--data", required=True, nargs="+", metavar="PATH", help="parquet or JSONL files, folders, or dataset ids"
+    )
+    parser.add_argument("--split", help="of a folder, file or dataset id (default: the only one, or `train`)")
+    add_model_options(parser, temperature=0.6, models=True)
+    parser.add_argument("--top-p", type=fraction, default=1.0, metavar="P", help="default: %(default)s")
+    parser.add_argument("--n", type=positive, default=1, metavar="N", help="answers to a row (default: %(default)s)")
+    parser.add_argument("--pass-at", type=positive, nargs="+", default=[], metavar="K", help="unbiased pass@k")
+    parser.add_argument("--limit", type=positive, metavar="N", help="only the first N rows of each PATH")
+    parser.add_argument(
+        "--grader", help="as reward.grader (default: a run's own; else `choice` where answers are letters, or `boxed`)"
+    )
+    parser.add_argument("--compare", nargs="+", default=[], metavar="G", help="graders that are asked, too")
+    parser.add_argument("--out", metavar="DIR", default="evals", help="answers and summary.json (default: %(default)s)")
+
+
+@dataclass(slots=True)
+class Model:
+    name: str
+    path: str
+    template: Any
+    config: Any
+    benchmarks: dict[str, list[Any]]
+
+    @property
+    def slug(self) -> str:
+        return re.sub(r"[^\w.]+", "-", self.name).strip("-")
+
+
+def run_eval(args: argparse.Namespace, open_model: Any, start_engine: Any) -> int:
+    from luffy.evaluation.answers import Sampling
+    from luffy.evaluation.show import print_comparison, print_scores
+
+    if args.top_p < 1 and not args.temperature:
+        raise UserError("eval: --top-p changes nothing at --temperature 0, which is greedy; leave one of them out")
+    if len(set(args.model)) < len(args.model):
+        raise UserError("eval: a --model is named twice; name each once")
+    sampling = Sampling(args.temperature, args.top_p, args.max_tokens, args.seed)
+    models = [load_model(args, name, open_model) for name in args.model]
+    if len({model.slug for model in models}) < len(models):
+        raise UserError("eval: two of the models would share a folder of --out; evaluate them one at a time")
+    found: dict[str, list[Any]] = {}
+    fewest = min(q.count for model in models for questions in model.benchmarks.values() for q in questions)
+    if max(args.pass_at, default=0) > fewest:
+        raise UserError(
+            f"eval: pass@{max(args.pass_at)} needs as many answers to every problem, not {fewest}; raise --n"
+        )
+    with ExitStack() as stack:
+        pools = Pools(stack, models[0].config)
+        for grader in filter(None, (args.grader, *args.compare)):
+            pools[grader]  # one that does not exist is better known now
+        for model in models:
+            check_golds(model, args, pools)
+        for model in models:
+            found[model.name] = evaluate_model(args, model, sampling, pools, start_engine)
+            print_scores(model.name, found[model.name])
+    for name in args.model[1:]:
+        print_comparison(args.model[0], name, found[args.model[0]], found[name])
+    write_summary(Path(args.out), args, found)
+    return 0
+
+
+def load_model(args: argparse.Namespace, name: str, open_model: Any) -> Model:
+    from luffy.evaluation.questions import benchmarks_of
+    from luffy.sources import load_examples
+
+    path, template, config = open_model(args, name)
+    config.data.max_prompt_tokens = NO_LIMIT
+    examples = []
+    for source in args.data:
+        loaded = load_examples(source, template, config, split=args.split, limit=args.limit)
+        if lost := loaded.report.problems - loaded.report.kept:
+            print(f"{source}: {lost} problems cannot be asked: {loaded.report}")
+        examples += loaded.examples
+    n = args.n if args.temperature else 1
+    return Model(name, path, template, config, benchmarks_of(examples, n, several=bool(args.temperature)))
+
+
+class Pools:
+    """Verifier pools by grader, started when they are first needed."""
+
+    def __init__(self, stack: ExitStack, config: Any) -> None:
+        self._stack, self._config, self._open = stack, config, dict[str, Any]()
+
+    def __getitem__(self, grader: str) -> Any:
+        from luffy.rewards import VerifierPool
+
+        if grader not in self._open:
+            with user_errors("eval"):
+                pool = VerifierPool(grader, self._config.reward.workers, self._config.reward.timeout_s)
+            self._open[grader] = self._stack.enter_context(pool)
+        return self._open[grader]
+
+
+def grader_of(args: argparse.Namespace, model: Model, questions: Sequence[Any]) -> str:
+    if args.grader or model.config.reward.grader:
+        return args.grader or model.config.reward.grader
+    letters = all(re.fullmatch(r"[A-J]|[1-5]", one) for q in questions for one in golds(q))
+    return "choice" if letters else "boxed"
+
+
+def golds(question: Any) -> tuple[str, ...]:
+    return (question.answer,) if isinstance(question.answer, str) else question.answer
+
+
+def check_golds(model: Model, args: argparse.Namespace, pools: Pools) -> None:
+    """Say which answers no response could give, before hours are spent on them."""
+    for benchmark, questions in model.benchmarks.items():
+        grader = grader_of(args, model, questions)
+        if grader not in (
+            "boxed",
+            "choice",
+            "answer",
+            "train",
+            "deepscaler",
+            "deepscaler_v0",
+            "deepscaler_v1",
+            "exact",
+        ):
+            continue
+        verdicts = pools[grader].grade([(f"</think> \\boxed{{{golds(q)[0]}}}", q.answer) for q in questions])
+        bad = [q for q, verdict in zip(questions, verdicts, strict=True) if verdict.reward < 1]
+        if bad:
+            shown = ", ".join(f"{q.id} ({golds(q)[0]!r:.40})" for q in bad[:SHOWN])
+            print(
+                f"{benchmark}: `{grader}` does not accept {len(bad)} of the answers word by word: {shown}",
+                file=sys.stderr,
+            )
+
+
+def evaluate_model(args: argparse.Namespace, model: Model, sampling: Any, pools: Pools, start_engine: Any) -> list[Any]:
+    from luffy.evaluation.answers import Store, sample
+    from luffy.evaluation.progress import Asking
+    from luffy.evaluation.scores import grade, scores
+    from luffy.load import identity
+
+    folder, longest = Path(args.out, model.slug), check_positions(model, args.max_tokens)
+    about = {"model": model.name, "weights": identity(model.path), "prompt": prompt_of(model)} | asdict(sampling)
+    opened = model.template.opens_think
+    found = []
+    with ExitStack() as stack:
+        stores = {
+            name: stack.enter_context(Store(folder / f"{re.sub(r'[^a-zA-Z0-9_.]+', '-', name)}.jsonl", about))
+            for name in model.benchmarks
+        }
+        left = {n: sum(q not in stores[n] for q in questions) for n, questions in model.benchmarks.items()}
+        total = sum(map(len, model.benchmarks.values()))
+        if done := total - sum(left.values()):
+            print(f"{model.name}: {done} of {total} problems are answered in {folder} already")
+        engine = None
+        if any(left.values()):
+            engine = stack.enter_context(start_engine(args, model.path, model.config, model.template, longest))
+        for name, questions in model.benchmarks.items():
+            grader = grader_of(args, model, questions)
+            asked = [pools[grader], *(pools[other] for other in args.compare if other != grader)]
+            if engine is not None and left[name]:
+                with ThreadPoolExecutor(1) as grading, Asking(name, len(questions), left[name]) as progress:
+
+                    def answered(question: Any, answers: Any, progress: Any = progress, pool: Any = asked[0]) -> None:
+                        grading.submit(lambda: progress.add(grade([question], [answers], [pool], opened)[0].accuracy))
+
+                    try:
+                        sample(engine, model.template, questions, sampling, stores[name], answered)
+                    except KeyboardInterrupt:
+                        kept = total - sum(q not in stores[n] for n, every in model.benchmarks.items() for q in every)
+                        raise KeyboardInterrupt(
+                            f"stopped; {kept} of {total} problems are answered in {folder}, the same command goes on"
+                        ) from None
+            graded = grade(questions, [stores[name][q] for q in questions], asked, opened)
+            with user_errors("eval"):
+                found.append(scores(name, graded, grader, args.pass_at, args.seed))
+    return found
+
+
+def check_positions(model: Model, max_tokens: int) -> int:
+    """Tokens of the longest prompt. Raises UserError where it and the longest answer do not fit the model."""
+    from transformers import AutoConfig
+
+    described = AutoConfig.from_pretrained(model.path, trust_remote_code=model.config.model.trust_remote_code)
+    positions = getattr(described.get_text_config(), "max_position_embeddings", None)
+    longest = max((q for questions in model.benchmarks.values() for q in questions), key=lambda q: len(q.prompt_ids))
+    tokens = len(longest.prompt_ids)
+    if positions is not None and tokens + max_tokens > positions:
+        raise UserError(
+            f"eval: {model.name} has {positions} positions, and the prompt of {longest.id} ({tokens} tokens) with "
+            f"--max-tokens {max_tokens} makes {tokens + max_tokens}; lower --max-tokens"
+        )
+    return tokens
+
+
+def prompt_of(model: Model) -> str:
+    """How a question is put; what answers depend on besides the weights."""
+    return model.template.render([{"role": "user", "content": "?"}])
+
+
+def write_summary(folder: Path, args: argparse.Namespace, found: dict[str, list[Any]]) -> None:
+    from luffy.evaluation.scores import average, compare
+    from luffy.files import write_json
+    from luffy.run_folder import environment
+
+    models = {}
+    for name, every in found.items():
+        models[name] = {"benchmarks": [one.record() for one in every], "average": asdict(average(every))}
+        if name != args.model[0]:
+            against = compare(every, found[args.model[0]])
+            models[name]["difference"] = {
+                key: dict(zip(("mean", "low", "high", "p"), value, strict=True)) for key, value in against.items()
+            }
+            models[name]["difference_to"] = args.model[0]
+    settings = {
+        key: getattr(args, key) for key in ("n", "temperature", "top_p", "max_tokens", "seed", "template", "limit")
+    }
+    write_json(folder / "summary.json", {"settings": settings, "environment": environment(), "models": models})
+    print(f"answers and summary.json: {folder}")

@@ -1,0 +1,281 @@
+"""`luffy eval`: answers are kept, counted and graded as they should be."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+from test_cli import refused
+from tiny import luffy, make_model
+
+from luffy.errors import UserError
+from luffy.evaluation.answers import Answered, Sampling, Store, sample
+from luffy.evaluation.questions import benchmarks_of
+from luffy.evaluation.scores import average, compare, grade, judged_part, scores
+from luffy.evaluation.statistics import difference, interval
+from luffy.rewards import VerifierPool
+from luffy.rollout.engine import Completion
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    home = tmp_path_factory.mktemp("home")
+    make_model(home / "model")
+    make_model(home / "other", seed=1)
+    rows = [{"prompt": f"What is {n}+{n}?", "answer": str(2 * n), "data_source": "ab"[n % 2]} for n in range(12)]
+    (home / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (home / "letters.jsonl").write_text(json.dumps({"prompt": "A or B?", "answer": "A"}) + "\n")
+    return home
+
+
+def examples(*rows: tuple[str, tuple[int, ...], str]) -> list:
+    """(source, prompt ids, answer)"""
+    made = []
+    for at, (source, prompt, answer) in enumerate(rows):
+        messages = ({"role": "user", "content": f"question {prompt}"},)
+        problem = SimpleNamespace(id=f"{source}/{at}", data_source=source, messages=messages, answer=answer)
+        made.append(SimpleNamespace(problem=problem, prompt_ids=prompt))
+    return made
+
+
+def test_rows_that_repeat_a_question_are_answers_to_it():
+    """As LUFFY's files repeat AIME: 32 answers to 30 problems are a sample of 30."""
+    rows = examples(
+        ("aime", (1,), "3"), ("aime", (1,), "3"), ("aime", (2,), "4"), ("amc", (1,), "3"), ("aime", (1,), "5")
+    )
+    found = benchmarks_of(rows, 2)
+    assert {name: [(q.id, q.count) for q in every] for name, every in found.items()} == {
+        "aime": [("aime/0", 4), ("aime/2", 2), ("aime/4", 2)],
+        "amc": [("amc/3", 2)],
+    }
+    assert [q.count for q in benchmarks_of(rows, 1, several=False)["aime"]] == [1, 1, 1]
+
+
+QUESTIONS = benchmarks_of(examples(("x", (1,), "2"), ("x", (2,), "3"), ("x", (3,), "4")), 4)["x"]
+
+
+def boxes(*values: str) -> list[Answered]:
+    return [Answered(f"so \\boxed{{{value}}}" if value else "hm", len(value), bool(value)) for value in values]
+
+
+ANSWERS = [boxes("2", "2.0", "3", ""), boxes("1", "1", "3", "3"), boxes("5", "6", "7", "8")]
+
+
+def test_scores():
+    with VerifierPool("boxed") as pool, VerifierPool("exact") as other:
+        graded = grade(QUESTIONS, ANSWERS, [pool, other], opened=False)
+    found = scores("x", graded, "boxed", ks=[1, 2, 4])
+    assert (found.questions, found.answers, found.grader) == (3, 12, "boxed-2")
+    assert found.by_question == [0.5, 0.5, 0.0]
+    assert found.accuracy == pytest.approx(1 / 3)
+    assert found.interval == interval([[0.5, 0.5, 0.0]])
+    assert found.pass_at == pytest.approx({1: 1 / 3, 2: 2 * (5 / 6) / 3, 4: 2 / 3})
+    assert found.majority == pytest.approx((1 + 0.5 + 0) / 3)  # 2 and 2.0 are one vote
+    assert found.mean_tokens == pytest.approx((1 + 3 + 1 + 4 + 4) / 12)
+    assert found.truncated == found.no_answer == pytest.approx(1 / 12)
+    assert found.disagree == pytest.approx({"exact": 1 / 12})  # 2.0 is not 2 there
+    assert (found.timeouts, found.crashes) == (0, 0)
+    assert "by_question" not in found.record()
+    json.dumps(found.record())
+    with pytest.raises(ValueError, match=r"pass@5.*--n"):
+        scores("x", graded, "boxed", ks=[5])
+
+
+def test_averages_and_differences():
+    with VerifierPool("boxed") as pool:
+        one = scores("x", grade(QUESTIONS, ANSWERS, [pool], opened=False), "boxed")
+        all_right = [boxes(q.answer) * 4 for q in QUESTIONS]
+        two = scores("y", grade(QUESTIONS, all_right, [pool], opened=False), "boxed")
+    assert average([one, two]).accuracy == pytest.approx((1 / 3 + 1) / 2)
+    assert average([one, two]).interval == interval([one.by_question, two.by_question])
+    found = compare([two, two], [one, two])
+    assert found["y"] == difference([two.by_question], [two.by_question])
+    assert found["average"][0] == pytest.approx(1 / 3)
+
+
+def test_thoughts_are_not_graded():
+    assert judged_part("\\boxed{2}</think> \\boxed{3}", opened=True) == " \\boxed{3}"
+    assert judged_part("\\boxed{2}", opened=True) == ""
+    assert judged_part("<think>\\boxed{2}", opened=False) == ""
+    assert judged_part("\\boxed{2}", opened=False) == "\\boxed{2}"
+    texts = ["\\boxed{2}", "\\boxed{2}</think> it is 2", "\\boxed{3}</think> \\boxed{2}", "</think> 2"]
+    answers = [[Answered(text, 1, True) for text in texts]]
+    with VerifierPool("boxed") as boxed, VerifierPool("train") as train:
+        [found] = grade(QUESTIONS[:1], answers, [boxed, train], opened=True)
+    assert [v.reward for v in found.verdicts] == [0, 0, 1, 0]
+    assert [v.reward for v in found.others["train"]] == [0, 1, 1, 1]
+
+
+ABOUT = {"model": "m", "temperature": 0.6}
+
+
+def test_the_store_keeps_what_is_whole(tmp_path):
+    path = tmp_path / "deep" / "x.jsonl"
+    with Store(path, ABOUT) as store:
+        store.add(QUESTIONS[0], ANSWERS[0])
+        store.add(QUESTIONS[1], ANSWERS[1])
+    path.write_bytes(path.read_bytes()[:-7])  # killed in the middle of a line
+    with Store(path, ABOUT) as store:
+        assert [q in store for q in QUESTIONS] == [True, False, False]
+        assert store[QUESTIONS[0]] == ANSWERS[0]
+        store.add(QUESTIONS[1], ANSWERS[1])
+    with Store(path, ABOUT) as store:
+        assert [q in store for q in QUESTIONS] == [True, True, False]
+        fewer, other = QUESTIONS[0], QUESTIONS[1]
+        assert type(fewer)(fewer.id, "", fewer.prompt_ids, "2", 3) not in store  # another --n
+        assert type(other)(other.id, "", (9, 9), "2", 4) not in store  # another prompt
+
+
+def test_answers_of_something_else_are_not_gone_on_with(tmp_path):
+    Store(tmp_path / "x.jsonl", ABOUT).__exit__(None, None, None)
+    with pytest.raises(UserError, match=r"another temperature \(0.6, now 1.0\); take another --out"):
+        Store(tmp_path / "x.jsonl", ABOUT | {"temperature": 1.0})
+    (tmp_path / "y.jsonl").write_text('{"id": 3}\n')
+    with pytest.raises(UserError, match=r"y.jsonl holds no answers of `luffy eval`"):
+        Store(tmp_path / "y.jsonl", ABOUT)
+    assert (tmp_path / "y.jsonl").read_text() == '{"id": 3}\n'
+
+
+class Fake:
+    """An engine that answers one request at a time, and may be interrupted."""
+
+    def __init__(self, stop_after: int = 99) -> None:
+        self.asked, self.stopped, self.stop_after = [], False, stop_after
+
+    def awake(self):
+        import contextlib
+
+        return contextlib.nullcontext()
+
+    def begin(self, requests, temperature):
+        self.asked += requests
+        self.left = list(enumerate(requests))
+        return self
+
+    @property
+    def waiting(self):
+        return len(self.left)
+
+    def take(self, timeout):
+        if len(self.asked) - len(self.left) == self.stop_after:
+            raise KeyboardInterrupt
+        index, request = self.left.pop()
+        if request.prompt == (2,):
+            return [(index, [])]  # refused
+        return [(index, [Completion((request.seed % 7, n), (), True) for n in range(request.count)])]
+
+    def stop(self):
+        self.stopped = True
+
+
+def test_sampling_goes_on_where_it_was_stopped(tmp_path):
+    template, sampling = SimpleNamespace(decode=lambda ids: str(ids)), Sampling(0.6, 0.9, 5, 3)
+    whole, engine, seen = Store(tmp_path / "whole.jsonl", ABOUT), Fake(), []
+    sample(engine, template, QUESTIONS, sampling, whole, lambda q, answers: seen.append(q.id))
+    assert sorted(seen) == [q.id for q in QUESTIONS]
+    assert {(r.count, r.max_tokens, r.top_p) for r in engine.asked} == {(4, 5, 0.9)}
+    assert len({r.seed for r in engine.asked}) == 3
+    assert whole[QUESTIONS[1]] == [Answered("()", 0, False)] * 4  # refused is not right, and not asked again
+    parts, engine = Store(tmp_path / "parts.jsonl", ABOUT), Fake(stop_after=1)
+    with pytest.raises(KeyboardInterrupt):
+        sample(engine, template, QUESTIONS, sampling, parts, lambda *_: None)
+    assert engine.stopped
+    engine = Fake()
+    sample(engine, template, QUESTIONS, sampling, parts, lambda *_: None)
+    assert len(engine.asked) == 2
+    assert [parts[q] for q in QUESTIONS] == [whole[q] for q in QUESTIONS]
+
+
+def test_two_models_on_two_benchmarks(home):
+    """Through vLLM; a second time nothing is asked."""
+    options = ["--model", home / "model", home / "other", "--data", home / "sums.jsonl", home / "letters.jsonl"]
+    options += ["--n", "3", "--max-tokens", "6", "--pass-at", "2", "--compare", "answer", "--out", home / "out"]
+    done = luffy("eval", *options, cwd=home)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "average: " in done.stdout
+    assert "p = " in done.stdout
+    summary = json.loads((home / "out" / "summary.json").read_text())
+    first, second = summary["models"].values()
+    assert [b["benchmark"] for b in first["benchmarks"]] == ["a", "b", "letters"]
+    assert [b["grader"] for b in first["benchmarks"]] == ["boxed-2", "boxed-2", "choice-1"]
+    assert [b["answers"] for b in first["benchmarks"]] == [18, 18, 3]
+    assert all(b["disagree"].keys() == {"answer"} and b["pass_at"].keys() == {"2"} for b in first["benchmarks"])
+    assert second["difference"].keys() == {"a", "b", "letters", "average"}
+    files = {path: path.read_bytes() for path in home.glob("out/*/*.jsonl")}
+    assert len(files) == 6
+    again = luffy("eval", *options, "--limit", "1", cwd=home)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert again.stdout.count("2 of 2 problems are answered in") == 2
+    assert {path: path.read_bytes() for path in files} == files
+    other = luffy("eval", *options, "--temperature", "1", cwd=home)
+    assert refused(other, "another temperature (0.6, now 1.0)")
+
+
+def test_ctrl_c_and_the_same_command_again(home):
+    """Comes to what an evaluation comes to that nobody interrupts."""
+    options = ["--model", home / "model", "--data", home / "sums.jsonl", "--n", "2", "--max-tokens", "400"]
+    whole = luffy("eval", *options, "--out", home / "whole", cwd=home)
+    assert whole.returncode == 0, whole.stderr[-3000:]
+    command = [sys.executable, "-m", "luffy", "eval", *map(str, options), "--out", str(home / "parts")]
+    process = subprocess.Popen(command, cwd=home, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    answers, deadline = home / "parts" / whole_slug(home) / "a.jsonl", time.monotonic() + 120
+    while not (answers.exists() and answers.read_text().count("\n") > 2):
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()[1][-3000:]
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors[-3000:]
+    assert "of 12 problems are answered in" in errors
+    assert "the same command goes on" in errors
+    assert not (home / "parts" / "summary.json").exists()
+    rest = luffy("eval", *options, "--out", home / "parts", cwd=home)
+    assert rest.returncode == 0, rest.stderr[-3000:]
+    assert lines(home / "parts") == lines(home / "whole")
+    one, two = (json.loads((home / name / "summary.json").read_text()) for name in ("whole", "parts"))
+    assert one == two
+
+
+def whole_slug(home) -> str:
+    return next((home / "whole").glob("*/")).name
+
+
+def lines(folder) -> dict[str, list[str]]:
+    return {path.name: sorted(path.read_text().splitlines()) for path in folder.glob("*/*.jsonl")}
+
+
+def test_what_cannot_be_asked(home):
+    base = ["eval", "--data", home / "sums.jsonl", "--model", home / "model", "--out", home / "none"]
+    assert refused(luffy(*base, "--temperature", "0", "--top-p", "0.9", cwd=home), "--top-p", "greedy")
+    assert refused(luffy(*base[:-2], "--model", "m", "m", cwd=home), "named twice")
+    assert refused(luffy(*base, "--grader", "boxd", cwd=home), "boxd")
+    assert refused(luffy("eval", "--data", home / "no.parquet", "--model", home / "model", cwd=home), "no.parquet")
+    assert refused(luffy(*base, "--max-tokens", "9999", cwd=home), "positions", "lower --max-tokens")
+    assert refused(luffy(*base, "--pass-at", "3", cwd=home), "pass@3", "--n")
+    assert not (home / "none").exists()
+
+
+def test_golds_that_nobody_could_give_are_said_first(home):
+    (home / "odd.jsonl").write_text('{"prompt": "?", "answer": "$ $"}\n{"prompt": "!", "answer": "3"}\n')
+    options = ["--data", home / "odd.jsonl", "--max-tokens", "2", "--out", home / "odd"]
+    done = luffy("eval", "--model", home / "model", *options, cwd=home)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "`boxed` does not accept 1 of the answers word by word: odd/0 ('$ $')" in done.stderr
+
+
+def test_a_model_without_a_chat_template(home):
+    folder = make_model(home / "bare")
+    for name in ("chat_template.jinja", "tokenizer_config.json"):
+        file = folder / name
+        if name.endswith("jinja"):
+            file.unlink(missing_ok=True)
+        elif file.exists():
+            kept = {k: v for k, v in json.loads(file.read_text()).items() if k != "chat_template"}
+            file.write_text(json.dumps(kept))
+    done = luffy("eval", "--data", home / "sums.jsonl", "--model", folder, "--out", home / "bare-out", cwd=home)
+    assert refused(done, "no chat template", "--template")
+    options = ["--template", "plain", "--max-tokens", "2", "--out", home / "bare-out"]
+    assert luffy("eval", "--data", home / "sums.jsonl", "--model", folder, *options, cwd=home).returncode == 0
