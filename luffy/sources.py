@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from luffy.config import Config, ModelConfig
-from luffy.data import Example, load_problems, tokenize
+from luffy.data import Example, Problem, load_problems, tokenize
 from luffy.embedded import cache_dir, resolve_model
 from luffy.errors import UserError, user_errors
 from luffy.problems import ProblemSpec, write_splits
@@ -73,7 +73,11 @@ def load_examples(
     source: str | Path, template: PromptTemplate, config: Config, *, split: str | None = None, limit: int | None = None
 ) -> Loaded:
     with user_errors("data"):
-        problems = load_problems(source, split=split, limit=limit)
+        return tokenized(load_problems(source, split=split, limit=limit), template, config)
+
+
+def tokenized(problems: list[Problem], template: PromptTemplate, config: Config) -> Loaded:
+    with user_errors("data"):
         limits = {"max_prompt_tokens": config.data.max_prompt_tokens, "max_trace_tokens": config.data.max_trace_tokens}
         return Loaded(*tokenize(problems, template, **limits))
 

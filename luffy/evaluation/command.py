@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from luffy.errors import UserError, user_errors
+from luffy.evaluation.suites import NAMES, SUITES, benchmarks_in, problems_of
+from luffy.seeds import derive
 
 TEMPLATES = {
     "qwen-math": "oat-zero-qwen2.5-math-7b",
@@ -32,14 +34,18 @@ def add_eval(commands: Any, add_model_options: Any, positive: Any, fraction: Any
         "there in DIR already is not asked again. Rows that repeat a problem count as further answers to it.",
     )
     parser.add_argument(
-        "--data", required=True, nargs="+", metavar="PATH", help="parquet or JSONL files, folders, or dataset ids"
+        "--data", nargs="+", default=[], metavar="PATH", help="parquet or JSONL files, folders, dataset ids"
     )
+    parser.add_argument(
+        "--suite", nargs="+", default=[], metavar="NAME", help=f"{', '.join(SUITES)}, or benchmarks: {', '.join(NAMES)}"
+    )
+    parser.add_argument("--shuffle-options", action="store_true", help="of a suite's multiple choice, by --seed")
     parser.add_argument("--split", help="of a folder, file or dataset id (default: the only one, or `train`)")
     add_model_options(parser, temperature=0.6, models=True)
     parser.add_argument("--top-p", type=fraction, default=1.0, metavar="P", help="default: %(default)s")
     parser.add_argument("--n", type=positive, default=1, metavar="N", help="answers to a row (default: %(default)s)")
     parser.add_argument("--pass-at", type=positive, nargs="+", default=[], metavar="K", help="unbiased pass@k")
-    parser.add_argument("--limit", type=positive, metavar="N", help="only the first N rows of each PATH")
+    parser.add_argument("--limit", type=positive, metavar="N", help="only the first N rows of each")
     parser.add_argument(
         "--grader", help="as reward.grader (default: a run's own; else `choice` where answers are letters, or `boxed`)"
     )
@@ -64,6 +70,10 @@ def run_eval(args: argparse.Namespace, open_model: Any, start_engine: Any) -> in
     from luffy.evaluation.answers import Sampling
     from luffy.evaluation.show import print_comparison, print_scores
 
+    if not args.data and not args.suite:
+        raise UserError(f"eval: --data or --suite ({', '.join(SUITES)}) must say what is asked")
+    if unknown := [name for name in benchmarks_in(args.suite) if name not in (*NAMES, "quick")]:
+        raise UserError(f"eval: --suite {unknown[0]} is none of {', '.join((*SUITES, *NAMES))}")
     if args.top_p < 1 and not args.temperature:
         raise UserError("eval: --top-p changes nothing at --temperature 0, which is greedy; leave one of them out")
     if len(set(args.model)) < len(args.model):
@@ -94,19 +104,29 @@ def run_eval(args: argparse.Namespace, open_model: Any, start_engine: Any) -> in
 
 
 def load_model(args: argparse.Namespace, name: str, open_model: Any) -> Model:
+    from luffy.data import load_problems
     from luffy.evaluation.questions import benchmarks_of
-    from luffy.sources import load_examples
+    from luffy.sources import tokenized
 
     path, template, config = open_model(args, name)
     config.data.max_prompt_tokens = NO_LIMIT
-    examples = []
-    for source in args.data:
-        loaded = load_examples(source, template, config, split=args.split, limit=args.limit)
+    asked: list[tuple[str, Any, int]] = []
+    with user_errors("data"):
+        asked += [(source, load_problems(source, split=args.split, limit=args.limit), 1) for source in args.data]
+    for benchmark in benchmarks_in(args.suite):
+        seed = derive(args.seed, "options") if args.shuffle_options else 0
+        repeats = NAMES[benchmark].repeats if benchmark in NAMES else 1
+        asked.append((benchmark, problems_of(benchmark, seed=seed, limit=args.limit), repeats))
+    found: dict[str, list[Any]] = {}
+    for source, problems, repeats in asked:
+        loaded = tokenized(problems, template, config)
         if lost := loaded.report.problems - loaded.report.kept:
             print(f"{source}: {lost} problems cannot be asked: {loaded.report}")
-        examples += loaded.examples
-    n = args.n if args.temperature else 1
-    return Model(name, path, template, config, benchmarks_of(examples, n, several=bool(args.temperature)))
+        made = benchmarks_of(loaded.examples, args.n * repeats, several=bool(args.temperature))
+        if twice := found.keys() & made.keys():
+            raise UserError(f"eval: two sources have problems of {min(twice)}; evaluate them one at a time")
+        found |= made
+    return Model(name, path, template, config, found)
 
 
 class Pools:
