@@ -252,6 +252,9 @@ class EvalConfig(Section):
     validation: str | None = None
     """Problems for the evaluations during training, by which the best checkpoint is chosen and kept; none of them may
     be among those of `eval.path`. Null: the first evaluated set, and no best checkpoint."""
+    overlap: Literal["refuse", "warn"] = "refuse"
+    """What is done where a training problem is also one that the run is judged by (the same question, less spaces and
+    case): `refuse` to train, or `warn` and go on."""
     every: Annotated[int, Field(ge=0)] = 10
     """Steps between evaluations during training; 0: only before and after."""
     every_limit: PositiveInt | None = None

@@ -30,6 +30,7 @@ from luffy.rollout.engine import Engine
 from luffy.run_folder import RunFolder
 from luffy.sequence import check_heads
 from luffy.sources import (
+    check_overlap,
     evaluation_sources,
     load_examples,
     load_template,
@@ -132,6 +133,9 @@ def _set_up(
         if loaded.report.prompts_too_long:
             say(f"{name}: {loaded.report}")
     validation = load_validation(config, template, heldout)
+    judged = heldout | ({"eval.validation": validation} if validation else {})
+    if said := check_overlap(config, training.examples, judged):
+        say(f"warning: {said}")
     if not heldout and not validation:
         say("no held-out problems: set eval.path to measure accuracy before, during and after")
     with user_errors("train"):

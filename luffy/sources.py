@@ -97,6 +97,34 @@ def load_validation(config: Config, template: PromptTemplate, heldout: dict[str,
     return examples
 
 
+def check_overlap(config: Config, training: list[Example], judged: dict[str, list[Example]]) -> str:
+    """What to say of training problems that the run is also judged by; "" where there are none.
+
+    judged: by the name of their set.
+
+    Raises:
+        UserError: there are some, and `eval.overlap` says to refuse.
+    """
+    from luffy.data_check import plain
+
+    asked = {plain(example.problem) for example in training}
+    for name, examples in judged.items():
+        shared = [example.problem.id for example in examples if plain(example.problem) in asked]
+        if not shared:
+            continue
+        said = (
+            f"{len(shared)} of {len(examples)} problems that the run is judged by ({name}; first: {shared[0]}) are "
+            f"also trained on"
+        )
+        if config.eval.overlap == "refuse":
+            raise UserError(
+                f"data: {said}, so accuracy would be that of a memory; leave them out (luffy data check FILE --against "
+                f"OTHER names them, luffy data prepare --complement too), or set eval.overlap=warn"
+            )
+        return said
+    return ""
+
+
 def resolve(config: ModelConfig) -> str:
     """The folder or Hugging Face id to load the model from."""
     with user_errors("model"):

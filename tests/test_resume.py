@@ -160,7 +160,7 @@ def ranks_of(process: subprocess.Popen) -> list[int]:
 def test_the_best_checkpoint_by_a_validation_set_stays(home):
     [data] = (home / "cache" / "problems").glob("*/train.parquet")
     options = {"train__steps": 3, "checkpoint__every": 1, "checkpoint__keep": 1, "eval__every": 1}
-    run = run_to_end(home, "validated", **options, eval__validation=data, eval__every_limit=3)
+    run = run_to_end(home, "validated", **options, eval__validation=data, eval__every_limit=3, eval__overlap="warn")
     assert [r["name"] for r in records(run, "evals")].count("validation") == 3
     result = json.loads((run / "result.json").read_text())
     assert result["checkpoint"] == "checkpoints/step-000003"

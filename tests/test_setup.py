@@ -14,7 +14,7 @@ from luffy.data.problem import Problem
 from luffy.errors import UserError
 from luffy.objectives import make_objective
 from luffy.prompts import PromptTemplate
-from luffy.sources import load_validation
+from luffy.sources import check_overlap, load_examples, load_validation
 
 
 def example(name: str, prompt: int, *traces: int) -> Example:
@@ -89,6 +89,24 @@ def test_a_validation_set_may_not_hold_what_the_run_is_judged_by(tmp_path):
         UserError, match=r"eval.validation: 1 of its problems are also among those evaluated in the end"
     ):
         load_validation(config, template, {"heldout": examples[1:]})
+
+
+def test_what_a_run_is_judged_by_is_not_trained_on(tmp_path):
+    """Also where it is written a little differently."""
+
+    def asked(*questions: str):
+        path = tmp_path / "questions.jsonl"
+        path.write_text("".join(json.dumps({"question": q, "answer": "#### 1"}) + "\n" for q in questions))
+        return load_examples(path, PromptTemplate(make_tokenizer()), config).examples
+
+    config = Config()
+    training = asked("What is 7+3?", "Name a prime.", "Another?")
+    assert check_overlap(config, training, {"heldout": asked("What is 7-3?"), "ood": asked("name two primes")}) == ""
+    judged = {"ood": asked("Something else"), "heldout": asked("x", "what  is 7+3 ?", "Name a prime")}
+    with pytest.raises(UserError, match=r"2 of 3 problems .*\(heldout; first: questions/1\).*eval.overlap=warn"):
+        check_overlap(config, training, judged)
+    config.eval.overlap = "warn"
+    assert "2 of 3 problems" in check_overlap(config, training, judged)
 
 
 def test_many_ranks_end_together_with_one_sentence(tmp_path):
