@@ -164,7 +164,11 @@ def question(problem: Problem) -> str:
 
 def plain(problem: Problem) -> str:
     """Its question, less spaces, case and the stops of sentences; 7+3 and 7-3 are two."""
-    return " ".join(_PART.findall(question(problem).casefold()))
+    return plain_text(question(problem))
+
+
+def plain_text(text: str) -> str:
+    return " ".join(_PART.findall(text.casefold()))
 
 
 def runs_of(problem: Problem, words: int) -> Iterator[tuple[str, ...]]:

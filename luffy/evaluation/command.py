@@ -50,6 +50,9 @@ def add_eval(commands: Any, add_model_options: Any, positive: Any, fraction: Any
         "--grader", help="as reward.grader (default: a run's own; else `choice` where answers are letters, or `boxed`)"
     )
     parser.add_argument("--compare", nargs="+", default=[], metavar="G", help="graders that are asked, too")
+    parser.add_argument(
+        "--report", metavar="FILE.html", help="a page with everything; tables beside it as .md and .tex"
+    )
     parser.add_argument("--out", metavar="DIR", default="evals", help="answers and summary.json (default: %(default)s)")
 
 
@@ -74,6 +77,8 @@ def run_eval(args: argparse.Namespace, open_model: Any, start_engine: Any) -> in
         raise UserError(f"eval: --data or --suite ({', '.join(SUITES)}) must say what is asked")
     if unknown := [name for name in benchmarks_in(args.suite) if name not in (*NAMES, "quick")]:
         raise UserError(f"eval: --suite {unknown[0]} is none of {', '.join((*SUITES, *NAMES))}")
+    if args.report and not Path(args.report).resolve().parent.is_dir():
+        raise UserError(f"eval: the folder of --report {args.report} does not exist")
     if args.top_p < 1 and not args.temperature:
         raise UserError("eval: --top-p changes nothing at --temperature 0, which is greedy; leave one of them out")
     if len(set(args.model)) < len(args.model):
@@ -83,6 +88,7 @@ def run_eval(args: argparse.Namespace, open_model: Any, start_engine: Any) -> in
     if len({model.slug for model in models}) < len(models):
         raise UserError("eval: two of the models would share a folder of --out; evaluate them one at a time")
     found: dict[str, list[Any]] = {}
+    graded: dict[str, dict[str, list[Any]]] = {}
     fewest = min(q.count for model in models for questions in model.benchmarks.values() for q in questions)
     if max(args.pass_at, default=0) > fewest:
         raise UserError(
@@ -95,12 +101,39 @@ def run_eval(args: argparse.Namespace, open_model: Any, start_engine: Any) -> in
         for model in models:
             check_golds(model, args, pools)
         for model in models:
-            found[model.name] = evaluate_model(args, model, sampling, pools, start_engine)
+            found[model.name], graded[model.name] = evaluate_model(args, model, sampling, pools, start_engine)
             print_scores(model.name, found[model.name])
     for name in args.model[1:]:
         print_comparison(args.model[0], name, found[args.model[0]], found[name])
     write_summary(Path(args.out), args, found)
+    if args.report:
+        from luffy.evaluation.html import Evaluated, write_report
+
+        evaluated = [Evaluated(name, every, graded[name]) for name, every in found.items()]
+        write_report(Path(args.report), evaluated, settings_of(args), doubts(models))
+        print(f"report: {args.report}")
     return 0
+
+
+def doubts(models: Sequence[Model]) -> list[str]:
+    """What a reader should know before the numbers: problems that chose a run's best checkpoint are judged by again."""
+    from luffy.data import load_problems
+    from luffy.data_check import plain_text
+
+    found = []
+    for model in models:
+        validation = model.config.eval.validation
+        if not validation or not Path(validation).exists():
+            continue
+        with user_errors("eval"):
+            chosen = {plain_text(p.messages[-1]["content"]) for p in load_problems(validation)}
+        for name, questions in model.benchmarks.items():
+            if shared := sum(plain_text(question.text) in chosen for question in questions):
+                found.append(
+                    f"{shared} of {len(questions)} problems of {name} are in {validation}, by which {model.name}'s "
+                    f"best checkpoint was chosen."
+                )
+    return found
 
 
 def load_model(args: argparse.Namespace, name: str, open_model: Any) -> Model:
@@ -181,7 +214,10 @@ def check_golds(model: Model, args: argparse.Namespace, pools: Pools) -> None:
             )
 
 
-def evaluate_model(args: argparse.Namespace, model: Model, sampling: Any, pools: Pools, start_engine: Any) -> list[Any]:
+def evaluate_model(
+    args: argparse.Namespace, model: Model, sampling: Any, pools: Pools, start_engine: Any
+) -> tuple[list[Any], dict[str, list[Any]]]:
+    """Scores of each benchmark, and the graded answers that they are made of."""
     from luffy.evaluation.answers import Store, sample
     from luffy.evaluation.progress import Asking
     from luffy.evaluation.scores import grade, scores
@@ -190,7 +226,7 @@ def evaluate_model(args: argparse.Namespace, model: Model, sampling: Any, pools:
     folder, longest = Path(args.out, model.slug), check_positions(model, args.max_tokens)
     about = {"model": model.name, "weights": identity(model.path), "prompt": prompt_of(model)} | asdict(sampling)
     opened = model.template.opens_think
-    found = []
+    found, answers = [], {}
     with ExitStack() as stack:
         stores = {
             name: stack.enter_context(Store(folder / f"{re.sub(r'[^a-zA-Z0-9_.]+', '-', name)}.jsonl", about))
@@ -219,10 +255,10 @@ def evaluate_model(args: argparse.Namespace, model: Model, sampling: Any, pools:
                         raise KeyboardInterrupt(
                             f"stopped; {kept} of {total} problems are answered in {folder}, the same command goes on"
                         ) from None
-            graded = grade(questions, [stores[name][q] for q in questions], asked, opened)
+            answers[name] = grade(questions, [stores[name][q] for q in questions], asked, opened)
             with user_errors("eval"):
-                found.append(scores(name, graded, grader, args.pass_at, args.seed))
-    return found
+                found.append(scores(name, answers[name], grader, args.pass_at, args.seed))
+    return found, answers
 
 
 def check_positions(model: Model, max_tokens: int) -> int:
@@ -260,8 +296,10 @@ def write_summary(folder: Path, args: argparse.Namespace, found: dict[str, list[
                 key: dict(zip(("mean", "low", "high", "p"), value, strict=True)) for key, value in against.items()
             }
             models[name]["difference_to"] = args.model[0]
-    settings = {
-        key: getattr(args, key) for key in ("n", "temperature", "top_p", "max_tokens", "seed", "template", "limit")
-    }
-    write_json(folder / "summary.json", {"settings": settings, "environment": environment(), "models": models})
+    write_json(folder / "summary.json", {"settings": settings_of(args), "environment": environment(), "models": models})
     print(f"answers and summary.json: {folder}")
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    names = ("n", "temperature", "top_p", "max_tokens", "seed", "template", "limit")
+    return {name: getattr(args, name) for name in names}

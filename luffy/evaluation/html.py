@@ -1,0 +1,167 @@
+"""The report of an evaluation: one HTML file that needs no network, and tables for a paper."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from luffy.evaluation.mathml import answer, typeset
+from luffy.evaluation.published import Published, beside, published_name
+from luffy.evaluation.scores import Graded, Scores, average, compare
+from luffy.files import write_text
+
+PROBLEMS, RESPONSES, CHARACTERS = 200, 2, 6000
+"""Shown in full: problems of a benchmark, responses to each, characters of a response."""
+
+
+@dataclass(slots=True)
+class Evaluated:
+    """A model's part of a report."""
+
+    model: str
+    scores: list[Scores]
+    graded: dict[str, list[Graded]]
+    """By benchmark."""
+
+
+def write_report(path: Path, models: Sequence[Evaluated], settings: dict[str, Any], warnings: Sequence[str]) -> None:
+    """`path`, and beside it the same tables as Markdown and LaTeX.
+
+    settings: how answers were sampled. warnings: what makes numbers doubtful, shown first.
+    """
+    import jinja2
+
+    names = [one.benchmark for one in models[0].scores]
+    page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    text = page.from_string((files("luffy.evaluation") / "report.html").read_text(encoding="utf-8")).render(
+        title=", ".join(model.model for model in models),
+        settings=settings,
+        warnings=warnings,
+        benchmarks=names,
+        names={name: title(name) for name in names},
+        ours=[row(model) for model in models],
+        published=[theirs(one, names) for one in beside(names)],
+        differences=differences(models),
+        scores=[(model.model, one) for model in models for one in model.scores],
+        problems=[
+            problem(model.model, name, item) for model in models for name in names for item in shown(model, name)
+        ],
+        limits={"problems": PROBLEMS, "responses": RESPONSES},
+        markdown=markdown(models),
+        latex=latex(models),
+    )
+    write_text(path, text)
+    write_text(path.with_suffix(".md"), markdown(models))
+    write_text(path.with_suffix(".tex"), latex(models))
+
+
+def row(model: Evaluated) -> dict[str, Any]:
+    mean = average(model.scores)
+    cells = [(one.accuracy, one.interval) for one in model.scores]
+    graders = ", ".join(dict.fromkeys(one.grader for one in model.scores))
+    return {"model": model.model, "grader": graders, "cells": cells, "average": (mean.accuracy, mean.interval)}
+
+
+def theirs(one: Published, names: Sequence[str]) -> dict[str, Any]:
+    """With an average of our own making, over the benchmarks that are compared: None where one of them is missing."""
+    cells = [one.percent.get(published_name(name) or "") for name in names]
+    known = [cell for cell in cells if cell is not None]
+    return {
+        "method": one.method,
+        "base": one.base_model,
+        "source": one.source,
+        "grader": one.grader,
+        "note": one.note,
+        "cells": cells,
+        "average": sum(known) / len(known) if len(known) == len(cells) else None,
+    }
+
+
+def differences(models: Sequence[Evaluated]) -> list[tuple[str, str, tuple[float, float, float, float]]]:
+    """(model, benchmark, difference to the first model)"""
+    first = models[0]
+    return [
+        (model.model, name, found)
+        for model in models[1:]
+        for name, found in compare(model.scores, first.scores).items()
+    ]
+
+
+def shown(model: Evaluated, name: str) -> list[Graded]:
+    return model.graded[name][:PROBLEMS]
+
+
+def problem(model: str, benchmark: str, item: Graded) -> dict[str, Any]:
+    """A right and a wrong response where there are both."""
+    order = sorted(range(len(item.answers)), key=lambda at: (item.right[at], at))
+    chosen = sorted({order[0], order[-1], *order[:RESPONSES]}, key=order.index)[:RESPONSES]
+    if len(order) > 1:
+        chosen = sorted({order[0], order[-1]})
+    return {
+        "model": model,
+        "benchmark": benchmark,
+        "id": item.question.id,
+        "question": typeset(item.question.text),
+        "gold": answer(
+            item.question.answer if isinstance(item.question.answer, str) else " | ".join(item.question.answer)
+        ),
+        "accuracy": item.accuracy,
+        "answers": len(item.answers),
+        "responses": [response(item, at) for at in chosen],
+    }
+
+
+def response(item: Graded, at: int) -> dict[str, Any]:
+    given, verdict = item.answers[at], item.verdicts[at]
+    text, more = given.text, len(given.text) - CHARACTERS
+    if more > 0:
+        text = f"{text[: CHARACTERS // 3]}\n[... {more:,} characters ...]\n{text[-2 * CHARACTERS // 3 :]}"
+    what = "right" if verdict.reward >= 1 else "wrong" if verdict.status == "ok" else verdict.status
+    others = {name: verdicts[at].reward >= 1 for name, verdicts in item.others.items()}
+    marks = {"what": what, "tokens": given.tokens, "finished": given.finished, "others": others}
+    return {"text": typeset(text), "said": answer(item.said[at])} | marks
+
+
+def markdown(models: Sequence[Evaluated]) -> str:
+    names = [title(one.benchmark) for one in models[0].scores]
+    lines = [f"| model | {' | '.join(names)} | average |", "|---|" + "---:|" * (len(names) + 1)]
+    for model in models:
+        cells = [f"{100 * one.accuracy:.1f} ({_span(one.interval)})" for one in model.scores]
+        mean = average(model.scores)
+        lines.append(f"| {model.model} | {' | '.join(cells)} | {100 * mean.accuracy:.1f} ({_span(mean.interval)}) |")
+    lines += ["", f"In parentheses 95 % intervals over problems. {graded_by(models)}"]
+    return "\n".join(lines) + "\n"
+
+
+def latex(models: Sequence[Evaluated]) -> str:
+    names = [title(one.benchmark) for one in models[0].scores]
+    lines = [rf"\begin{{tabular}}{{l{'c' * (len(names) + 1)}}}", r"\hline"]
+    lines += [" & ".join(["model", *map(_tex, names), "average"]) + r" \\", r"\hline"]
+    for model in models:
+        mean = average(model.scores)
+        pairs = [*((one.accuracy, one.interval) for one in model.scores), (mean.accuracy, mean.interval)]
+        cells = [rf"${100 * accuracy:.1f}_{{{_span(interval)}}}$" for accuracy, interval in pairs]
+        lines.append(" & ".join([_tex(model.model), *cells]) + r" \\")
+    lines += [r"\hline", r"\end{tabular}", f"% Subscripts: 95 % intervals over problems. {graded_by(models)}"]
+    return "\n".join(lines) + "\n"
+
+
+def graded_by(models: Sequence[Evaluated]) -> str:
+    found = dict.fromkeys((one.benchmark, one.grader, one.answers // one.questions) for m in models for one in m.scores)
+    return "Graders, answers to a problem: " + "; ".join(f"{name} {grader}, {n}" for name, grader, n in found) + "."
+
+
+def title(benchmark: str) -> str:
+    return published_name(benchmark) or benchmark
+
+
+def _span(interval: tuple[float, float]) -> str:
+    return f"{100 * interval[0]:.1f}-{100 * interval[1]:.1f}"
+
+
+def _tex(text: str) -> str:
+    return "".join(
+        f"\\{mark}" if mark in "&%$#_{}" else {"\\": r"\textbackslash{}", "~": r"\~{}", "^": r"\^{}"}.get(mark, mark)
+        for mark in text
+    )
