@@ -10,8 +10,10 @@ import sys
 from typing import Any
 
 from luffy.errors import UserError
-from luffy.evaluation.command import STYLES, TEMPLATES, add_eval, run_eval
+from luffy.evaluation.command import add_eval, run_eval
+from luffy.generate import add_generate, run_generate
 from luffy.launch import add_options
+from luffy.opening import STYLES, TEMPLATES
 from luffy.prepare.command import add_prepare, run_prepare
 from luffy.problems.gym import add_gym, run_gym
 
@@ -25,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
         commands = {
             "train": run_train,
             "eval": run_evaluation,
-            "generate": run_generate,
+            "generate": run_generation,
             "plan": run_plan,
             "grade": run_grade,
         }
@@ -100,9 +102,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     grade.add_argument("--show", type=_positive, default=20, metavar="N", help="disagreements (default: %(default)s)")
 
-    generate = commands.add_parser("generate", help="answer a question")
-    generate.add_argument("question")
-    _add_model_options(generate, temperature=0.6)
+    add_generate(commands, _add_model_options, _positive, _share)
 
     data = commands.add_parser("data", help="look at problems before a run is spent on them, prepare or score them")
     whats = data.add_subparsers(dest="what", required=True, metavar="check|gym|prepare|score")
@@ -248,7 +248,7 @@ def run_plan(args: argparse.Namespace, overrides: list[str]) -> int:
 
 def run_evaluation(args: argparse.Namespace, _: list[str]) -> int:
     _quiet()
-    return run_eval(args, _open_model, _start_engine)
+    return run_eval(args)
 
 
 def run_grade(args: argparse.Namespace, _: list[str]) -> int:
@@ -309,16 +309,9 @@ def run_score(args: argparse.Namespace) -> int:
     return 0
 
 
-def run_generate(args: argparse.Namespace, _: list[str]) -> int:
-    from luffy.rollout.engine import Request, generate
-
+def run_generation(args: argparse.Namespace, _: list[str]) -> int:
     _quiet()
-    path, template, config = _open_model(args, args.model)
-    prompt = tuple(template.encode_prompt([{"role": "user", "content": args.question}]))
-    with _start_engine(args, path, config, template, len(prompt)) as engine:
-        [[answer]] = generate(engine, [Request(prompt, 1, args.max_tokens, args.seed)], args.temperature)
-    print(template.decode(answer.token_ids))
-    return 0
+    return run_generate(args)
 
 
 def run_doctor(args: argparse.Namespace, _: list[str]) -> int:
@@ -326,52 +319,6 @@ def run_doctor(args: argparse.Namespace, _: list[str]) -> int:
 
     _quiet()
     return print_findings(examine())
-
-
-def _open_model(args: argparse.Namespace, name: str):
-    """Model path, prompt template and configuration of a model: a run folder brings its own, grader included."""
-    from luffy.checkpoint import choose
-    from luffy.config import Config, load_config
-    from luffy.run_folder import RunFolder
-    from luffy.sources import load_template, resolve
-
-    config = Config()
-    config.model.name = name
-    config.reward.grader = ""
-    run = RunFolder(name)
-    if run.holds_a_run:
-        config = load_config(str(run.path / "config.toml"))
-        config.model.name = str(choose(run.checkpoints, args.checkpoint).resolve())
-    elif args.checkpoint != "newest":
-        raise UserError(f"model: --checkpoint {args.checkpoint} is for run folders, and {name} is none")
-    if args.template in TEMPLATES:
-        prompts = load_config(TEMPLATES[args.template]).model
-        config.model.prompt_style, config.model.system = "chat", prompts.system
-        config.model.chat_template = prompts.chat_template
-    elif args.template:
-        config.model.prompt_style = args.template
-    if args.memory_fraction is not None:
-        config.rollout.memory_fraction = args.memory_fraction
-    if args.kv_cache_gib is not None:
-        config.rollout.kv_cache_gib = args.kv_cache_gib
-    config.rollout.sleep = False  # nobody else wants the memory, and nothing would bring the weights back
-    path = resolve(config.model)
-    return path, load_template(path, config.model), config
-
-
-def _start_engine(args: argparse.Namespace, path: str, config, template, longest: int):
-    """longest: prompt, tokens."""
-    from luffy import dtypes
-    from luffy.rollout.vllm_engine import VllmEngine
-
-    return VllmEngine(
-        path,
-        config.rollout,
-        dtype=dtypes.resolve(config.rollout.dtype or config.model.dtype),
-        eos_token_id=template.eos_token_id,
-        max_model_len=longest + args.max_tokens,
-        trust_remote_code=config.model.trust_remote_code,
-    )
 
 
 def _quiet() -> None:

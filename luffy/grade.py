@@ -124,8 +124,10 @@ def read_lines(file: TextIO, path: Path) -> Iterator[Line]:
                 raise UserError(f"{where}: no field `{name}`; the line has {', '.join(row) or 'none'}")
         if not isinstance(row["response"], str):
             raise UserError(f"{where}: `response` must be a text, got {type(row['response']).__name__}")
-        if (id := row.get("id")) is not None and seen.setdefault(json.dumps(id), number) != number:
-            raise UserError(f"{where}: id {id!r} is also that of line {seen[json.dumps(id)]}; ids must differ")
+        if (id := row.get("id")) is not None:
+            key = json.dumps([id, row.get("sample")])
+            if seen.setdefault(key, number) != number:
+                raise UserError(f"{where}: id {id!r} is also that of line {seen[key]}; ids must differ, or `sample`")
         yield Line(number, row, row["response"], _answer(row["answer"], where))
 
 

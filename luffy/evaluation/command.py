@@ -12,16 +12,10 @@ from typing import Any
 
 from luffy.errors import UserError, user_errors
 from luffy.evaluation.suites import NAMES, SUITES, benchmarks_in, problems_of
+from luffy.generate import options_of
+from luffy.opening import Opened, open_model, start_engine
 from luffy.seeds import derive
 
-TEMPLATES = {
-    "qwen-math": "oat-zero-qwen2.5-math-7b",
-    "simplerl-zero": "simplerl-zero-qwen2.5-math-7b",
-    "open-reasoner-zero": "open-reasoner-zero-qwen2.5-math-7b",
-    "prime-zero": "prime-zero-qwen2.5-math-7b",
-}
-"""Recipes whose prompts these are."""
-STYLES = ("chat", "luffy", "plain")
 NO_LIMIT = 1 << 30
 SHOWN = 5
 
@@ -58,18 +52,19 @@ def add_eval(commands: Any, add_model_options: Any, positive: Any, fraction: Any
 
 @dataclass(slots=True)
 class Model:
-    name: str
-    path: str
-    template: Any
-    config: Any
+    opened: Opened
     benchmarks: dict[str, list[Any]]
+
+    @property
+    def name(self) -> str:
+        return self.opened.name
 
     @property
     def slug(self) -> str:
         return re.sub(r"[^\w.]+", "-", self.name).strip("-")
 
 
-def run_eval(args: argparse.Namespace, open_model: Any, start_engine: Any) -> int:
+def run_eval(args: argparse.Namespace) -> int:
     from luffy.evaluation.answers import Sampling
     from luffy.evaluation.show import print_comparison, print_scores
 
@@ -84,7 +79,7 @@ def run_eval(args: argparse.Namespace, open_model: Any, start_engine: Any) -> in
     if len(set(args.model)) < len(args.model):
         raise UserError("eval: a --model is named twice; name each once")
     sampling = Sampling(args.temperature, args.top_p, args.max_tokens, args.seed)
-    models = [load_model(args, name, open_model) for name in args.model]
+    models = [load_model(args, name) for name in args.model]
     if len({model.slug for model in models}) < len(models):
         raise UserError("eval: two of the models would share a folder of --out; evaluate them one at a time")
     found: dict[str, list[Any]] = {}
@@ -95,13 +90,13 @@ def run_eval(args: argparse.Namespace, open_model: Any, start_engine: Any) -> in
             f"eval: pass@{max(args.pass_at)} needs as many answers to every problem, not {fewest}; raise --n"
         )
     with ExitStack() as stack:
-        pools = Pools(stack, models[0].config)
+        pools = Pools(stack, models[0].opened.config)
         for grader in filter(None, (args.grader, *args.compare)):
             pools[grader]  # one that does not exist is better known now
         for model in models:
             check_golds(model, args, pools)
         for model in models:
-            found[model.name], graded[model.name] = evaluate_model(args, model, sampling, pools, start_engine)
+            found[model.name], graded[model.name] = evaluate_model(args, model, sampling, pools)
             print_scores(model.name, found[model.name])
     for name in args.model[1:]:
         print_comparison(args.model[0], name, found[args.model[0]], found[name])
@@ -122,7 +117,7 @@ def doubts(models: Sequence[Model]) -> list[str]:
 
     found = []
     for model in models:
-        validation = model.config.eval.validation
+        validation = model.opened.config.eval.validation
         if not validation or not Path(validation).exists():
             continue
         with user_errors("eval"):
@@ -136,13 +131,13 @@ def doubts(models: Sequence[Model]) -> list[str]:
     return found
 
 
-def load_model(args: argparse.Namespace, name: str, open_model: Any) -> Model:
+def load_model(args: argparse.Namespace, name: str) -> Model:
     from luffy.data import load_problems
     from luffy.evaluation.questions import benchmarks_of
     from luffy.sources import tokenized
 
-    path, template, config = open_model(args, name)
-    config.data.max_prompt_tokens = NO_LIMIT
+    opened = open_model(name, **options_of(args))
+    opened.config.data.max_prompt_tokens = NO_LIMIT
     asked: list[tuple[str, Any, int]] = []
     with user_errors("data"):
         asked += [(source, load_problems(source, split=args.split, limit=args.limit), 1) for source in args.data]
@@ -152,14 +147,14 @@ def load_model(args: argparse.Namespace, name: str, open_model: Any) -> Model:
         asked.append((benchmark, problems_of(benchmark, seed=seed, limit=args.limit), repeats))
     found: dict[str, list[Any]] = {}
     for source, problems, repeats in asked:
-        loaded = tokenized(problems, template, config)
+        loaded = tokenized(problems, opened.template, opened.config)
         if lost := loaded.report.problems - loaded.report.kept:
             print(f"{source}: {lost} problems cannot be asked: {loaded.report}")
         made = benchmarks_of(loaded.examples, args.n * repeats, several=bool(args.temperature))
         if twice := found.keys() & made.keys():
             raise UserError(f"eval: two sources have problems of {min(twice)}; evaluate them one at a time")
         found |= made
-    return Model(name, path, template, config, found)
+    return Model(opened, found)
 
 
 class Pools:
@@ -179,8 +174,8 @@ class Pools:
 
 
 def grader_of(args: argparse.Namespace, model: Model, questions: Sequence[Any]) -> str:
-    if args.grader or model.config.reward.grader:
-        return args.grader or model.config.reward.grader
+    if args.grader or model.opened.config.reward.grader:
+        return args.grader or model.opened.config.reward.grader
     letters = all(re.fullmatch(r"[A-J]|[1-5]", one) for q in questions for one in golds(q))
     return "choice" if letters else "boxed"
 
@@ -215,7 +210,7 @@ def check_golds(model: Model, args: argparse.Namespace, pools: Pools) -> None:
 
 
 def evaluate_model(
-    args: argparse.Namespace, model: Model, sampling: Any, pools: Pools, start_engine: Any
+    args: argparse.Namespace, model: Model, sampling: Any, pools: Pools
 ) -> tuple[list[Any], dict[str, list[Any]]]:
     """Scores of each benchmark, and the graded answers that they are made of."""
     from luffy.evaluation.answers import Store, sample
@@ -224,8 +219,8 @@ def evaluate_model(
     from luffy.load import identity
 
     folder, longest = Path(args.out, model.slug), check_positions(model, args.max_tokens)
-    about = {"model": model.name, "weights": identity(model.path), "prompt": prompt_of(model)} | asdict(sampling)
-    opened = model.template.opens_think
+    about = {"model": model.name, "weights": identity(model.opened.path), "prompt": prompt_of(model)} | asdict(sampling)
+    opened = model.opened.template.opens_think
     found, answers = [], {}
     with ExitStack() as stack:
         stores = {
@@ -238,7 +233,7 @@ def evaluate_model(
             print(f"{model.name}: {done} of {total} problems are answered in {folder} already")
         engine = None
         if any(left.values()):
-            engine = stack.enter_context(start_engine(args, model.path, model.config, model.template, longest))
+            engine = stack.enter_context(start_engine(model.opened, longest + args.max_tokens))
         for name, questions in model.benchmarks.items():
             grader = grader_of(args, model, questions)
             asked = [pools[grader], *(pools[other] for other in args.compare if other != grader)]
@@ -249,7 +244,7 @@ def evaluate_model(
                         grading.submit(lambda: progress.add(grade([question], [answers], [pool], opened)[0].accuracy))
 
                     try:
-                        sample(engine, model.template, questions, sampling, stores[name], answered)
+                        sample(engine, model.opened.template, questions, sampling, stores[name], answered)
                     except KeyboardInterrupt:
                         kept = total - sum(q not in stores[n] for n, every in model.benchmarks.items() for q in every)
                         raise KeyboardInterrupt(
@@ -265,7 +260,9 @@ def check_positions(model: Model, max_tokens: int) -> int:
     """Tokens of the longest prompt. Raises UserError where it and the longest answer do not fit the model."""
     from transformers import AutoConfig
 
-    described = AutoConfig.from_pretrained(model.path, trust_remote_code=model.config.model.trust_remote_code)
+    described = AutoConfig.from_pretrained(
+        model.opened.path, trust_remote_code=model.opened.config.model.trust_remote_code
+    )
     positions = getattr(described.get_text_config(), "max_position_embeddings", None)
     longest = max((q for questions in model.benchmarks.values() for q in questions), key=lambda q: len(q.prompt_ids))
     tokens = len(longest.prompt_ids)
@@ -279,7 +276,7 @@ def check_positions(model: Model, max_tokens: int) -> int:
 
 def prompt_of(model: Model) -> str:
     """How a question is put; what answers depend on besides the weights."""
-    return model.template.render([{"role": "user", "content": "?"}])
+    return model.opened.template.render([{"role": "user", "content": "?"}])
 
 
 def write_summary(folder: Path, args: argparse.Namespace, found: dict[str, list[Any]]) -> None:

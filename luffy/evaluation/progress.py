@@ -28,13 +28,15 @@ class Asking:
         self._progress = Progress(*columns, console=console)
         self._task = self._progress.add_task(benchmark, total=total, completed=total - left, info="")
 
-    def add(self, accuracy: float) -> None:
-        """A problem is answered, and so right."""
+    def add(self, accuracy: float | None) -> None:
+        """A problem is answered, and so right; None: nobody graded it."""
         with self._lock:
             self._done += 1
-            self._right += accuracy
+            self._right += accuracy or 0.0
             seconds = (time.monotonic() - self._began) / self._done * (self._left - self._done)
-            info = f"accuracy {self._right / self._done:.1%}  left {seconds / 60:.1f} min"
+            info = f"left {seconds / 60:.1f} min"
+            if accuracy is not None:
+                info = f"accuracy {self._right / self._done:.1%}  {info}"
             asked = self._total - self._left + self._done
             if self._live:
                 self._progress.update(self._task, completed=asked, info=info)

@@ -4,10 +4,42 @@ that knows vLLM's insides; written for 0.32.
 
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from luffy.rollout.engine import Completion, Request, Span
+
+
+def sampling_params(request: Request, temperature: float, eos_token_id: int, final: bool = True) -> Any:
+    """vLLM's. final: an output comes when all completions are there, not with every token."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        n=request.count,
+        temperature=temperature,
+        top_p=request.top_p,
+        max_tokens=request.max_tokens,
+        stop_token_ids=[eos_token_id],  # the checkpoint's own EOS may be another token
+        logprobs=0,
+        seed=request.seed if temperature else None,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY if final else RequestOutputKind.CUMULATIVE,
+    )
+
+
+def stream(engine: Any, request: Request, temperature: float, *, eos_token_id: int) -> Iterator[tuple[int, ...]]:
+    """The tokens of one completion so far, each time there are more; let go of when nobody asks on."""
+    name = uuid.uuid4().hex
+    prompt = {"prompt_token_ids": list(request.prompt)}
+    engine.add_request(name, prompt, sampling_params(request, temperature, eos_token_id, final=False))
+    try:
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                if output.request_id == name and output.outputs:
+                    yield tuple(output.outputs[0].token_ids)
+    finally:
+        engine.abort_request([name])
 
 
 class Stepping:
@@ -16,24 +48,11 @@ class Stepping:
     def __init__(
         self, engine: Any, requests: Sequence[Request], temperature: float, *, eos_token_id: int, version: int
     ) -> None:
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
         self._engine, self._version = engine, version
         prefix = uuid.uuid4().hex
         self._names = {f"{prefix}-{index}": index for index in range(len(requests))}
         for name, request in zip(self._names, requests, strict=True):
-            params = SamplingParams(
-                n=request.count,
-                temperature=temperature,
-                top_p=request.top_p,
-                max_tokens=request.max_tokens,
-                stop_token_ids=[eos_token_id],  # the checkpoint's own EOS may be another token
-                logprobs=0,
-                seed=request.seed if temperature else None,
-                detokenize=False,
-                output_kind=RequestOutputKind.FINAL_ONLY,
-            )
+            params = sampling_params(request, temperature, eos_token_id)
             engine.add_request(name, {"prompt_token_ids": list(request.prompt)}, params)
 
     @property

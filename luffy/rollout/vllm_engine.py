@@ -18,7 +18,7 @@ from luffy.rollout import worker
 from luffy.rollout.engine import Generation, Ids, Request
 from luffy.rollout.explain import explain
 from luffy.rollout.peers import Peers
-from luffy.rollout.stepping import Stepping
+from luffy.rollout.stepping import Stepping, stream
 from luffy.weights import hf_weights
 
 if TYPE_CHECKING:
@@ -116,6 +116,10 @@ class VllmEngine:
             return Stepping(engine, requests, temperature, eos_token_id=self.eos_token_id, version=self.version)
 
         return answered(requests) if self._peers is None else self._peers.share(requests, answered)
+
+    def stream(self, request: Request, temperature: float) -> Iterator[Ids]:
+        """The tokens of its one completion so far, each time there are more."""
+        return stream(self.llm.llm_engine, request, temperature, eos_token_id=self.eos_token_id)
 
     def score(self, sequences: Sequence[Ids]) -> list[list[float]]:
         """Log-prob of every token but the first of each sequence, at temperature 1, nats."""

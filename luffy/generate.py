@@ -1,0 +1,218 @@
+"""Ask a model, from Python or by `luffy generate`:
+
+from luffy.generate import Model
+
+with Model("runs/quickstart") as model:
+    print(model.answer("What is 4+9+2+7?"))
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Self
+
+from luffy.errors import UserError
+from luffy.opening import Opened, open_model, start_engine
+
+Asked = str | Sequence[Mapping[str, str]]
+"""A question, or the turns of a conversation that ends with the user's."""
+
+
+class Model:
+    """A model with its engine, until it is closed.
+
+    model: run folder, model folder or Hugging Face id, or one that is opened already. context: tokens of the longest
+    prompt and answer together. options: of `luffy.opening.open_model`.
+
+    Raises:
+        UserError: there is no such model, or it does not start.
+    """
+
+    def __init__(self, model: str | Opened, *, context: int = 4096, **options: Any) -> None:
+        from luffy.console import quiet_libraries
+        from luffy.process import before_torch
+
+        before_torch()
+        quiet_libraries()
+        self.opened = open_model(model, **options) if isinstance(model, str) else model
+        self.context = context
+        self.engine = start_engine(self.opened, context)
+
+    def answer(self, asked: Asked, **sampling: Any) -> str:
+        """One answer. sampling: of `answers`."""
+        [[text]] = self.answers([asked], **sampling)
+        return text
+
+    def answers(
+        self,
+        asked: Sequence[Asked],
+        *,
+        n: int = 1,
+        temperature: float = 0.6,
+        top_p: float = 1.0,
+        max_tokens: int = 1024,
+        seed: int = 0,
+    ) -> list[list[str]]:
+        """n answers to each, without what ends them; greedy at temperature 0.
+
+        Raises:
+            UserError: a prompt and `max_tokens` are more than `context`.
+        """
+        from luffy.rollout.engine import Request, generate
+        from luffy.seeds import derive
+
+        prompts = [self.prompt(one, max_tokens) for one in asked]
+        requests = [Request(ids, n, max_tokens, derive(seed, "ask", at), top_p) for at, ids in enumerate(prompts)]
+        found = generate(self.engine, requests, temperature)
+        return [[self.opened.template.decode(one.token_ids) for one in completions] for completions in found]
+
+    def stream(
+        self, asked: Asked, *, temperature: float = 0.6, top_p: float = 1.0, max_tokens: int = 1024, seed: int = 0
+    ) -> Iterator[str]:
+        """An answer in pieces, as they are sampled; together they are what `answer` gives."""
+        from luffy.rollout.engine import Request
+        from luffy.seeds import derive
+
+        request = Request(self.prompt(asked, max_tokens), 1, max_tokens, derive(seed, "ask", 0), top_p)
+        said = text = ""
+        for ids in self.engine.stream(request, temperature):
+            text = self.opened.template.decode(ids)
+            whole = text.rstrip("\ufffd")  # a character may be of several tokens
+            if len(whole) > len(said) and whole.startswith(said):
+                yield whole[len(said) :]
+                said = whole
+        if len(text) > len(said):
+            yield text[len(said) :]
+
+    def prompt(self, asked: Asked, max_tokens: int) -> tuple[int, ...]:
+        turns = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
+        ids = tuple(self.opened.template.encode_prompt(turns))
+        if len(ids) + max_tokens > self.context:
+            raise UserError(
+                f"generate: a prompt of {len(ids)} tokens and an answer of up to {max_tokens} are more than the "
+                f"context of {self.context}; lower max_tokens or raise context"
+            )
+        return ids
+
+    def close(self) -> None:
+        self.engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def add_generate(commands: Any, add_model_options: Any, positive: Any, share: Any) -> None:
+    parser = commands.add_parser(
+        "generate",
+        help="answer a question, or those of a file",
+        description="Answer QUESTION as it is sampled, or every line of a file: {prompt: text or chat turns, ...}; "
+        "what comes out has the line's fields and `response`, a line for each answer, as `luffy grade` takes it.",
+    )
+    parser.add_argument("question", nargs="?", metavar="QUESTION", help="-: from standard input")
+    parser.add_argument("--file", metavar="FILE.jsonl", help="questions in place of QUESTION; --out says where to")
+    parser.add_argument("--out", metavar="FILE2", help="whole or not at all; the same command goes on where it was")
+    add_model_options(parser, temperature=0.6)
+    parser.add_argument("--top-p", type=share, default=1.0, metavar="P", help="default: %(default)s")
+    parser.add_argument(
+        "--n", type=positive, default=1, metavar="N", help="answers to a question (default: %(default)s)"
+    )
+
+
+def options_of(args: argparse.Namespace) -> dict[str, Any]:
+    names = ("checkpoint", "template", "memory_fraction", "kv_cache_gib")
+    return {name: getattr(args, name) for name in names}
+
+
+def run_generate(args: argparse.Namespace) -> int:
+    if (args.question is None) == (args.file is None):
+        raise UserError("generate: give a QUESTION, or --file with --out")
+    if (args.file is None) != (args.out is None):
+        raise UserError("generate: --file and --out go together")
+    return run_file(args) if args.file else run_question(args)
+
+
+def run_question(args: argparse.Namespace) -> int:
+    question = sys.stdin.read() if args.question == "-" else args.question
+    sampling = {"temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_tokens, "seed": args.seed}
+    opened = open_model(args.model, **options_of(args))
+    context = len(opened.template.encode_prompt([{"role": "user", "content": question}])) + args.max_tokens
+    with Model(opened, context=context) as model:
+        if args.n > 1:
+            [texts] = model.answers([question], n=args.n, **sampling)
+            print("\n---\n".join(texts))
+            return 0
+        for piece in model.stream(question, **sampling):
+            print(piece, end="", flush=True)
+        print()
+    return 0
+
+
+def run_file(args: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from luffy.evaluation.answers import Sampling, Store, sample
+    from luffy.evaluation.progress import Asking
+    from luffy.evaluation.questions import Question
+    from luffy.files import disk_errors, new_file
+    from luffy.load import identity
+
+    out = Path(args.out)
+    opened = open_model(args.model, **options_of(args))
+    with disk_errors(f"generate: {args.file}"):
+        rows = read_questions(Path(args.file))
+    questions = [
+        Question(str(number), "", tuple(opened.template.encode_prompt(turns)), "", args.n) for number, turns, _ in rows
+    ]
+    sampling = Sampling(args.temperature, args.top_p, args.max_tokens, args.seed)
+    about = {"model": args.model, "weights": identity(opened.path)} | asdict(sampling)
+    partial = out.with_name(f"{out.name}.partial")
+    with Store(partial, about) as store:
+        if left := sum(question not in store for question in questions):
+            context = max(len(question.prompt_ids) for question in questions) + args.max_tokens
+            with start_engine(opened, context) as engine, Asking("answers", len(questions), left) as progress:
+                try:
+                    sample(engine, opened.template, questions, sampling, store, lambda *_: progress.add(None))
+                except KeyboardInterrupt:
+                    raise KeyboardInterrupt(
+                        f"stopped; {partial} has the answers so far, the same command goes on"
+                    ) from None
+        with new_file(out) as temporary, temporary.open("w") as file:
+            for question, (_, _, row) in zip(questions, rows, strict=True):
+                for at, given in enumerate(store[question]):
+                    marks = {"sample": at, "response": given.text, "tokens": given.tokens, "finished": given.finished}
+                    file.write(json.dumps(row | marks) + "\n")
+    with suppress(FileNotFoundError):
+        partial.unlink()
+    print(f"{len(questions)} questions, {len(questions) * args.n} answers: {out}")
+    return 0
+
+
+def read_questions(path: Path) -> list[tuple[int, Sequence[Mapping[str, str]], dict[str, Any]]]:
+    """(line number, turns, the line) of a file. Raises UserError where a line has no prompt, with its number."""
+    from luffy.data import DataError
+    from luffy.data.columns import asked, conversation
+
+    found: list[tuple[int, Sequence[Mapping[str, str]], dict[str, Any]]] = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict) or "prompt" not in row:
+                raise UserError(f"{where}: expected an object with `prompt`, got {line[:60]!r}")
+            turns = (asked if isinstance(row["prompt"], str) else conversation)(row, "prompt", where)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{where}: not JSON: {error}") from error
+        except DataError as error:
+            raise UserError(f"generate: {error}") from error
+        found.append((number, turns, row))
+    if not found:
+        raise UserError(f"generate: {path} has no lines")
+    return found

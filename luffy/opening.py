@@ -1,0 +1,90 @@
+"""A model to ask, by name: a run folder, a model folder or a Hugging Face id."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from luffy.errors import UserError
+
+if TYPE_CHECKING:
+    from luffy.config import Config
+    from luffy.prompts import PromptTemplate
+    from luffy.rollout.vllm_engine import VllmEngine
+
+STYLES = ("chat", "luffy", "plain")
+TEMPLATES = {
+    "qwen-math": "oat-zero-qwen2.5-math-7b",
+    "simplerl-zero": "simplerl-zero-qwen2.5-math-7b",
+    "open-reasoner-zero": "open-reasoner-zero-qwen2.5-math-7b",
+    "prime-zero": "prime-zero-qwen2.5-math-7b",
+}
+"""Recipes whose prompts these are."""
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    name: str
+    path: str
+    """The folder or Hugging Face id that the weights come from."""
+    template: "PromptTemplate"
+    config: "Config"
+    """A run's own, grader included; else the defaults, and no grader."""
+
+
+def open_model(
+    name: str,
+    *,
+    checkpoint: str = "newest",
+    template: str | None = None,
+    memory_fraction: float | None = None,
+    kv_cache_gib: float | None = None,
+) -> Opened:
+    """The tokenizer and how prompts are written, without the weights.
+
+    checkpoint: of a run folder, newest, best or a step. template: of `STYLES` or `TEMPLATES`; None: the run's own, or
+    the model's chat template. memory_fraction, kv_cache_gib: as `rollout` has them.
+
+    Raises:
+        UserError: there is no such model, checkpoint or chat template.
+    """
+    from luffy.checkpoint import choose
+    from luffy.config import Config, load_config
+    from luffy.run_folder import RunFolder
+    from luffy.sources import load_template, resolve
+
+    config = Config()
+    config.model.name, config.reward.grader = name, ""
+    run = RunFolder(name)
+    if run.holds_a_run:
+        config = load_config(str(run.path / "config.toml"))
+        config.model.name = str(choose(run.checkpoints, checkpoint).resolve())
+    elif checkpoint != "newest":
+        raise UserError(f"model: --checkpoint {checkpoint} is for run folders, and {name} is none")
+    if template in TEMPLATES:
+        prompts = load_config(TEMPLATES[template]).model
+        config.model.prompt_style, config.model.system = "chat", prompts.system
+        config.model.chat_template = prompts.chat_template
+    elif template is not None:
+        config.model.prompt_style = template  # type: ignore[assignment]
+    if memory_fraction is not None:
+        config.rollout.memory_fraction = memory_fraction
+    if kv_cache_gib is not None:
+        config.rollout.kv_cache_gib = kv_cache_gib
+    config.rollout.sleep = False  # nobody else wants the memory, and nothing would bring the weights back
+    path = resolve(config.model)
+    return Opened(name, path, load_template(path, config.model), config)
+
+
+def start_engine(model: Opened, context: int) -> "VllmEngine":
+    """vLLM with its weights. context: tokens of the longest prompt and answer together."""
+    from luffy import dtypes
+    from luffy.rollout.vllm_engine import VllmEngine
+
+    config = model.config
+    return VllmEngine(
+        model.path,
+        config.rollout,
+        dtype=dtypes.resolve(config.rollout.dtype or config.model.dtype),
+        eos_token_id=model.template.eos_token_id,
+        max_model_len=context,
+        trust_remote_code=config.model.trust_remote_code,
+    )

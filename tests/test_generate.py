@@ -1,0 +1,98 @@
+"""`luffy generate` and `luffy.generate.Model`: through vLLM."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from test_cli import refused
+from tiny import luffy, make_model
+
+from luffy.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    home = tmp_path_factory.mktemp("home")
+    make_model(home / "model")
+    return home
+
+
+@pytest.fixture(scope="module")
+def model(home):
+    from luffy.generate import Model
+
+    with Model(str(home / "model"), context=200, kv_cache_gib=0.25) as model:
+        yield model
+
+
+def test_answers(model):
+    one = model.answer("What is 2+2?", max_tokens=12, seed=3)
+    assert one == model.answer([{"role": "user", "content": "What is 2+2?"}], max_tokens=12, seed=3)
+    assert one != model.answer("What is 2+2?", max_tokens=12, seed=4)
+    assert model.answer("What is 2+2?", max_tokens=5, temperature=0) == model.answer(
+        "What is 2+2?", max_tokens=5, temperature=0
+    )
+    found = model.answers(["What is 2+2?", "And 3+3?"], n=3, max_tokens=6, temperature=1.0)
+    assert [len(texts) for texts in found] == [3, 3]
+    assert len({text for texts in found for text in texts}) > 1
+
+
+def test_a_stream_is_the_answer_in_pieces(model):
+    for seed in range(4):  # a model that knows nothing writes halves of characters, too
+        pieces = list(model.stream("What is 2+2?", max_tokens=40, seed=seed, temperature=1.0))
+        assert "".join(pieces) == model.answer("What is 2+2?", max_tokens=40, seed=seed, temperature=1.0)
+        assert len(pieces) > 3
+
+
+def test_a_stream_that_is_left_leaves_nothing_behind(model):
+    next(model.stream("What is 2+2?", max_tokens=150))
+    assert not model.engine.llm.llm_engine.has_unfinished_requests()
+    assert model.answer("What is 2+2?", max_tokens=4) == model.answer("What is 2+2?", max_tokens=4)
+
+
+def test_what_does_not_fit(model):
+    with pytest.raises(UserError, match=r"an answer of up to 500 are more than the context of 200"):
+        model.answer("What is 2+2?", max_tokens=500)
+
+
+def test_the_command(home):
+    options = ["--model", home / "model", "--max-tokens", "8", "--kv-cache-gib", "0.25"]
+    done = luffy("generate", "What is 2+2?", *options, cwd=home)
+    assert done.returncode == 0, done.stderr[-3000:]
+    command = [sys.executable, "-m", "luffy", "generate", "-", *map(str, options)]
+    piped = subprocess.run(command, input="What is 2+2?", capture_output=True, text=True, cwd=home)
+    assert piped.stdout == done.stdout
+    assert refused(luffy("generate", *options, cwd=home), "QUESTION", "--file")
+    assert refused(luffy("generate", "x", "--file", "y", "--out", "z", *options, cwd=home), "QUESTION", "--file")
+    assert refused(luffy("generate", "--file", "y", *options, cwd=home), "--out")
+
+
+def test_a_file_of_questions_can_be_graded(home):
+    rows = [
+        {"id": "a", "prompt": "What is 2+2?", "answer": "4"},
+        {"id": "b", "prompt": [{"role": "user", "content": "And 3+3?"}], "answer": 6, "more": [1]},
+    ]
+    (home / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "\n")
+    options = ["--model", home / "model", "--file", "questions.jsonl", "--out", "answers.jsonl", "--max-tokens", "6"]
+    done = luffy("generate", *options, "--n", "2", cwd=home)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [json.loads(line) for line in (home / "answers.jsonl").read_text().splitlines()]
+    assert [row["prompt"] for row in found] == [rows[0]["prompt"]] * 2 + [rows[1]["prompt"]] * 2
+    assert all(isinstance(row["response"], str) and row["tokens"] <= 6 for row in found)
+    assert found[2]["more"] == [1]
+    assert not (home / "answers.jsonl.partial").exists()
+    graded = luffy("grade", "answers.jsonl", "--grader", "boxed", cwd=home)
+    assert "of 4 right" in graded.stdout, graded.stderr
+
+
+def test_a_file_that_cannot_be_asked(home):
+    base = ["generate", "--model", home / "model", "--out", "none.jsonl", "--file"]
+    (home / "bad.jsonl").write_text('{"prompt": "x"}\n{"question": "y"}\n')
+    assert refused(luffy(*base, "bad.jsonl", cwd=home), "bad.jsonl:2", "`prompt`")
+    (home / "bad.jsonl").write_text('{"prompt": " "}\n')
+    assert refused(luffy(*base, "bad.jsonl", cwd=home), "bad.jsonl:1", "empty")
+    (home / "bad.jsonl").write_text("\n")
+    assert refused(luffy(*base, "bad.jsonl", cwd=home), "no lines")
+    assert refused(luffy(*base, "no.jsonl", cwd=home), "no.jsonl")
+    assert not (home / "none.jsonl").exists()
