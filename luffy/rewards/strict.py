@@ -11,6 +11,7 @@ import re
 import zlib
 from collections.abc import Sequence
 from decimal import Decimal
+from functools import lru_cache
 
 from luffy.rewards.arithmetic import read
 from luffy.rewards.latex import bare, braced, fractions, last_boxed, normal, roots, together, whole, without_unit, words
@@ -63,7 +64,7 @@ def _solved(response: str, answer: Answer) -> bool | None:
     if said is None or not golds:
         return None
     said = unboxed(said)
-    return any(same_text(said, gold) or same_expression(said, gold) for gold in golds)
+    return any(same_text(said, gold) or (len(said) <= LONGEST and same_expression(said, gold)) for gold in golds)
 
 
 def golds_of(answer: Answer) -> tuple[str, ...]:
@@ -85,8 +86,15 @@ def unboxed(gold: str) -> str:
 
 
 def same(said: str, gold: str) -> bool:
-    """By one of the three tests."""
+    """By one of the three tests. Remembered by answer and gold: samples of a question agree often."""
     said, gold = unboxed(said), unboxed(gold)
+    if max(len(said), len(gold)) > LONGEST:
+        return same_text(said, gold)
+    return _same(said, gold)
+
+
+@lru_cache(maxsize=65_536)
+def _same(said: str, gold: str) -> bool:
     return same_text(said, gold) or same_expression(said, gold) or same_by_math_verify(said, gold)
 
 
@@ -170,8 +178,6 @@ def same_by_math_verify(said: str, gold: str) -> bool:
     """math-verify, box against box: first match, no fallback. Not asked about long texts that repeat themselves."""
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
-    if max(len(said), len(gold)) > LONGEST:
-        return False
     if bool(_BASE.search(said.strip("$ "))) != bool(_BASE.search(gold.strip("$ "))):
         return False  # it reads 52_8 as 52
     if len(said) > LONG and len(zlib.compress(said.encode())) < REPETITIVE * len(said.encode()):
