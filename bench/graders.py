@@ -3,15 +3,18 @@
     python -m bench.graders [--data FILE] [--workers N] [--rounds N] [--store]
     python -m bench.graders --cases     what graders get wrong in tests/grader_cases.tsv, into docs/grading.md
 
-Answers: of every different gold of the file, itself in a box behind a sentence, and the next one's, half of them in
-words and without a box. Rounds take turns; the cache never helps, since no answer comes twice and every pool is new.
+Answers: of every row of the file a sentence with a box, which holds its gold or, every other time, the next row's.
+Rounds take turns, all in fresh processes: what sympy remembers of a gold would flatter whoever meets it again. A fifth
+of the rows comes first and is not timed, so that math-verify has learned its grammar; the pool's cache never helps,
+since no answer comes twice.
 """
 
 import argparse
 import json
 import logging
+import subprocess
+import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -28,43 +31,49 @@ PAGE = ROOT / "docs" / "grading.md"
 RESULTS = ROOT / "bench" / "results" / "graders.json"
 
 
-def answers(path: Path) -> list[tuple[str, str]]:
-    """(response, gold)"""
-    found = [p.answer if isinstance(p.answer, str) else p.answer[0] for p in load_problems(path)]
-    golds = list(dict.fromkeys(found))
-    pairs = []
-    for at, gold in enumerate(golds):
-        other = golds[(at + 1) % len(golds)]
-        pairs.append((f"We add 3 and 4 to get 7, and so on. So the answer is \\boxed{{{gold}}}.", gold))
-        pairs.append((f"Therefore the result is ${other}$." if at % 2 else f"It is \\boxed{{{other}}}.", gold))
-    return pairs
+def answers(path: Path) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """(response, gold) of the rows that come first, and of those that are timed."""
+    golds = [p.answer if isinstance(p.answer, str) else p.answer[0] for p in load_problems(path)]
+    pairs = [
+        (f"({at}) We add 3 and 4 to get 7. So the answer is \\boxed{{{golds[(at + at % 2) % len(golds)]}}}.", gold)
+        for at, gold in enumerate(golds)
+    ]
+    return pairs[::5], [pair for at, pair in enumerate(pairs) if at % 5]
 
 
-def timed(grade: Callable[[], list[bool]]) -> tuple[float, list[bool]]:
+def serial(path: Path) -> tuple[float, list[bool]]:
+    """Seconds and verdicts of math-verify, one answer after the other."""
+    first, pairs = answers(path)
+    warm_up()
+    for response, gold in first:
+        symbolic(response, (gold,))
     began = time.perf_counter()
-    verdicts = grade()
+    verdicts = [symbolic(response, (gold,)) for response, gold in pairs]
     return time.perf_counter() - began, verdicts
 
 
-def measure(pairs: list[tuple[str, str]], workers: int, rounds: int) -> dict:
-    from luffy.rewards.graders import _parse_gold
+def pooled(path: Path, workers: int) -> tuple[float, list[bool]]:
+    first, pairs = answers(path)
+    with VerifierPool("answer", workers=workers, timeout_s=30) as pool:
+        pool.grade(first)
+        began = time.perf_counter()
+        verdicts = pool.grade(pairs)
+        return time.perf_counter() - began, [verdict.reward >= 1 for verdict in verdicts]
 
-    warm_up()
-    serial, pooled, same = [], [], True
+
+def measure(path: Path, workers: int, rounds: int) -> dict:
+    alone, together, same = [], [], True
     for _ in range(rounds):
-        _parse_gold.cache_clear()
-        seconds, one = timed(lambda: [symbolic(response, (gold,)) for response, gold in pairs])
-        serial.append(seconds)
-        with VerifierPool("answer", workers=workers, timeout_s=30) as pool:
-            pool.grade([(f"\\boxed{{{n}}}", "0") for n in range(workers)])  # all have started
-            seconds, other = timed(lambda pool=pool: [v.reward >= 1 for v in pool.grade(pairs)])
-        pooled.append(seconds)
+        command = [sys.executable, "-m", "bench.graders", "--serial", "--data", str(path)]
+        done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
+        seconds, one = json.loads(done.stdout)
+        alone.append(seconds)
+        seconds, other = pooled(path, workers)
+        together.append(seconds)
         same &= one == other
-    times = {"serial_s": round(median(serial), 2), "pool_s": round(median(pooled), 2)}
-    ratio = round(median(a / b for a, b in zip(serial, pooled, strict=True)), 2)
-    return (
-        {"answers": len(pairs), "workers": workers, "rounds": rounds} | times | {"ratio": ratio, "same_verdicts": same}
-    )
+    times = {"serial_s": round(median(alone), 2), "pool_s": round(median(together), 2)}
+    ratio = round(median(a / b for a, b in zip(alone, together, strict=True)), 2)
+    return {"answers": len(one), "workers": workers, "rounds": rounds} | times | {"ratio": ratio, "same_verdicts": same}
 
 
 def table(found: dict) -> str:
@@ -125,6 +134,7 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--cases", action="store_true", help="write the table of cases and do nothing else")
+    parser.add_argument("--serial", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--store", action="store_true", help="keep it in bench/results, and in docs/grading.md")
     args = parser.parse_args()
     if args.cases:
@@ -134,7 +144,10 @@ def main() -> int:
         print(f"bench.graders: {args.data} is not there: skipped")
         return 0
     logging.disable(logging.ERROR)
-    found = measure(answers(args.data), args.workers, args.rounds)
+    if args.serial:
+        print(json.dumps(serial(args.data)))
+        return 0
+    found = measure(args.data, args.workers, args.rounds)
     print(table(found))
     if args.store:
         RESULTS.write_text(json.dumps(found, indent=1) + "\n")

@@ -14,6 +14,7 @@ from luffy.data import load_problems
 from luffy.errors import UserError
 from luffy.rewards import GRADERS, Verdict, VerifierPool, grade_answer, grade_boxed, grade_number, grade_train
 from luffy.rewards.graders import shortcut, symbolic
+from luffy.rewards.pool import Waiting
 
 ROOT = Path(__file__).resolve().parents[1]
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k_train.jsonl"
@@ -355,3 +356,17 @@ def test_the_number_grader_wants_the_number_itself(response, answer, reward):
 def test_math_verify_takes_an_unfinished_sum_for_its_value():
     # why `number` exists; should this ever fail, the quickstart can go back to `answer`
     assert grade_answer("The sum of the digits of 6067 is 6 + 0 + 6 + 7 = ", "19") == 1.0
+
+
+def test_answers_with_one_gold_go_to_one_worker():
+    """And long golds first."""
+    jobs = [("a", "1"), ("b", "2"), ("c", "1"), ("d", ["3", "44"]), ("e", "2"), ("f", ("3", "44"))]
+    waiting = Waiting(jobs)
+    assert [waiting.take(None), waiting.take(None)] == [3, 0]
+    assert waiting.take("1") == 2
+    assert waiting.take(["3", "44"]) == 5
+    assert waiting.take("1") == 1  # nobody has begun that gold
+    waiting.put_back(1)
+    assert waiting.take("2") == 1
+    assert waiting.take("9") == 4  # what is left, whoever began it
+    assert not waiting

@@ -198,7 +198,7 @@ def test_evaluation_of_a_run(whole, home):
     [answers] = out.glob("*/*.jsonl")
     assert len(answers.read_text().splitlines()) == 1 + 3
     [model] = json.loads((out / "summary.json").read_text())["models"].values()
-    assert model["benchmarks"][0]["grader"] == "answer-1"  # the run's
+    assert model["benchmarks"][0]["grader"] == "number-1"  # the run's
 
 
 def test_generation_from_a_run(whole, home):

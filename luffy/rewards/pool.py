@@ -98,7 +98,7 @@ class VerifierPool:
 
     def _run(self, jobs: list[tuple[str, Answer]]) -> list[Verdict]:
         verdicts: list[Verdict | None] = [None] * len(jobs)
-        waiting = deque(range(len(jobs)))
+        waiting = Waiting(jobs)
         unfinished = len(jobs)
         try:
             while unfinished:
@@ -116,14 +116,14 @@ class VerifierPool:
             raise
         return [verdict for verdict in verdicts if verdict is not None]
 
-    def _hand_out(self, waiting: deque[int], jobs: list[tuple[str, Answer]]) -> None:
+    def _hand_out(self, waiting: "Waiting", jobs: list[tuple[str, Answer]]) -> None:
         for at, slot in enumerate(self._slots):
             if waiting and slot.ready and slot.job is None:
-                job = waiting[0]
-                if slot.send(job, *jobs[job]):
-                    waiting.popleft()
-                else:
+                job = waiting.take(slot.gold)
+                slot.gold = jobs[job][1]
+                if not slot.send(job, *jobs[job]):
                     # It died while idle, which is not this answer's fault: the answer waits for the next worker.
+                    waiting.put_back(job)
                     self._respawn(at)
 
     def _wait(self) -> list[int]:
@@ -178,6 +178,42 @@ class VerifierPool:
                 self._cache.move_to_end(key)
         while len(self._cache) > CACHE_ENTRIES:
             self._cache.popitem(last=False)
+
+
+class Waiting:
+    """Those of one gold together where that costs nobody a wait, so that a worker parses a gold once; long golds first,
+    so that no worker is left alone with what takes longest."""
+
+    def __init__(self, jobs: Sequence[tuple[str, Answer]]) -> None:
+        self._jobs = jobs
+        self._by_gold: OrderedDict[Answer, deque[int]] = OrderedDict()
+        self._begun: set[Answer] = set()
+        for number, (_, gold) in sorted(enumerate(jobs), key=lambda job: -len(str(job[1][1]))):
+            self._by_gold.setdefault(_hashable(gold), deque()).append(number)
+
+    def __bool__(self) -> bool:
+        return bool(self._by_gold)
+
+    def take(self, gold: Answer | None) -> int:
+        """One of `gold` if there are any, else of a gold that no other worker has begun, else any."""
+        key = "" if gold is None else _hashable(gold)
+        if gold is None or key not in self._by_gold:
+            key = next((one for one in self._by_gold if one not in self._begun), next(reversed(self._by_gold)))
+        self._begun.add(key)
+        jobs = self._by_gold[key]
+        number = jobs.popleft()
+        if not jobs:
+            del self._by_gold[key]
+        return number
+
+    def put_back(self, number: int) -> None:
+        key = _hashable(self._jobs[number][1])
+        self._by_gold.setdefault(key, deque()).appendleft(number)
+        self._by_gold.move_to_end(key, last=False)
+
+
+def _hashable(gold: Answer) -> Answer:
+    return gold if isinstance(gold, str) else tuple(gold)
 
 
 def _has_reply(slot: Slot) -> bool:

@@ -23,6 +23,8 @@ class Slot:
     def __init__(self, grader: str, timeout_s: float) -> None:
         self.timeout_s = timeout_s
         self.job: int | None = None
+        self.gold: Answer | None = None
+        """Of the job that it was sent last."""
         self.ready = False
         self.deadline = time.monotonic() + START_LIMIT_S
         command = [sys.executable, "-P", "-m", "luffy.rewards.worker", grader, str(timeout_s)]
