@@ -10,8 +10,8 @@ import sys
 from typing import Any
 
 from luffy.errors import UserError
-from luffy.evaluation.command import add_eval, run_eval
-from luffy.generate import add_generate, run_generate
+from luffy.evaluation.command import add_eval, check_eval, run_eval
+from luffy.generate import add_generate, check_generate, run_generate
 from luffy.launch import add_options
 from luffy.opening import STYLES, TEMPLATES
 from luffy.prepare.command import add_prepare, run_prepare
@@ -247,6 +247,7 @@ def run_plan(args: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def run_evaluation(args: argparse.Namespace, _: list[str]) -> int:
+    check_eval(args)
     _quiet()
     return run_eval(args)
 
@@ -310,6 +311,7 @@ def run_score(args: argparse.Namespace) -> int:
 
 
 def run_generation(args: argparse.Namespace, _: list[str]) -> int:
+    check_generate(args)
     _quiet()
     return run_generate(args)
 

@@ -129,11 +129,15 @@ def options_of(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in names}
 
 
-def run_generate(args: argparse.Namespace) -> int:
+def check_generate(args: argparse.Namespace) -> None:
+    """Raises UserError where options do not go together."""
     if (args.question is None) == (args.file is None):
         raise UserError("generate: give a QUESTION, or --file with --out")
     if (args.file is None) != (args.out is None):
         raise UserError("generate: --file and --out go together")
+
+
+def run_generate(args: argparse.Namespace) -> int:
     return run_file(args) if args.file else run_question(args)
 
 

@@ -72,10 +72,12 @@ def test_golds_are_right_and_quickly(grader, wrong):
     assert seconds <= 20  # 10 on an idle machine: bench.graders
 
 
+@pytest.mark.parametrize("step", [5, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("grader", ["boxed", "train"])
-def test_another_problems_gold_is_wrong(grader):
+def test_another_problems_gold_is_wrong(grader, step):
     every = list(dict.fromkeys(golds("luffy_valid.parquet")))
     pairs = [(f"<think></think> \\boxed{{{other}}}", gold) for gold, other in zip(every, every[1:], strict=False)]
+    pairs = pairs[::step]
     with VerifierPool(grader, workers=2, timeout_s=1) as pool:  # two formulas of physics take it 5 s: not right
         verdicts = pool.grade(pairs)
     assert [pair for pair, verdict in zip(pairs, verdicts, strict=True) if verdict.reward] == []

@@ -64,10 +64,8 @@ class Model:
         return re.sub(r"[^\w.]+", "-", self.name).strip("-")
 
 
-def run_eval(args: argparse.Namespace) -> int:
-    from luffy.evaluation.answers import Sampling
-    from luffy.evaluation.show import print_comparison, print_scores
-
+def check_eval(args: argparse.Namespace) -> None:
+    """Raises UserError where options do not go together, before anything slow is imported."""
     if not args.data and not args.suite:
         raise UserError(f"eval: --data or --suite ({', '.join(SUITES)}) must say what is asked")
     if unknown := [name for name in benchmarks_in(args.suite) if name not in (*NAMES, "quick")]:
@@ -78,6 +76,12 @@ def run_eval(args: argparse.Namespace) -> int:
         raise UserError("eval: --top-p changes nothing at --temperature 0, which is greedy; leave one of them out")
     if len(set(args.model)) < len(args.model):
         raise UserError("eval: a --model is named twice; name each once")
+
+
+def run_eval(args: argparse.Namespace) -> int:
+    from luffy.evaluation.answers import Sampling
+    from luffy.evaluation.show import print_comparison, print_scores
+
     sampling = Sampling(args.temperature, args.top_p, args.max_tokens, args.seed)
     models = [load_model(args, name) for name in args.model]
     if len({model.slug for model in models}) < len(models):
