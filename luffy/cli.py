@@ -97,9 +97,7 @@ def build_parser() -> argparse.ArgumentParser:
     grade.add_argument("--compare", metavar="G2", help="grade by this one too, and show where they disagree")
     grade.add_argument("--out", metavar="FILE2", help="write the lines with `reward` and `verdict`, in order")
     grade.add_argument("--workers", type=_positive, default=2, metavar="N", help="processes (default: %(default)s)")
-    grade.add_argument(
-        "--timeout", type=_seconds, default=10.0, metavar="S", help="of an answer (default: %(default)s)"
-    )
+    grade.add_argument("--timeout", type=_seconds, default=5.0, metavar="S", help="of an answer (default: %(default)s)")
     grade.add_argument("--show", type=_positive, default=20, metavar="N", help="disagreements (default: %(default)s)")
 
     add_generate(commands, _add_model_options, _positive, _share)

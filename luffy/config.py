@@ -170,7 +170,7 @@ class RewardConfig(Section):
     `module:function`, or one that an installed package brings (entry point `luffy.graders`): yours."""
     workers: PositiveInt = 2
     """Verifier processes."""
-    timeout_s: Positive = 10.0
+    timeout_s: Positive = 5.0
     """Wall-clock limit of one answer, seconds; a verifier over it is killed and the answer counted."""
 
 

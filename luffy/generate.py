@@ -64,6 +64,8 @@ class Model:
         from luffy.rollout.engine import Request, generate
         from luffy.seeds import derive
 
+        if n < 1 or max_tokens < 1 or (n > 1 and not temperature):
+            raise UserError("generate: n and max_tokens must be positive, and n is 1 at temperature 0, which is greedy")
         prompts = [self.prompt(one, max_tokens) for one in asked]
         requests = [Request(ids, n, max_tokens, derive(seed, "ask", at), top_p) for at, ids in enumerate(prompts)]
         found = generate(self.engine, requests, temperature)
@@ -135,6 +137,10 @@ def check_generate(args: argparse.Namespace) -> None:
         raise UserError("generate: give a QUESTION, or --file with --out")
     if (args.file is None) != (args.out is None):
         raise UserError("generate: --file and --out go together")
+    if args.file and Path(args.file).resolve() == Path(args.out).resolve():
+        raise UserError("generate: --out must be another file than --file, whose questions it would replace")
+    if args.n > 1 and not args.temperature:
+        raise UserError("generate: --n above 1 at --temperature 0, which is greedy, would be the same answer again")
 
 
 def run_generate(args: argparse.Namespace) -> int:
@@ -203,7 +209,11 @@ def read_questions(path: Path) -> list[tuple[int, Sequence[Mapping[str, str]], d
     from luffy.data.columns import asked, conversation
 
     found: list[tuple[int, Sequence[Mapping[str, str]], dict[str, Any]]] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"generate: {path} is not UTF-8: {error}") from error
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         where = f"{path}:{number}"

@@ -61,7 +61,7 @@ def grade_file(
     compare: str | None = None,
     out: Path | None = None,
     workers: int = 2,
-    timeout_s: float = 10.0,
+    timeout_s: float = 5.0,
     shown: int = SHOWN,
 ) -> Graded:
     """Grade every line, by a second grader too where `compare` names one.
@@ -109,13 +109,13 @@ def _pool(grader: str, workers: int, timeout_s: float) -> VerifierPool:
 def read_lines(file: TextIO, path: Path) -> Iterator[Line]:
     """Raises UserError as `grade_file`."""
     seen: dict[Any, int] = {}
-    for number, text in enumerate(file, 1):
+    for number, text in enumerate(_utf8(file, path), 1):
         if not text.strip():
             continue
         where = f"{path}:{number}"
         try:
             row = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # no JSON, or a number that Python does not read
             raise UserError(f"{where}: not JSON: {error}") from error
         if not isinstance(row, dict):
             raise UserError(f"{where}: expected an object with `response` and `answer`, got {type(row).__name__}")
@@ -129,6 +129,13 @@ def read_lines(file: TextIO, path: Path) -> Iterator[Line]:
             if seen.setdefault(key, number) != number:
                 raise UserError(f"{where}: id {id!r} is also that of line {seen[key]}; ids must differ, or `sample`")
         yield Line(number, row, row["response"], _answer(row["answer"], where))
+
+
+def _utf8(file: TextIO, path: Path) -> Iterator[str]:
+    try:
+        yield from file
+    except UnicodeDecodeError as error:
+        raise UserError(f"grade: {path} is not UTF-8: {error}") from error
 
 
 def _answer(value: Any, where: str) -> str | tuple[str, ...]:

@@ -13,8 +13,9 @@ from tiny import luffy, make_model
 
 from luffy.errors import UserError
 from luffy.evaluation.answers import Answered, Sampling, Store, sample
+from luffy.evaluation.command import Model, file_of, grader_of
 from luffy.evaluation.questions import benchmarks_of
-from luffy.evaluation.scores import average, compare, grade, judged_part, scores
+from luffy.evaluation.scores import average, compare, grade, judged_part, said, scores
 from luffy.evaluation.statistics import difference, interval
 from luffy.rewards import VerifierPool
 from luffy.rollout.engine import Completion
@@ -279,3 +280,34 @@ def test_a_model_without_a_chat_template(home):
     assert refused(done, "no chat template", "--template")
     options = ["--template", "plain", "--max-tokens", "2", "--out", home / "bare-out"]
     assert luffy("eval", "--data", home / "sums.jsonl", "--model", folder, *options, cwd=home).returncode == 0
+
+
+def test_benchmarks_have_files_of_their_own_and_models_one_grader(home):
+    """Also of names that are no file names; a run of one model does not bring its grader to the comparison."""
+    names = ["a b", "a-b", "a/b", "\u6570\u5b66", "\u7269\u7406", "A"]
+    assert len({file_of(name) for name in names}) == len(names)
+    assert all("/" not in file_of(name) for name in names)
+    assert file_of("aime24") == "aime24.jsonl"
+
+    def model(grader, answer="12"):
+        config = SimpleNamespace(reward=SimpleNamespace(grader=grader))
+        return Model(SimpleNamespace(name="m", config=config), {"x": [SimpleNamespace(answer=answer)]})
+
+    none = SimpleNamespace(grader=None)
+    assert grader_of(none, [model("train"), model("")], "x") == "boxed"
+    assert grader_of(none, [model("train"), model("number")], "x") == "boxed"
+    assert grader_of(none, [model("train")], "x") == "train"
+    assert grader_of(none, [model(""), model("")], "x") == "boxed"
+    assert grader_of(none, [model("", "C")], "x") == "choice"
+    assert grader_of(SimpleNamespace(grader="exact"), [model("train")], "x") == "exact"
+
+
+def test_what_an_answer_says():
+    assert said("so \\boxed{\\frac12}", "boxed") == said("\\boxed{0.5}", "boxed")
+    assert said("B) because", "choice") == said("\\boxed{B}", "choice") == "B"
+    assert said("I do not know.", "choice") == ""
+    assert said("\\boxed{" + "\\frac{1}{" * 1200 + "2" + "}" * 1200 + "}", "boxed") == ""
+    answers = [boxes("2", "2", "3", "3")]
+    with VerifierPool("answer") as pool:
+        found = scores("x", grade(QUESTIONS[:1], answers, [pool], opened=False), "answer")
+    assert (found.majority, found.no_answer) == (None, None)  # nobody knows what math-verify took

@@ -87,7 +87,15 @@ def test_answers_to_one_problem_are_no_sample_of_problems():
 
 def test_where_nothing_differs():
     assert interval([[0.0] * 30]) == wilson(0, 30)
-    assert interval([[1.0] * 30, [1.0] * 20]) == wilson(50, 50)
+    for benchmarks in (
+        [[1.0] * 30, [0.0] * 1000],
+        [[1.0] * 4, [0.0] * 60],
+        [[1.0] * 30, [1.0] * 20],
+        [[0.0] * 30, [0.0, 1.0] * 15],
+    ):
+        low, high = interval(benchmarks)
+        assert low <= fmean(map(fmean, benchmarks)) <= high
+        assert high - low > 0.05
     assert difference([[1.0, 0.0]], [[1.0, 0.0]]) == (0, 0, 0, 1)
 
 

@@ -70,6 +70,8 @@ def check_eval(args: argparse.Namespace) -> None:
         raise UserError(f"eval: --data or --suite ({', '.join(SUITES)}) must say what is asked")
     if unknown := [name for name in benchmarks_in(args.suite) if name not in (*NAMES, "quick")]:
         raise UserError(f"eval: --suite {unknown[0]} is none of {', '.join((*SUITES, *NAMES))}")
+    if args.report and Path(args.report).suffix != ".html":
+        raise UserError(f"eval: --report {args.report} must end in .html; tables are written beside it")
     if args.report and not Path(args.report).resolve().parent.is_dir():
         raise UserError(f"eval: the folder of --report {args.report} does not exist")
     if args.top_p < 1 and not args.temperature:
@@ -97,10 +99,11 @@ def run_eval(args: argparse.Namespace) -> int:
         pools = Pools(stack, models[0].opened.config)
         for grader in filter(None, (args.grader, *args.compare)):
             pools[grader]  # one that does not exist is better known now
+        graders = {name: grader_of(args, models, name) for name in models[0].benchmarks}
         for model in models:
-            check_golds(model, args, pools)
+            check_golds(model, graders, pools)
         for model in models:
-            found[model.name], graded[model.name] = evaluate_model(args, model, sampling, pools)
+            found[model.name], graded[model.name] = evaluate_model(args, model, sampling, pools, graders)
             print_scores(model.name, found[model.name])
     for name in args.model[1:]:
         print_comparison(args.model[0], name, found[args.model[0]], found[name])
@@ -177,9 +180,12 @@ class Pools:
         return self._open[grader]
 
 
-def grader_of(args: argparse.Namespace, model: Model, questions: Sequence[Any]) -> str:
-    if args.grader or model.opened.config.reward.grader:
-        return args.grader or model.opened.config.reward.grader
+def grader_of(args: argparse.Namespace, models: Sequence[Model], benchmark: str) -> str:
+    """One for all models: a run's own where all are runs that agree."""
+    own = {model.opened.config.reward.grader for model in models}
+    if args.grader or (len(own) == 1 and min(own)):
+        return args.grader or min(own)
+    questions = models[0].benchmarks[benchmark]
     letters = all(re.fullmatch(r"[A-J]|[1-5]", one) for q in questions for one in golds(q))
     return "choice" if letters else "boxed"
 
@@ -188,10 +194,10 @@ def golds(question: Any) -> tuple[str, ...]:
     return (question.answer,) if isinstance(question.answer, str) else question.answer
 
 
-def check_golds(model: Model, args: argparse.Namespace, pools: Pools) -> None:
+def check_golds(model: Model, graders: dict[str, str], pools: Pools) -> None:
     """Say which answers no response could give, before hours are spent on them."""
     for benchmark, questions in model.benchmarks.items():
-        grader = grader_of(args, model, questions)
+        grader = graders[benchmark]
         if grader not in (
             "boxed",
             "choice",
@@ -214,7 +220,7 @@ def check_golds(model: Model, args: argparse.Namespace, pools: Pools) -> None:
 
 
 def evaluate_model(
-    args: argparse.Namespace, model: Model, sampling: Any, pools: Pools
+    args: argparse.Namespace, model: Model, sampling: Any, pools: Pools, graders: dict[str, str]
 ) -> tuple[list[Any], dict[str, list[Any]]]:
     """Scores of each benchmark, and the graded answers that they are made of."""
     from luffy.evaluation.answers import Store, sample
@@ -227,10 +233,7 @@ def evaluate_model(
     opened = model.opened.template.opens_think
     found, answers = [], {}
     with ExitStack() as stack:
-        stores = {
-            name: stack.enter_context(Store(folder / f"{re.sub(r'[^a-zA-Z0-9_.]+', '-', name)}.jsonl", about))
-            for name in model.benchmarks
-        }
+        stores = {name: stack.enter_context(Store(folder / file_of(name), about)) for name in model.benchmarks}
         left = {n: sum(q not in stores[n] for q in questions) for n, questions in model.benchmarks.items()}
         total = sum(map(len, model.benchmarks.values()))
         if done := total - sum(left.values()):
@@ -239,8 +242,8 @@ def evaluate_model(
         if any(left.values()):
             engine = stack.enter_context(start_engine(model.opened, longest + args.max_tokens))
         for name, questions in model.benchmarks.items():
-            grader = grader_of(args, model, questions)
-            asked = [pools[grader], *(pools[other] for other in args.compare if other != grader)]
+            grader = graders[name]
+            asked = [pools[grader], *(pools[other] for other in dict.fromkeys(args.compare) if other != grader)]
             if engine is not None and left[name]:
                 with ThreadPoolExecutor(1) as grading, Asking(name, len(questions), left[name]) as progress:
 
@@ -258,6 +261,12 @@ def evaluate_model(
             with user_errors("eval"):
                 found.append(scores(name, answers[name], grader, args.pass_at, args.seed))
     return found, answers
+
+
+def file_of(benchmark: str) -> str:
+    """Another for every benchmark, whatever its name is made of."""
+    plain = re.sub(r"[^a-zA-Z0-9_.]+", "-", benchmark)
+    return f"{plain}.jsonl" if plain == benchmark else f"{plain}-{derive(0, benchmark):08x}.jsonl"
 
 
 def check_positions(model: Model, max_tokens: int) -> int:
@@ -302,5 +311,6 @@ def write_summary(folder: Path, args: argparse.Namespace, found: dict[str, list[
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
-    names = ("n", "temperature", "top_p", "max_tokens", "seed", "template", "limit")
+    sampled = ("n", "temperature", "top_p", "max_tokens", "seed", "template", "checkpoint")
+    names = ("data", "suite", "split", "limit", "shuffle_options", *sampled, "pass_at", "compare")
     return {name: getattr(args, name) for name in names}

@@ -11,8 +11,8 @@ from luffy.evaluation.published import Published, beside, published_name
 from luffy.evaluation.scores import Graded, Scores, average, compare
 from luffy.files import write_text
 
-PROBLEMS, RESPONSES, CHARACTERS = 200, 2, 6000
-"""Shown in full: problems of a benchmark, responses to each, characters of a response."""
+PROBLEMS, CHARACTERS = 200, 6000
+"""Shown: problems of a benchmark, characters of a response."""
 
 
 @dataclass(slots=True)
@@ -47,7 +47,8 @@ def write_report(path: Path, models: Sequence[Evaluated], settings: dict[str, An
         problems=[
             problem(model.model, name, item) for model in models for name in names for item in shown(model, name)
         ],
-        limits={"problems": PROBLEMS, "responses": RESPONSES},
+        others=list(dict.fromkeys(name for model in models for one in model.scores for name in one.disagree)),
+        limits={"problems": PROBLEMS},
         markdown=markdown(models),
         latex=latex(models),
     )
@@ -95,9 +96,7 @@ def shown(model: Evaluated, name: str) -> list[Graded]:
 def problem(model: str, benchmark: str, item: Graded) -> dict[str, Any]:
     """A right and a wrong response where there are both."""
     order = sorted(range(len(item.answers)), key=lambda at: (item.right[at], at))
-    chosen = sorted({order[0], order[-1], *order[:RESPONSES]}, key=order.index)[:RESPONSES]
-    if len(order) > 1:
-        chosen = sorted({order[0], order[-1]})
+    chosen = sorted({order[0], order[-1]})
     return {
         "model": model,
         "benchmark": benchmark,

@@ -55,10 +55,10 @@ def formula(latex: str, block: bool = False) -> str:
     if len(latex) > LONGEST:
         return ""
     try:
-        tree = ElementTree.fromstring(convert(latex, display="block" if block else "inline"))
+        tree = _clean(ElementTree.fromstring(convert(latex, display="block" if block else "inline")))
+        return ElementTree.tostring(tree, encoding="unicode", short_empty_elements=False)
     except Exception:  # it is read by a library that knows the LaTeX of people, not of models
         return ""
-    return ElementTree.tostring(_clean(tree), encoding="unicode", short_empty_elements=False)
 
 
 def _clean(tree: ElementTree.Element) -> ElementTree.Element:

@@ -12,8 +12,8 @@ from luffy.evaluation.statistics import difference, interval, majority, pass_at_
 from luffy.rewards import Verdict, VerifierPool, label
 from luffy.rewards.graders import THINK_END
 from luffy.rewards.latex import normal
-from luffy.rewards.strict import box_of
-from luffy.rewards.texts import final_answer
+from luffy.rewards.strict import LONGEST, box_of
+from luffy.rewards.texts import choice_of, final_answer
 
 OWN_THINKING = ("train", "deepscaler", "deepscaler_v0", "deepscaler_v1")
 """Graders that look for the end of thoughts themselves."""
@@ -52,10 +52,10 @@ class Scores:
     interval: tuple[float, float]
     pass_at: dict[int, float]
     majority: float | None
-    """None where some question has a single answer."""
+    """None where some question has a single answer, or where it is not known what a grader reads."""
     mean_tokens: float
     truncated: float
-    no_answer: float
+    no_answer: float | None
     timeouts: int
     crashes: int
     disagree: dict[str, float]
@@ -94,11 +94,20 @@ def grade(
     return found
 
 
+BOXES = ("boxed", "deepscaler", "deepscaler_v0", "deepscaler_v1")
+READ = (*BOXES, "choice", "exact")
+"""Graders of which it is known what they read."""
+
+
 def said(text: str, grader: str) -> str:
-    """What an answer says, in one spelling; "" where it says nothing that the grader looks for."""
-    if grader in ("boxed", "deepscaler", "deepscaler_v0", "deepscaler_v1"):
-        return normal(box_of(text) or "")
-    return normal(final_answer(text))
+    """What an answer says, in one spelling; "" where it says nothing that the grader reads, or more than an answer."""
+    if grader == "choice":
+        return choice_of(text)
+    found = (box_of(text) or "") if grader in BOXES else final_answer(text)
+    try:
+        return normal(found) if len(found) <= LONGEST else ""
+    except RecursionError:
+        return ""
 
 
 def scores(benchmark: str, graded: Sequence[Graded], grader: str, ks: Sequence[int] = (), seed: int = 0) -> Scores:
@@ -107,7 +116,7 @@ def scores(benchmark: str, graded: Sequence[Graded], grader: str, ks: Sequence[i
     verdicts = [verdict for item in graded for verdict in item.verdicts]
     by_question = [item.accuracy for item in graded]
     statuses = Counter(verdict.status for verdict in verdicts)
-    several = min(len(item.answers) for item in graded) > 1
+    several = min(len(item.answers) for item in graded) > 1 and grader in READ
     return Scores(
         benchmark=benchmark,
         grader=label(grader),
@@ -119,7 +128,7 @@ def scores(benchmark: str, graded: Sequence[Graded], grader: str, ks: Sequence[i
         majority=fmean(voted(item) for item in graded) if several else None,
         mean_tokens=fmean(answer.tokens for answer in answers),
         truncated=fmean(not answer.finished for answer in answers),
-        no_answer=fmean(not words for item in graded for words in item.said),
+        no_answer=fmean(not words for item in graded for words in item.said) if grader in READ else None,
         timeouts=statuses["timeout"],
         crashes=statuses["crash"],
         disagree={name: apart(graded, name) for name in graded[0].others},

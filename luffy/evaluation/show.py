@@ -33,9 +33,10 @@ def print_scores(model: str, every: Sequence[Scores]) -> None:
     console.print(table)
     for one in every:
         other = "".join(f", `{name}` says otherwise of {share:.1%}" for name, share in one.disagree.items())
+        none = "" if one.no_answer is None else f"no answer {one.no_answer:.1%}, "
         say(
-            f"{one.benchmark}: {one.mean_tokens:.0f} tokens an answer, cut off {one.truncated:.1%}, no answer "
-            f"{one.no_answer:.1%}, timeouts {one.timeouts}, crashes {one.crashes}; graded by {one.grader}{other}"
+            f"{one.benchmark}: {one.mean_tokens:.0f} tokens an answer, cut off {one.truncated:.1%}, {none}timeouts "
+            f"{one.timeouts}, crashes {one.crashes}; graded by {one.grader}{other}"
         )
 
 

@@ -47,14 +47,14 @@ def interval(benchmarks: Sequence[Sequence[float]], confidence: float = 0.95, se
 
     The percentiles are widened as Student's t is against the normal distribution, and by the n / (n - 1) of a variance
     ("expanded percentile", arXiv 1411.5279, section 4.3.3): with thirty problems plain ones cover too little. Scores of
-    one benchmark that are all 0 or 1 get Wilson's interval, and so do benchmarks none of whose problems differ, where
-    there is nothing to resample.
+    one benchmark that are all 0 or 1 get Wilson's interval. Of several, one whose problems do not differ gets two more
+    of either kind, as Agresti and Coull have it: that nothing differs here does not say that nothing will.
     """
     every = [np.asarray(scores, dtype=np.float64) for scores in benchmarks]
-    binary = len(every) == 1 and bool(np.isin(every[0], (0, 1)).all())
-    if binary or all(np.ptp(scores) == 0 for scores in every):
-        return wilson(sum(scores.sum() for scores in every), sum(len(scores) for scores in every), confidence)
-    fewest = min(len(scores) for scores in every if np.ptp(scores))
+    if len(every) == 1 and bool(np.isin(every[0], (0, 1)).all()):
+        return wilson(every[0].sum(), len(every[0]), confidence)
+    every = [np.append(scores, (0, 0, 1, 1)) if np.ptp(scores) == 0 else scores for scores in every]
+    fewest = min(len(scores) for scores in every)
     tail = NormalDist().cdf(-math.sqrt(fewest / (fewest - 1)) * _t(0.5 + confidence / 2, fewest - 1))
     low, high = np.quantile(_means(every, seed), (tail, 1 - tail))
     return max(0.0, float(low)), min(1.0, float(high))

@@ -57,7 +57,15 @@ _RELATIONS = ((re.compile(r"\\neq?(?![a-zA-Z])"), r"\\ne "), (re.compile(r"\\leq
 _DEGREES = re.compile(r"\^\s*\{?\s*\\circ\s*\}?|\\degree(?![a-zA-Z])")
 _PERCENT = re.compile(r"\\?%")
 _TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mbox|mathrm|mathbf|mathit|operatorname)\s*\{([^{}]*)\}")
-_AFTER = re.compile(r"(?<=[\d})a-zA-Z])\s*\\(?:text|mbox|mathrm)\s*\{[^{}]*\}\s*(?:\^\s*\{?\d\}?)?\s*$")
+_AFTER = re.compile(
+    r"(?<=[\d})a-zA-Z])((?:\s*\\cdot\s*|\s*/\s*|\s*)\\(?:text|mbox|mathrm)\s*\{([^{}]*)\}\s*(?:\^\s*\{?-?\d\}?)?)+\s*$"
+)
+_INSIDE = re.compile(r"\\(?:text|mbox|mathrm)\s*\{([^{}]*)\}")
+_SAYS = """
+    or and not nor am pm hundred thousand million billion trillion dozen does do is are than least most to times if else
+    except no but only each more less
+"""
+_LETTER_UNITS = frozenset("mgsKJWNVACFHTLh")
 _THOUSANDS = re.compile(r"([+-]?\d{1,3})((?:[, ]\d{3})+)(\.\d+)?")
 _POINT = re.compile(r"(?<![\d.])\.(?=\d)")
 _ZEROS = re.compile(r"([+-]?\d+)\.0*")
@@ -89,7 +97,7 @@ def braced(text: str, at: int) -> str | None:
 def normal(text: str) -> str:
     """The string that stands for the answer; see the module."""
     text = bare(text)
-    text = _AFTER.sub("", text)
+    text = without_words(text)
     text = whole(without_unit(words(text)).strip())
     text = _POINT.sub("0.", text)
     text = _NAMED.sub("", text, count=1) if _NAMED.match(text) else text
@@ -125,6 +133,22 @@ def whole(text: str) -> str:
 def together(text: str) -> str:
     """Without spaces, but for those between digits: "20 4" is no 204."""
     return _APART.sub("", text)
+
+
+def without_words(text: str) -> str:
+    """5\\text{ cm}^2 -> 5; what stands behind the answer stays if it says more than a unit."""
+    found = _AFTER.search(text)
+    if found is None:
+        return text
+    said = re.split(r"[\s/.~^-]+|\\cdot", " ".join(_INSIDE.findall(found.group())).strip())
+    units = all(word in _LETTER_UNITS or (len(word) > 1 and word.isalpha()) for word in said if word)
+    return text[: found.start()] if units and not {word.lower() for word in said} & {*_SAYS.split()} else text
+
+
+def words_behind(text: str) -> str:
+    """What stands behind an answer and is no unit."""
+    found = _AFTER.search(without_words(bare(text)))
+    return found.group() if found else ""
 
 
 def words(text: str) -> str:

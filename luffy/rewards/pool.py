@@ -40,7 +40,7 @@ class VerifierPool:
     `grade` may be called from several threads; one call runs at a time.
     """
 
-    def __init__(self, grader: str, workers: int = 2, timeout_s: float = 10.0) -> None:
+    def __init__(self, grader: str, workers: int = 2, timeout_s: float = 5.0) -> None:
         try:
             find_grader(grader)  # the workers import it themselves; a name that leads nowhere is better known now
         except Exception as error:  # importing someone's module can raise anything

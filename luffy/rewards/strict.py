@@ -14,7 +14,20 @@ from decimal import Decimal
 from functools import lru_cache
 
 from luffy.rewards.arithmetic import read
-from luffy.rewards.latex import bare, braced, fractions, last_boxed, normal, roots, together, whole, without_unit, words
+from luffy.rewards.latex import (
+    bare,
+    braced,
+    fractions,
+    last_boxed,
+    normal,
+    roots,
+    together,
+    whole,
+    without_unit,
+    without_words,
+    words,
+    words_behind,
+)
 
 Answer = str | Sequence[str]
 THINK_END = "</think>"
@@ -25,7 +38,10 @@ _INTEGER = re.compile(r"[+-]?\d+")
 _FRACTION = re.compile(r"[+-]?\(*[+-]?\d+\)*/\(*\d+\)*")
 _WORDS = re.compile(r"\s*,?\s*\b(?:and|or)\b\s*")
 _SCIENTIFIC = re.compile(r"([+-]?\d*\.?\d+|[+-]?\d+\.)(?:e|\*10\^\(?)([+-]?\d{1,3})\)?")
-_BASE = re.compile(r"\d_\{?\d+\}?$")
+_BASE = re.compile(r"\d_(?:\{\(?(\d+)\)?\}|(\d))$")
+_CLAIMS = re.compile(
+    r"\\(?:neq?|leq?|geq?|approx|equiv|to|implies|iff|[lL]?ong[rR]ightarrow|[rR]ightarrow|sim)(?![a-zA-Z])|[<>]"
+)
 _LETTERS = re.compile(r"[a-z]")
 OPENING, CLOSING = "([", ")]"
 MOST_LETTERS = 2
@@ -133,16 +149,36 @@ def _same_part(said: str, gold: str) -> bool:
     return bool(simplify(ours - theirs) == 0)
 
 
+def base_of(text: str) -> str:
+    """8 of 52_8; "" of a number in none."""
+    found = _BASE.search(normal(text))
+    return (found.group(1) or found.group(2)) if found else ""
+
+
+def claims(text: str) -> set[str]:
+    """What it says beside a value: kinds of relations, arrows, a chain of equations, words behind it."""
+    kinds = {"order" if mark in ("<", ">", "\\le", "\\ge") else mark for mark in _CLAIMS.findall(bare(text))}
+    behind = "".join(words_behind(text).split()).casefold()
+    return kinds | ({"chain"} if text.count("=") > 1 and "," not in text else set()) | ({behind} - {""})
+
+
 def plain(text: str) -> str:
     """In a line, in small letters: \\frac{a}{b} -> ((a)/(b)), 3\\sqrt2 -> 3sqrt(2), 2 million -> 2*10^6."""
-    text = roots(fractions(words(bare(text)).lower())).replace("\\pi", " pi ")
+    text = roots(fractions(words(without_words(bare(text))).lower())).replace("\\pi", " pi ")
     for word, zeros in _LARGE.items():
         text = re.sub(rf"(?<=\d)\s*{word}s?\b", f"*10^{zeros}", text)
     text = _WORDS.sub(",", without_unit(text)).replace("\\cdot", "*").replace("\\times", "*")
     text = _MIXED.sub(lambda found: "({}+{}/{})".format(*(part for part in found.groups() if part)), text)
-    text = together(whole(_over(text).strip()).replace("{", "(").replace("}", ")"))
+    text = _alone(together(whole(_over(text).strip()).replace("{", "(").replace("}", ")")))
     number = re.fullmatch(r"([+-]?\d+)\.0*", text)
     return number.group(1) if number else _written_out(text)
+
+
+def _alone(text: str) -> str:
+    """(2) -> 2; a tuple and (2)(3) stay."""
+    while text[:1] == "(" and text[-1:] == ")" and not set(text[1:-1]) & set("(),[]"):
+        text = text[1:-1]
+    return text
 
 
 def _written_out(text: str) -> str:
@@ -169,7 +205,7 @@ def _over(text: str) -> str:
 def parts(text: str) -> list[str]:
     """(a,b] -> a, b; anything else, and what has brackets inside, is one."""
     inside = text[1:-1]
-    if len(text) > 2 and text[0] in OPENING and text[-1] in CLOSING and not set(inside) & set(OPENING + CLOSING):
+    if "," in inside and text[0] in OPENING and text[-1] in CLOSING and not set(inside) & set(OPENING + CLOSING):
         return inside.split(",")
     return [text]
 
@@ -178,8 +214,8 @@ def same_by_math_verify(said: str, gold: str) -> bool:
     """math-verify, box against box: first match, no fallback. Not asked about long texts that repeat themselves."""
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
-    if bool(_BASE.search(said.strip("$ "))) != bool(_BASE.search(gold.strip("$ "))):
-        return False  # it reads 52_8 as 52
+    if base_of(said) != base_of(gold) or claims(said) - claims(gold):
+        return False  # it reads 52_8 as 52, the last of 3 \\to 4, and no words
     if len(said) > LONG and len(zlib.compress(said.encode())) < REPETITIVE * len(said.encode()):
         return False
     targets = (LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig())

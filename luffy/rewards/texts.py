@@ -13,6 +13,13 @@ _ANNOUNCED = re.compile(r"answer\s*(?:is\b\s*:?|[:=])\s*(?=\S)", re.IGNORECASE)
 _WRAPPED = re.compile(r"\\(?:text|mathrm|mathbf|textbf)\{([^{}]*)\}")
 _LETTER = re.compile(r"\(?([A-Za-z]|\d)\)?(?:[).:,]?\s*\Z|[).:,]\s|\s+[^A-Za-z0-9\s])")
 _SEVERAL = re.compile(r"(?:\(?[A-Z]\)?[.:,/&]*(?:\s+(?:and|or)\b)?\s*){2,}\Z")
+_LISTED = re.compile(
+    r"\(?([A-Ja-j])\)?\s*(?:[/,&+;]|\\lor|\\vee|\bor\b|\band\b)+\s*(?:(?:or|and|maybe|perhaps)\s+)*"
+    r"\(?[A-Ja-j]\)?(?![A-Za-z'])"
+)
+_DENIED = re.compile(
+    r"(?:\\neg|\\lnot|(?i:not|neither|nor|except|(?:anything|any|all|none)\s+but)\b)\s*\(?[A-Za-z]\)?(?![A-Za-z])"
+)
 _WORDS = re.compile(r"(?<![A-Za-z0-9(])[AI](?=\s+(?!(?:or|and)\b)[a-z])")
 _ALONE = re.compile(r"(?<![A-Za-z0-9])\(?([A-Z])\)?(?![A-Za-z0-9'])|\((\d)\)")
 
@@ -35,11 +42,18 @@ def grade_choice(response: str, answer: str | Sequence[str]) -> float:
     `(B)`, `B.`, `B) because`, `B, because`, `\\boxed{\\text{B}}` and "the answer is B" name B; several letters name
     none. A and I before a word in small letters are words.
     """
-    said = final_answer(response).strip("*$ ")
-    match = None if _SEVERAL.match(said) else _LETTER.match(said)
-    letters = {match.group(1).upper()} if match else {a or b for a, b in _ALONE.findall(_WORDS.sub("", said))}
     golds = (answer,) if isinstance(answer, str) else tuple(answer)
-    return float(len(letters) == 1 and letters <= {_WRAPPED.sub(r"\1", gold).strip("$(). ").upper() for gold in golds})
+    return float(choice_of(response) in {_WRAPPED.sub(r"\1", gold).strip("$(). ").upper() for gold in golds} - {""})
+
+
+def choice_of(response: str) -> str:
+    """The one letter (or digit) that the final answer names; "" for none, several, or one that it says it is not."""
+    said = final_answer(response).strip("*$ ")
+    if _SEVERAL.match(said) or _LISTED.match(said) or _DENIED.match(said):
+        return ""
+    match = _LETTER.match(said)
+    letters = {match.group(1).upper()} if match else {a or b for a, b in _ALONE.findall(_WORDS.sub("", said))}
+    return letters.pop() if len(letters) == 1 else ""
 
 
 def grade_exact(response: str, answer: str | Sequence[str]) -> float:

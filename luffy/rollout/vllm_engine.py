@@ -118,7 +118,9 @@ class VllmEngine:
         return answered(requests) if self._peers is None else self._peers.share(requests, answered)
 
     def stream(self, request: Request, temperature: float) -> Iterator[Ids]:
-        """The tokens of its one completion so far, each time there are more."""
+        """The tokens of its one completion so far, each time there are more. Nothing else may be asked meanwhile."""
+        if self.llm.llm_engine.has_unfinished_requests():
+            raise RuntimeError("VllmEngine: another stream or generation is not over; take all of it, or close it")
         return stream(self.llm.llm_engine, request, temperature, eos_token_id=self.eos_token_id)
 
     def score(self, sequences: Sequence[Ids]) -> list[list[float]]:
