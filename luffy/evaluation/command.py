@@ -41,7 +41,8 @@ def add_eval(commands: Any, add_model_options: Any, positive: Any, fraction: Any
     parser.add_argument("--pass-at", type=positive, nargs="+", default=[], metavar="K", help="unbiased pass@k")
     parser.add_argument("--limit", type=positive, metavar="N", help="only the first N rows of each")
     parser.add_argument(
-        "--grader", help="as reward.grader (default: a run's own; else `choice` where answers are letters, or `boxed`)"
+        "--grader",
+        help="as reward.grader (default: the runs' own if they agree; else `choice` for letters, or `boxed`)",
     )
     parser.add_argument("--compare", nargs="+", default=[], metavar="G", help="graders that are asked, too")
     parser.add_argument(
@@ -196,18 +197,11 @@ def golds(question: Any) -> tuple[str, ...]:
 
 def check_golds(model: Model, graders: dict[str, str], pools: Pools) -> None:
     """Say which answers no response could give, before hours are spent on them."""
+    from luffy.rewards.graders import SYMBOLIC
+
     for benchmark, questions in model.benchmarks.items():
         grader = graders[benchmark]
-        if grader not in (
-            "boxed",
-            "choice",
-            "answer",
-            "train",
-            "deepscaler",
-            "deepscaler_v0",
-            "deepscaler_v1",
-            "exact",
-        ):
+        if grader not in (*SYMBOLIC, "choice", "exact"):
             continue
         verdicts = pools[grader].grade([(f"</think> \\boxed{{{golds(q)[0]}}}", q.answer) for q in questions])
         bad = [q for q, verdict in zip(questions, verdicts, strict=True) if verdict.reward < 1]

@@ -1,6 +1,6 @@
 """Rewards: pure graders, and a pool of processes that runs them under a hard wall clock.
 
-    with VerifierPool("train", workers=2, timeout_s=10) as pool:
+    with VerifierPool("train", workers=2, timeout_s=5) as pool:
         verdicts = pool.grade([(response_text, answer), ...])
 
 A grader maps (response text, answer) to a float and may hang or die; the pool's verdict then says `timeout` or `crash`

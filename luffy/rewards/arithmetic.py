@@ -76,7 +76,7 @@ class _Reader:
                 if sign == "/" and other == 0:
                     raise _Unreadable
                 found = found * other if sign == "*" else found / other
-            elif self.next and (self.next[0].isalnum() or self.next in ("(", ".")):
+            elif self.next and (self.next[0].isalnum() or self.next == "("):
                 found = found * self.power()  # 2x, 3(1 + y)
             else:
                 return found

@@ -4,7 +4,7 @@
 
 The rules are those of the MATH benchmark's equality (arXiv 2103.03874), widened as Minerva's and Qwen2.5-Math's
 evaluations do (arXiv 2206.14858 appendix D.1; arXiv 2409.12122): units, matrices, names of relations, degrees, percent
-signs, thousands separators. A single letter is never taken for a unit: in a formula it is a variable.
+signs, thousands separators. A bare letter is never taken for a unit: in a formula it is a variable.
 """
 
 import re

@@ -40,7 +40,7 @@ _WORDS = re.compile(r"\s*,?\s*\b(?:and|or)\b\s*")
 _SCIENTIFIC = re.compile(r"([+-]?\d*\.?\d+|[+-]?\d+\.)(?:e|\*10\^\(?)([+-]?\d{1,3})\)?")
 _BASE = re.compile(r"\d_(?:\{\(?(\d+)\)?\}|(\d))$")
 _CLAIMS = re.compile(
-    r"\\(?:neq?|leq?|geq?|approx|equiv|to|implies|iff|[lL]?ong[rR]ightarrow|[rR]ightarrow|sim)(?![a-zA-Z])|[<>]"
+    r"\\(?:neq?|leq?|geq?|approx|equiv|to|implies|iff|[lL]ongrightarrow|[rR]ightarrow|sim)(?![a-zA-Z])|[<>]"
 )
 _LETTERS = re.compile(r"[a-z]")
 OPENING, CLOSING = "([", ")]"
