@@ -1,6 +1,9 @@
 """A model to ask, by name: a run folder, a model folder or a Hugging Face id."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from luffy.errors import UserError
@@ -8,6 +11,7 @@ from luffy.errors import UserError
 if TYPE_CHECKING:
     from luffy.config import Config
     from luffy.prompts import PromptTemplate
+    from luffy.rollout.servers import Servers
     from luffy.rollout.vllm_engine import VllmEngine
 
 STYLES = ("chat", "luffy", "plain")
@@ -88,3 +92,45 @@ def start_engine(model: Opened, context: int) -> "VllmEngine":
         max_model_len=context,
         trust_remote_code=config.model.trust_remote_code,
     )
+
+
+@contextmanager
+def start_servers(model: Opened, context: int, folder: Path) -> Iterator["Servers"]:
+    """As `start_engine`, by vLLM's servers: those of `rollout.urls`, or `rollout.servers` started here, which end with
+    this. folder: for their logs.
+
+    Raises:
+        UserError: a server does not start, cannot be reached, or has a model of other sizes.
+    """
+    from transformers import AutoConfig
+
+    from luffy import dtypes
+    from luffy.config import MeshConfig
+    from luffy.distributed import joined
+    from luffy.load import identity
+    from luffy.rollout.servers import Servers
+
+    config = model.config
+    if config.rollout.urls and not Path(model.path).is_dir():
+        raise UserError(f"model: servers of --urls load weights from a folder that they see, and {model.path} is none")
+    described = AutoConfig.from_pretrained(model.path, trust_remote_code=config.model.trust_remote_code)
+    text = described.get_text_config()
+    with joined(MeshConfig()) as world, Servers(
+        model.path,
+        config.rollout,
+        dtype=dtypes.resolve(config.rollout.dtype or config.model.dtype),
+        eos_token_id=model.template.eos_token_id,
+        sizes={
+            "vocabulary": text.vocab_size,
+            "hidden size": text.hidden_size,
+            "blocks": text.num_hidden_layers,
+        },
+        max_model_len=context,
+        folder=folder,
+        world=world,
+        trust_remote_code=config.model.trust_remote_code,
+    ) as servers:  # fmt: skip
+        if config.rollout.urls:
+            # a version of its own, so that nothing that other weights have left in a prefix cache is taken for these
+            servers.load(Path(model.path).resolve(), int(identity(model.path)[:12], 16))
+        yield servers

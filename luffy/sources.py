@@ -107,22 +107,22 @@ def check_overlap(config: Config, training: list[Example], judged: dict[str, lis
     """
     from luffy.data_check import plain
 
-    asked = {plain(example.problem) for example in training}
+    asked, found = {plain(example.problem) for example in training}, []
     for name, examples in judged.items():
         shared = [example.problem.id for example in examples if plain(example.problem) in asked]
         if not shared:
             continue
-        said = (
+        found.append(
             f"{len(shared)} of {len(examples)} problems that the run is judged by ({name}; first: {shared[0]}) are "
             f"also trained on"
         )
-        if config.eval.overlap == "refuse":
-            raise UserError(
-                f"data: {said}, so accuracy would be that of a memory; leave them out (luffy data check FILE --against "
-                f"OTHER names them, luffy data prepare --complement too), or set eval.overlap=warn"
-            )
-        return said
-    return ""
+    said = "; ".join(found)
+    if found and config.eval.overlap == "refuse":
+        raise UserError(
+            f"data: {said}, so accuracy would be that of a memory; leave them out (luffy data check FILE --against "
+            f"OTHER names them, luffy data prepare --complement too), or set eval.overlap=warn"
+        )
+    return said
 
 
 def resolve(config: ModelConfig) -> str:

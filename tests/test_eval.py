@@ -1,24 +1,29 @@
 """`luffy eval`: answers are kept, counted and graded as they should be."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 from test_cli import refused
 from tiny import luffy, make_model
 
+from luffy.cli import build_parser
 from luffy.errors import UserError
 from luffy.evaluation.answers import Answered, Sampling, Store, sample
-from luffy.evaluation.command import Model, file_of, grader_of
+from luffy.evaluation.command import Model, doubts, file_of, grader_of, load_model
 from luffy.evaluation.questions import benchmarks_of
 from luffy.evaluation.scores import average, compare, grade, judged_part, said, scores
 from luffy.evaluation.statistics import difference, interval
 from luffy.rewards import VerifierPool
+from luffy.rollout.client import Client
 from luffy.rollout.engine import Completion
+from luffy.rollout.server import free_port
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +74,7 @@ def test_scores():
     with VerifierPool("boxed") as pool, VerifierPool("exact") as other:
         graded = grade(QUESTIONS, ANSWERS, [pool, other], opened=False)
     found = scores("x", graded, "boxed", ks=[1, 2, 4])
-    assert (found.questions, found.answers, found.grader) == (3, 12, "boxed-2")
+    assert (found.questions, found.answers, found.grader) == (3, 12, "boxed-3")
     assert found.by_question == [0.5, 0.5, 0.0]
     assert found.accuracy == pytest.approx(1 / 3)
     assert found.interval == interval([[0.5, 0.5, 0.0]])
@@ -122,12 +127,14 @@ def test_the_store_keeps_what_is_whole(tmp_path):
     with Store(path, ABOUT) as store:
         assert [q in store for q in QUESTIONS] == [True, False, False]
         assert store[QUESTIONS[0]] == ANSWERS[0]
+        fewer, more = replace(QUESTIONS[0], count=2), replace(QUESTIONS[0], count=5)
+        assert fewer in store
+        assert store[fewer] == ANSWERS[0][:2]
+        assert more not in store
         store.add(QUESTIONS[1], ANSWERS[1])
     with Store(path, ABOUT) as store:
         assert [q in store for q in QUESTIONS] == [True, True, False]
-        fewer, other = QUESTIONS[0], QUESTIONS[1]
-        assert type(fewer)(fewer.id, "", fewer.prompt_ids, "2", 3) not in store  # another --n
-        assert type(other)(other.id, "", (9, 9), "2", 4) not in store  # another prompt
+        assert replace(QUESTIONS[1], prompt_ids=(9, 9)) not in store
 
 
 def test_answers_of_something_else_are_not_gone_on_with(tmp_path):
@@ -135,7 +142,7 @@ def test_answers_of_something_else_are_not_gone_on_with(tmp_path):
     with pytest.raises(UserError, match=r"another temperature \(0.6, now 1.0\); take another --out"):
         Store(tmp_path / "x.jsonl", ABOUT | {"temperature": 1.0})
     (tmp_path / "y.jsonl").write_text('{"id": 3}\n')
-    with pytest.raises(UserError, match=r"y.jsonl holds no answers of `luffy eval`"):
+    with pytest.raises(UserError, match=r"y.jsonl is not a file of theirs"):
         Store(tmp_path / "y.jsonl", ABOUT)
     assert (tmp_path / "y.jsonl").read_text() == '{"id": 3}\n'
 
@@ -178,7 +185,11 @@ def test_sampling_goes_on_where_it_was_stopped(tmp_path):
     sample(engine, template, QUESTIONS, sampling, whole, lambda q, answers: seen.append(q.id))
     assert sorted(seen) == [q.id for q in QUESTIONS]
     assert {(r.count, r.max_tokens, r.top_p) for r in engine.asked} == {(4, 5, 0.9)}
-    assert len({r.seed for r in engine.asked}) == 3
+    seeds = {r.seed for r in engine.asked}
+    assert len(seeds) == 3
+    other = Fake()
+    sample(other, template, QUESTIONS, replace(sampling, seed=4), Store(tmp_path / "4.jsonl", ABOUT), lambda *_: None)
+    assert not seeds & {r.seed for r in other.asked}
     assert whole[QUESTIONS[1]] == [Answered("()", 0, False)] * 4  # refused is not right, and not asked again
     parts, engine = Store(tmp_path / "parts.jsonl", ABOUT), Fake(stop_after=1)
     with pytest.raises(KeyboardInterrupt):
@@ -201,7 +212,7 @@ def test_two_models_on_two_benchmarks(home):
     summary = json.loads((home / "out" / "summary.json").read_text())
     first, second = summary["models"].values()
     assert [b["benchmark"] for b in first["benchmarks"]] == ["a", "b", "letters"]
-    assert [b["grader"] for b in first["benchmarks"]] == ["boxed-2", "boxed-2", "choice-1"]
+    assert [b["grader"] for b in first["benchmarks"]] == ["boxed-3", "boxed-3", "choice-1"]
     assert [b["answers"] for b in first["benchmarks"]] == [18, 18, 3]
     assert all(b["disagree"].keys() == {"answer"} and b["pass_at"].keys() == {"2"} for b in first["benchmarks"])
     assert second["difference"].keys() == {"a", "b", "letters", "average"}
@@ -245,7 +256,7 @@ def whole_slug(home) -> str:
 
 
 def lines(folder) -> dict[str, list[str]]:
-    return {path.name: sorted(path.read_text().splitlines()) for path in folder.glob("*/*.jsonl")}
+    return {str(path.relative_to(folder)): sorted(path.read_text().splitlines()) for path in folder.glob("*/*.jsonl")}
 
 
 def test_what_cannot_be_asked(home):
@@ -299,7 +310,106 @@ def test_benchmarks_have_files_of_their_own_and_models_one_grader(home):
     assert grader_of(none, [model("train")], "x") == "train"
     assert grader_of(none, [model(""), model("")], "x") == "boxed"
     assert grader_of(none, [model("", "C")], "x") == "choice"
+    assert grader_of(none, [model("number", "C")], "x") == "choice"
+    assert grader_of(none, [model("number", "3")], "x") == "number"
     assert grader_of(SimpleNamespace(grader="exact"), [model("train")], "x") == "exact"
+
+
+def asked_of(home, *options) -> dict:
+    """Questions of `luffy eval`, by benchmark."""
+    args = build_parser().parse_args(["eval", "--model", str(home / "model"), *map(str, options)])
+    model = load_model(args, args.model[0])
+    prompts = {name: [model.opened.template.decode(q.prompt_ids) for q in qs] for name, qs in model.benchmarks.items()}
+    return {"prompts": prompts, "answers": {name: [q.answer for q in qs] for name, qs in model.benchmarks.items()}}
+
+
+def test_splits_templates_and_options(home, tmp_path, monkeypatch):
+    for split in ("train", "test"):
+        (tmp_path / "set").mkdir(exist_ok=True)
+        (tmp_path / "set" / f"{split}.jsonl").write_text(json.dumps({"prompt": f"A {split}?", "answer": "1"}) + "\n")
+    ask = ["--data", tmp_path / "set", "--split"]
+    for split in ("train", "test"):
+        [[prompt]] = asked_of(home, *ask, split)["prompts"].values()
+        assert f"A {split}?" in prompt
+    [[qwen]] = asked_of(home, *ask, "test", "--template", "qwen-math")["prompts"].values()
+    assert "Please reason step by step, and put your final answer within \\boxed{}." in qwen
+    assert "<|im_start|>system" in qwen
+    [[plain]] = asked_of(home, *ask, "test", "--template", "plain")["prompts"].values()
+    assert "boxed" not in plain
+    monkeypatch.setenv("LUFFY_CACHE", str(tmp_path))
+    (tmp_path / "benchmarks").mkdir()
+    row = {"question": "Which?", "options": list("abcdefghij"), "answer": "J", "answer_index": 9}
+    rows = [row | {"question": f"Which {n}?"} for n in range(30)]
+    (tmp_path / "benchmarks" / "mmlu_pro.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ask = ["--suite", "mmlu_pro"]
+    assert set(asked_of(home, *ask)["answers"]["mmlu_pro"]) == {"J"}
+    shuffled = asked_of(home, *ask, "--shuffle-options")
+    assert len(set(shuffled["answers"]["mmlu_pro"])) > 4
+    assert shuffled == asked_of(home, *ask, "--shuffle-options")
+    assert shuffled != asked_of(home, *ask, "--shuffle-options", "--seed", "1")
+
+
+def test_a_report_doubts_what_chose_the_checkpoint(tmp_path):
+    (tmp_path / "valid.jsonl").write_text('{"prompt": "What is  2+2?", "answer": "4"}\n')
+
+    def model(validation):
+        config = SimpleNamespace(eval=SimpleNamespace(validation=validation))
+        questions = [SimpleNamespace(text="what is 2+2?"), SimpleNamespace(text="What is 3+3?")]
+        return Model(SimpleNamespace(name="run", config=config), {"sums": questions})
+
+    [said] = doubts([model(str(tmp_path / "valid.jsonl"))])
+    assert said.startswith("1 of 2 problems of sums are in ")
+    assert "run's best checkpoint" in said
+    assert doubts([model(None), model(str(tmp_path / "gone.jsonl"))]) == []
+
+
+def test_a_models_folder_lies_in_out(tmp_path, monkeypatch):
+    (tmp_path / "deep").mkdir()
+    monkeypatch.chdir(tmp_path / "deep")
+    slugs = {name: Model(SimpleNamespace(name=name), {}).slug for name in (".", "..", "../x", "a/b", "/", "runs/..")}
+    assert slugs["."] == "deep"
+    assert slugs[".."] == tmp_path.name
+    assert all(slug and slug not in (".", "..") and "/" not in slug for slug in slugs.values()), slugs
+
+
+def test_servers_answer_as_the_engine_in_this_process(home):
+    """And what cannot be served is said before anything starts."""
+    options = ["--model", home / "model", "--data", home / "sums.jsonl", "--n", "2", "--max-tokens", "12"]
+    for more, name in (([], "here"), (["--servers", "2"], "served")):
+        done = luffy("eval", *options, *more, "--out", home / name, cwd=home)
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert lines(home / "served") == lines(home / "here")
+    assert len(list((home / "served").glob("*/servers/server-*.log"))) == 2
+    assert refused(luffy("eval", *options, "--urls", "http://x", "--servers", "1", cwd=home), "--urls", "--servers")
+    assert refused(luffy("eval", *options, "--servers", "2", "--devices", "0", cwd=home), "--devices", "--servers")
+    assert refused(luffy("eval", *options, "--tensor-parallel", "2", cwd=home), "--servers")
+
+
+@pytest.mark.slow
+def test_a_server_that_runs_gets_the_models_weights(home):
+    """Whatever it was started with."""
+    port = free_port()
+    command = [sys.executable, "-m", "luffy.rollout.serve", "--model", str(home / "other"), "--port", str(port)]
+    command += ["--dtype", "float32", "--max-model-len", "256", "--kv-cache-memory-bytes", str(1 << 28)]
+    log = (home / "serve.log").open("wb")
+    server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    try:
+        url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 120
+        while not Client(url, None, 1).ready():
+            assert server.poll() is None, (home / "serve.log").read_text()[-3000:]
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        options = ["--model", home / "model", home / "other", "--data", home / "sums.jsonl", "--max-tokens", "12"]
+        options += ["--temperature", "1", "--kv-cache-gib", "0.25"]
+        for more, name in (["--urls", url], "by-url"), ([], "by-none"):
+            done = luffy("eval", *options, *more, "--out", home / name, cwd=home)
+            assert done.returncode == 0, done.stderr[-3000:]
+        assert lines(home / "by-url") == lines(home / "by-none")
+        assert (home / "model" / "model.safetensors").exists()
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+        log.close()
 
 
 def test_what_an_answer_says():

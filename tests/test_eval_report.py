@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -11,7 +12,16 @@ from test_eval import ANSWERS, QUESTIONS, boxes
 from tiny import luffy, make_model
 
 from luffy.evaluation.answers import Answered
-from luffy.evaluation.html import CHARACTERS, Evaluated, latex, markdown, write_report
+from luffy.evaluation.html import (
+    CHARACTERS,
+    Evaluated,
+    latex,
+    markdown,
+    shortened,
+    theirs,
+    titles,
+    write_report,
+)
 from luffy.evaluation.mathml import answer, formula, typeset
 from luffy.evaluation.published import BENCHMARKS, beside, published
 from luffy.evaluation.questions import Question
@@ -29,15 +39,15 @@ HOSTILE = (
 
 def evaluated(model: str = "mine", answers=ANSWERS) -> Evaluated:
     questions = [
-        Question("aime/0", "What is $\\frac{4}{2}$?", (1,), "2", 4),
-        Question("aime/1", "Solve \\[ x^2 = 9 \\] for $x > 0$.", (2,), "\\frac{6}{2}", 4),
-        Question("aime/2", HOSTILE, (3,), "<i>4</i>", 4),
+        Question("aime24/0", "What is $\\frac{4}{2}$?", (1,), "2", 4),
+        Question("aime24/1", "Solve \\[ x^2 = 9 \\] for $x > 0$.", (2,), "\\frac{6}{2}", 4),
+        Question("aime24/2", HOSTILE, (3,), "<i>4</i>", 4),
     ]
     with VerifierPool("boxed") as boxed, VerifierPool("exact") as exact:
         found = grade(questions, answers, [boxed, exact], opened=False)
         more = grade(QUESTIONS, answers, [boxed, exact], opened=False)
-    every = [scores("aime", found, "boxed", [1, 2]), scores("own", more, "boxed", [1, 2])]
-    return Evaluated(model, every, {"aime": found, "own": more})
+    every = [scores("aime24", found, "boxed", [1, 2]), scores("own", more, "boxed", [1, 2])]
+    return Evaluated(model, every, {"aime24": found, "own": more})
 
 
 @pytest.fixture(scope="module")
@@ -117,11 +127,33 @@ def test_tables_for_a_paper(models):
     lines = markdown(models).splitlines()
     assert lines[0] == "| model | AIME24 | own | average |"
     assert lines[2].startswith("| mine | ")
-    assert lines[-1].endswith("aime boxed-2, 4; own boxed-2, 4.")
+    assert lines[-1].endswith("aime24 boxed-3, 4; own boxed-3, 4.")
     tex = latex(models)
     assert tex.count(r" \\") == 3
     assert "_{" in tex
-    assert r"boxed-2" in tex.splitlines()[-1]
+    assert r"boxed-3" in tex.splitlines()[-1]
+
+
+def test_names_that_two_sets_have_or_that_break_a_table(models):
+    """`aime` is AIME 2024 where it has its 30 problems; two of one name keep their own."""
+
+    def named(benchmark, questions):
+        return replace(models[0].scores[0], benchmark=benchmark, questions=questions)
+
+    assert titles([named("aime", 30), named("aime25", 30)]) == {"aime": "AIME24", "aime25": "AIME25"}
+    assert titles([named("aime", 12), named("math", 50)]) == {"aime": "aime", "math": "math"}
+    assert titles([named("aime", 30), named("aime24", 30)]) == {"aime": "aime", "aime24": "aime24"}
+    table = markdown([Evaluated("a|b", models[0].scores, {})]).splitlines()
+    assert "| a\\|b |" in table[2]
+    assert len(shortened("x" * 9000, 300)) < 350
+
+
+def test_published_numbers_beside_are_compared_over_all_of_the_benchmarks():
+    """An average of theirs is of the same benchmarks as ours, or is none."""
+    [one] = [one for one in beside({"aime24": 30, "arc_c": 1172}) if one.method == "LUFFY (500 steps)"]
+    assert theirs(one, {"aime24": 30, "arc_c": 1172})["average"] == pytest.approx((29.4 + 80.5) / 2)
+    assert theirs(one, {"aime24": 30, "mine": 7})["average"] is None
+    assert theirs(one, {"aime24": 30, "mine": 7})["cells"] == [29.4, None]
 
 
 def test_published_numbers_are_those_of_the_papers():
@@ -137,9 +169,11 @@ def test_published_numbers_are_those_of_the_papers():
 
 
 def test_published_numbers_beside_ours():
-    found = [one for one in beside(["aime", "arc_c"]) if one.method.startswith("LUFFY") and one.grader == "oat"]
+    found = [
+        one for one in beside({"aime": 30, "arc_c": 500}) if one.method.startswith("LUFFY") and one.grader == "oat"
+    ]
     assert (29.4, 80.5) in [(one.percent.get("AIME24"), one.percent.get("ARC-c")) for one in found]
-    assert beside(["mine"]) == []
+    assert beside({"mine": 30, "math": 12}) == []
     assert {name for one in published() for name in one.percent} == {*BENCHMARKS, "Avg-ID", "Avg-OOD"}
 
 

@@ -9,6 +9,7 @@ from test_cli import refused
 from tiny import luffy, make_model
 
 from luffy.errors import UserError
+from luffy.generate import read_questions
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +44,33 @@ def test_a_stream_is_the_answer_in_pieces(model):
         pieces = list(model.stream("What is 2+2?", max_tokens=40, seed=seed, temperature=1.0))
         assert "".join(pieces) == model.answer("What is 2+2?", max_tokens=40, seed=seed, temperature=1.0)
         assert len(pieces) > 3
+
+
+def test_more_answers_begin_with_those_that_were_fewer(model):
+    """What lets an evaluation use a larger --n again."""
+    few, many = (model.answers(["What is 2+2?"], n=n, max_tokens=8, temperature=1.0)[0] for n in (2, 5))
+    assert many[:2] == few
+
+
+def test_one_thing_at_a_time(model):
+    """Another request's steps would take a stream's tokens away."""
+    stream = model.stream("What is 2+2?", max_tokens=30, temperature=1.0)
+    first = next(stream)
+    for ask in (lambda: model.answer("And 3+3?", max_tokens=4), lambda: next(model.stream("And 3+3?", max_tokens=4))):
+        with pytest.raises(RuntimeError, match="another stream or generation is not over"):
+            ask()
+    assert first + "".join(stream) == model.answer("What is 2+2?", max_tokens=30, temperature=1.0)
+
+
+def test_lines_end_where_lines_end(tmp_path):
+    """Not at U+2028, which JSON may hold; and a file in Latin-1 is refused by name."""
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"prompt": "a\u2028b"}\n', encoding="utf-8")
+    [(number, turns, _)] = read_questions(path)
+    assert (number, turns[-1]["content"]) == (1, "a\u2028b")
+    path.write_bytes('{"prompt": "caf\u00e9"}\n'.encode("latin-1"))
+    with pytest.raises(UserError, match=r"x.jsonl is not UTF-8"):
+        read_questions(path)
 
 
 def test_a_stream_that_is_left_leaves_nothing_behind(model):

@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -141,17 +142,25 @@ def test_hostile_answers(grader, timeout_s, tmp_path):
     mark = tmp_path / "mark"
     with VerifierPool(grader, workers=2, timeout_s=timeout_s) as pool:
         pool.grade([("\\boxed{1}", "1")] * 2)
-        peaks = []
+        peaks, over = [0], threading.Event()
+
+        def watch() -> None:
+            while not over.wait(0.005):  # a worker that is killed takes its record with it
+                peaks.append(max(rss(slot.process.pid) for slot in list(pool._slots)))
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
         for name, answer in hostile(mark).items():
             for gold in ("2", "\\frac{1}{7}"):
                 began = time.monotonic()
                 [verdict] = pool.grade([(f"<think></think> so \\boxed{{{answer}}}", gold)])
                 assert time.monotonic() - began < timeout_s + 0.5, (name, gold)
                 assert verdict.reward < 1, (name, gold)
-            peaks += [rss(slot.process.pid) for slot in pool._slots]
             [right] = pool.grade([(f"<think>{name}</think> Answer: \\boxed{{3}}", "3")])
             assert right.reward == 1, name
-        assert max(peaks) < MEMORY_LIMIT_BYTES
+        over.set()
+        watcher.join()
+        assert 0 < max(peaks) < MEMORY_LIMIT_BYTES
         assert pool.status()["graded"] >= 3 * len(hostile(mark))
     assert not mark.exists()
 
@@ -233,7 +242,7 @@ def test_spellings_that_are_one():
 
 
 def test_a_grader_has_a_version():
-    assert label("boxed") == "boxed-2"
+    assert label("boxed") == "boxed-3"
     assert label("train") == "train-1"
     assert label("mine:grade") == "mine:grade"
 

@@ -96,7 +96,16 @@ def test_where_nothing_differs():
         low, high = interval(benchmarks)
         assert low <= fmean(map(fmean, benchmarks)) <= high
         assert high - low > 0.05
-    assert difference([[1.0, 0.0]], [[1.0, 0.0]]) == (0, 0, 0, 1)
+    mean, low, high, p = difference([[1.0, 0.0]], [[1.0, 0.0]])
+    assert (mean, p) == (0, 1)
+    assert low < 0 < high
+    mean, low, high, p = difference([[1.0] * 20], [[0.0] * 20])  # every problem alike, and yet twenty alone
+    assert (mean, high) == (1, 1)
+    assert 0.4 < low < 0.9
+    assert p < 0.001
+    none = difference([[0.0] * 30], [[0.0] * 30])
+    assert none[1] == pytest.approx(-none[2], abs=0.02)
+    assert 0.1 < none[2] < 0.3
 
 
 MODELS = [

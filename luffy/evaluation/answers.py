@@ -3,8 +3,9 @@
     DIR/<benchmark>.jsonl    what the answers are of, then a line for each question:
                              {"id", "prompt": digest, "answers": [{"text", "tokens", "finished"}, ...]}
 
-The answers to a question are a function of weights, prompt and seed, so that it does not matter when they were sampled
-(on a GPU to rounding, which depends on what else is sampled at the time).
+The i-th answer to a question is the same whatever the number of them, so that those for a larger --n serve a smaller
+one. Answers are a function of weights, prompt and seed, so that it does not matter when they were sampled (on a GPU to
+rounding, which depends on what else is sampled at the time).
 """
 
 import json
@@ -49,7 +50,7 @@ class Store:
     def __init__(self, path: Path, about: dict[str, Any]) -> None:
         self.path, self._answers = path, dict[str, tuple[str, list[Answered]]]()
         head = json.dumps({"about": about}, sort_keys=True)
-        with disk_errors(f"eval: {path}"):
+        with disk_errors(f"answers: {path}"):
             path.parent.mkdir(parents=True, exist_ok=True)
             whole = self._read(about) if path.exists() else 0
             self._file = path.open("r+b" if whole else "wb")
@@ -71,26 +72,26 @@ class Store:
                 found = [Answered(**answer) for answer in line["answers"]]
                 self._answers[line["id"]] = (line["prompt"], found)
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"eval: {self.path} holds no answers of `luffy eval`; take another --out") from error
+            raise UserError(f"answers: {self.path} is not a file of theirs; take another --out") from error
         other = [name for name in {**there, **about} if there.get(name) != about.get(name)]
         if other:
             raise UserError(
-                f"eval: the answers in {self.path} have another {other[0]} ({there.get(other[0])!s:.60}, now "
+                f"answers: those in {self.path} have another {other[0]} ({there.get(other[0])!s:.60}, now "
                 f"{about.get(other[0])!s:.60}); take another --out, or remove them"
             )
         return len(whole)
 
     def __contains__(self, question: Question) -> bool:
         prompt, found = self._answers.get(question.id, ("", []))
-        return prompt == question.digest and len(found) == question.count
+        return prompt == question.digest and len(found) >= question.count
 
     def __getitem__(self, question: Question) -> list[Answered]:
-        return self._answers[question.id][1]
+        return self._answers[question.id][1][: question.count]
 
     def add(self, question: Question, answers: list[Answered]) -> None:
         self._answers[question.id] = (question.digest, answers)
         record = {"id": question.id, "prompt": question.digest, "answers": [asdict(answer) for answer in answers]}
-        with disk_errors(f"eval: {self.path}"):
+        with disk_errors(f"answers: {self.path}"):
             self._write(json.dumps(record))
 
     def _write(self, line: str) -> None:

@@ -5,7 +5,7 @@ import re
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 from luffy.errors import UserError, user_errors
 from luffy.evaluation.suites import NAMES, SUITES, benchmarks_in, problems_of
 from luffy.generate import options_of
-from luffy.opening import Opened, open_model, start_engine
+from luffy.opening import Opened, open_model, start_engine, start_servers
 from luffy.seeds import derive
 
 NO_LIMIT = 1 << 30
@@ -39,10 +39,18 @@ def add_eval(commands: Any, add_model_options: Any, positive: Any, fraction: Any
     parser.add_argument("--top-p", type=fraction, default=1.0, metavar="P", help="default: %(default)s")
     parser.add_argument("--n", type=positive, default=1, metavar="N", help="answers to a row (default: %(default)s)")
     parser.add_argument("--pass-at", type=positive, nargs="+", default=[], metavar="K", help="unbiased pass@k")
+    parser.add_argument("--servers", type=positive, metavar="N", help="start so many vLLM servers and ask them all")
+    parser.add_argument("--devices", nargs="+", default=[], metavar="D", help="CUDA_VISIBLE_DEVICES of each: 0,1 2,3")
+    parser.add_argument(
+        "--tensor-parallel", type=positive, default=1, metavar="T", help="GPUs of a server (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--urls", nargs="+", default=[], metavar="URL", help="or ask these, started by python -m luffy.rollout.serve"
+    )
     parser.add_argument("--limit", type=positive, metavar="N", help="only the first N rows of each")
     parser.add_argument(
         "--grader",
-        help="as reward.grader (default: the runs' own if they agree; else `choice` for letters, or `boxed`)",
+        help="as reward.grader (default: `choice` for letters; else the runs' own if they agree, or `boxed`)",
     )
     parser.add_argument("--compare", nargs="+", default=[], metavar="G", help="graders that are asked, too")
     parser.add_argument(
@@ -62,7 +70,9 @@ class Model:
 
     @property
     def slug(self) -> str:
-        return re.sub(r"[^\w.]+", "-", self.name).strip("-")
+        """What its folder is called: no path, whatever the name is."""
+        plain = re.sub(r"[^\w.]+", "-", self.name).strip("-.")
+        return plain or re.sub(r"\W+", "-", Path(self.name).resolve().name) or "model"
 
 
 def check_eval(args: argparse.Namespace) -> None:
@@ -75,6 +85,12 @@ def check_eval(args: argparse.Namespace) -> None:
         raise UserError(f"eval: --report {args.report} must end in .html; tables are written beside it")
     if args.report and not Path(args.report).resolve().parent.is_dir():
         raise UserError(f"eval: the folder of --report {args.report} does not exist")
+    if args.urls and (args.servers or args.devices):
+        raise UserError("eval: --urls are servers that run already; leave --servers and --devices out")
+    if args.devices and len(args.devices) != args.servers:
+        raise UserError(f"eval: --devices must name those of all --servers, got {len(args.devices)}")
+    if args.tensor_parallel > 1 and not args.servers:
+        raise UserError("eval: --tensor-parallel is of servers that --servers starts; say how many, such as 1")
     if args.top_p < 1 and not args.temperature:
         raise UserError("eval: --top-p changes nothing at --temperature 0, which is greedy; leave one of them out")
     if len(set(args.model)) < len(args.model):
@@ -146,6 +162,11 @@ def load_model(args: argparse.Namespace, name: str) -> Model:
 
     opened = open_model(name, **options_of(args))
     opened.config.data.max_prompt_tokens = NO_LIMIT
+    rollout = opened.config.rollout
+    rollout.engine = "server" if args.servers or args.urls else "colocated"
+    rollout.servers, rollout.devices, rollout.urls = args.servers or 1, args.devices, args.urls
+    if rollout.engine == "server":
+        rollout.tensor_parallel = args.tensor_parallel
     asked: list[tuple[str, Any, int]] = []
     with user_errors("data"):
         asked += [(source, load_problems(source, split=args.split, limit=args.limit), 1) for source in args.data]
@@ -182,13 +203,15 @@ class Pools:
 
 
 def grader_of(args: argparse.Namespace, models: Sequence[Model], benchmark: str) -> str:
-    """One for all models: a run's own where all are runs that agree."""
+    """One for all models: `choice` for letters, which a run's own may not read; else that, where all are runs that
+    agree."""
+    if args.grader:
+        return args.grader
+    answers = [one for question in models[0].benchmarks[benchmark] for one in golds(question)]
+    if all(re.fullmatch(r"[A-J]|[1-5]", one) for one in answers) and not all(map(str.isdigit, answers)):
+        return "choice"
     own = {model.opened.config.reward.grader for model in models}
-    if args.grader or (len(own) == 1 and min(own)):
-        return args.grader or min(own)
-    questions = models[0].benchmarks[benchmark]
-    letters = all(re.fullmatch(r"[A-J]|[1-5]", one) for q in questions for one in golds(q))
-    return "choice" if letters else "boxed"
+    return (min(own) if len(own) == 1 else "") or "boxed"
 
 
 def golds(question: Any) -> tuple[str, ...]:
@@ -201,7 +224,7 @@ def check_golds(model: Model, graders: dict[str, str], pools: Pools) -> None:
 
     for benchmark, questions in model.benchmarks.items():
         grader = graders[benchmark]
-        if grader not in (*SYMBOLIC, "choice", "exact"):
+        if grader not in (*SYMBOLIC, "choice", "exact", "number"):
             continue
         verdicts = pools[grader].grade([(f"</think> \\boxed{{{golds(q)[0]}}}", q.answer) for q in questions])
         bad = [q for q, verdict in zip(questions, verdicts, strict=True) if verdict.reward < 1]
@@ -234,7 +257,7 @@ def evaluate_model(
             print(f"{model.name}: {done} of {total} problems are answered in {folder} already")
         engine = None
         if any(left.values()):
-            engine = stack.enter_context(start_engine(model.opened, longest + args.max_tokens))
+            engine = stack.enter_context(engine_of(model.opened, longest + args.max_tokens, folder))
         for name, questions in model.benchmarks.items():
             grader = graders[name]
             asked = [pools[grader], *(pools[other] for other in dict.fromkeys(args.compare) if other != grader)]
@@ -255,6 +278,12 @@ def evaluate_model(
             with user_errors("eval"):
                 found.append(scores(name, answers[name], grader, args.pass_at, args.seed))
     return found, answers
+
+
+def engine_of(opened: Opened, context: int, folder: Path) -> AbstractContextManager[Any]:
+    if opened.config.rollout.engine == "server":
+        return start_servers(opened, context, folder)
+    return start_engine(opened, context)
 
 
 def file_of(benchmark: str) -> str:

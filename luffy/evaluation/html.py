@@ -1,5 +1,6 @@
 """The report of an evaluation: one HTML file that needs no network, and tables for a paper."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -11,8 +12,8 @@ from luffy.evaluation.published import Published, beside, published_name
 from luffy.evaluation.scores import Graded, Scores, average, compare
 from luffy.files import write_text
 
-PROBLEMS, CHARACTERS = 200, 6000
-"""Shown: problems of a benchmark, characters of a response."""
+PROBLEMS, CHARACTERS, SAID = 200, 6000, 300
+"""Shown: problems of a benchmark, characters of a question or response, and of what it ends up saying."""
 
 
 @dataclass(slots=True)
@@ -32,16 +33,17 @@ def write_report(path: Path, models: Sequence[Evaluated], settings: dict[str, An
     """
     import jinja2
 
-    names = [one.benchmark for one in models[0].scores]
+    names = titles(models[0].scores)
+    sizes = {one.benchmark: one.questions for one in models[0].scores}
     page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     text = page.from_string((files("luffy.evaluation") / "report.html").read_text(encoding="utf-8")).render(
         title=", ".join(model.model for model in models),
         settings=settings,
         warnings=warnings,
-        benchmarks=names,
-        names={name: title(name) for name in names},
+        benchmarks=list(names),
+        names=names,
         ours=[row(model) for model in models],
-        published=[theirs(one, names) for one in beside(names)],
+        published=[theirs(one, sizes) for one in beside(sizes)],
         differences=differences(models),
         scores=[(model.model, one) for model in models for one in model.scores],
         problems=[
@@ -64,9 +66,9 @@ def row(model: Evaluated) -> dict[str, Any]:
     return {"model": model.model, "grader": graders, "cells": cells, "average": (mean.accuracy, mean.interval)}
 
 
-def theirs(one: Published, names: Sequence[str]) -> dict[str, Any]:
+def theirs(one: Published, sizes: dict[str, int]) -> dict[str, Any]:
     """With an average of our own making, over the benchmarks that are compared: None where one of them is missing."""
-    cells = [one.percent.get(published_name(name) or "") for name in names]
+    cells = [one.percent.get(published_name(*benchmark) or "") for benchmark in sizes.items()]
     known = [cell for cell in cells if cell is not None]
     return {
         "method": one.method,
@@ -101,7 +103,7 @@ def problem(model: str, benchmark: str, item: Graded) -> dict[str, Any]:
         "model": model,
         "benchmark": benchmark,
         "id": item.question.id,
-        "question": typeset(item.question.text),
+        "question": typeset(shortened(item.question.text)),
         "gold": answer(
             item.question.answer if isinstance(item.question.answer, str) else " | ".join(item.question.answer)
         ),
@@ -113,28 +115,33 @@ def problem(model: str, benchmark: str, item: Graded) -> dict[str, Any]:
 
 def response(item: Graded, at: int) -> dict[str, Any]:
     given, verdict = item.answers[at], item.verdicts[at]
-    text, more = given.text, len(given.text) - CHARACTERS
-    if more > 0:
-        text = f"{text[: CHARACTERS // 3]}\n[... {more:,} characters ...]\n{text[-2 * CHARACTERS // 3 :]}"
     what = "right" if verdict.reward >= 1 else "wrong" if verdict.status == "ok" else verdict.status
     others = {name: verdicts[at].reward >= 1 for name, verdicts in item.others.items()}
     marks = {"what": what, "tokens": given.tokens, "finished": given.finished, "others": others}
-    return {"text": typeset(text), "said": answer(item.said[at])} | marks
+    return {"text": typeset(shortened(given.text)), "said": answer(shortened(item.said[at], SAID))} | marks
+
+
+def shortened(text: str, most: int = CHARACTERS) -> str:
+    """Without its middle where it is longer."""
+    more = len(text) - most
+    return text if more <= 0 else f"{text[: most // 3]}\n[... {more:,} characters ...]\n{text[-2 * most // 3 :]}"
 
 
 def markdown(models: Sequence[Evaluated]) -> str:
-    names = [title(one.benchmark) for one in models[0].scores]
+    names = [_cell(name) for name in titles(models[0].scores).values()]
     lines = [f"| model | {' | '.join(names)} | average |", "|---|" + "---:|" * (len(names) + 1)]
     for model in models:
         cells = [f"{100 * one.accuracy:.1f} ({_span(one.interval)})" for one in model.scores]
         mean = average(model.scores)
-        lines.append(f"| {model.model} | {' | '.join(cells)} | {100 * mean.accuracy:.1f} ({_span(mean.interval)}) |")
+        lines.append(
+            f"| {_cell(model.model)} | {' | '.join(cells)} | {100 * mean.accuracy:.1f} ({_span(mean.interval)}) |"
+        )
     lines += ["", f"In parentheses 95 % intervals over problems. {graded_by(models)}"]
     return "\n".join(lines) + "\n"
 
 
 def latex(models: Sequence[Evaluated]) -> str:
-    names = [title(one.benchmark) for one in models[0].scores]
+    names = titles(models[0].scores).values()
     lines = [rf"\begin{{tabular}}{{l{'c' * (len(names) + 1)}}}", r"\hline"]
     lines += [" & ".join(["model", *map(_tex, names), "average"]) + r" \\", r"\hline"]
     for model in models:
@@ -151,8 +158,15 @@ def graded_by(models: Sequence[Evaluated]) -> str:
     return "Graders, answers to a problem: " + "; ".join(f"{name} {grader}, {n}" for name, grader, n in found) + "."
 
 
-def title(benchmark: str) -> str:
-    return published_name(benchmark) or benchmark
+def titles(every: Sequence[Scores]) -> dict[str, str]:
+    """By benchmark: the papers' name, unless two would have the same."""
+    found = {one.benchmark: published_name(one.benchmark, one.questions) for one in every}
+    times = Counter(found.values())
+    return {benchmark: name if name and times[name] == 1 else benchmark for benchmark, name in found.items()}
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
 
 
 def _span(interval: tuple[float, float]) -> str:

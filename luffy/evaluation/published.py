@@ -5,6 +5,7 @@ are `boxed`). Where we do not know who graded, it says "not verified".
 """
 
 import csv
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -21,6 +22,8 @@ BENCHMARKS = {
     "MMLU-Pro": ("mmlu_pro",),
 }
 """Published name -> names here, of suites and of LUFFY's files."""
+COMMON = {"aime": 30, "math": 500}
+"""Names that many a set has: the benchmark is meant where it is as large."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +50,14 @@ def published() -> tuple[Published, ...]:
         )
 
 
-def published_name(benchmark: str) -> str | None:
+def published_name(benchmark: str, questions: int) -> str | None:
     """Of a benchmark of ours; None where no paper has it."""
+    if COMMON.get(benchmark, questions) != questions:
+        return None
     return next((name for name, ours in BENCHMARKS.items() if benchmark in ours), None)
 
 
-def beside(benchmarks: list[str]) -> list[Published]:
-    """Those with a number for one of these benchmarks, as the papers have them in order."""
-    names = {published_name(benchmark) for benchmark in benchmarks}
+def beside(benchmarks: Mapping[str, int]) -> list[Published]:
+    """Those with a number for one of these benchmarks (name: questions), as the papers have them in order."""
+    names = {published_name(*benchmark) for benchmark in benchmarks.items()}
     return [row for row in published() if names & row.percent.keys()]

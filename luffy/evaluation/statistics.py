@@ -65,7 +65,8 @@ def difference(
 ) -> tuple[float, float, float, float]:
     """(mean of ours - theirs, low, high, p) on the same problems of the same benchmarks.
 
-    low, high: as `interval`, of the differences by problem. p: of a sign-flip test, two-sided, that no model is better:
+    low, high: as `interval`, of the differences by problem; one of whose benchmarks does not differ from problem to
+    problem gets two problems more of either extreme. p: of a sign-flip test, two-sided, that no model is better:
     each problem's difference could as well have been the other way round.
 
     Raises ValueError where the problems are not as many.
@@ -76,11 +77,11 @@ def difference(
         np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64) for a, b in zip(ours, theirs, strict=True)
     ]
     mean = float(np.mean([scores.mean() for scores in every]))
-    if not any(scores.any() for scores in every):
-        return 0.0, 0.0, 0.0, 1.0
-    fewest = max(2, min(len(scores) for scores in every))
+    wider = [np.append(scores, (-1, -1, 1, 1)) if np.ptp(scores) == 0 else scores for scores in every]
+    fewest = min(len(scores) for scores in wider)
     tail = NormalDist().cdf(-math.sqrt(fewest / (fewest - 1)) * _t(0.5 + confidence / 2, fewest - 1))
-    low, high = np.quantile(_means(every, seed), (tail, 1 - tail))
+    low, high = np.quantile(_means(wider, seed), (tail, 1 - tail))
+    low, high = min(low, mean), max(high, mean)
     rng = np.random.default_rng(seed)
     flipped = np.zeros(RESAMPLES)
     for scores in every:

@@ -54,6 +54,8 @@ _MATRIX = re.compile(r"\\(begin|end)\{(?:b|small|p)?matrix\}")
 _ARRAY = re.compile(r"\\begin\{array\}(?:\{[^{}]*\})?|\\end\{array\}")
 _RELATIONS = ((re.compile(r"\\neq?(?![a-zA-Z])"), r"\\ne "), (re.compile(r"\\leq?(?:slant)?(?![a-zA-Z])"), r"\\le "),
               (re.compile(r"\\geq?(?:slant)?(?![a-zA-Z])"), r"\\ge "))  # fmt: skip
+_SETS = ((re.compile(r"\\varnothing(?![a-zA-Z])"), r"\\emptyset "),
+         (re.compile(r"\\mathbb\s*([A-Z])"), r"\\mathbb{\1}"))  # fmt: skip
 _DEGREES = re.compile(r"\^\s*\{?\s*\\circ\s*\}?|\\degree(?![a-zA-Z])")
 _PERCENT = re.compile(r"\\?%")
 _TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mbox|mathrm|mathbf|mathit|operatorname)\s*\{([^{}]*)\}")
@@ -120,7 +122,7 @@ def bare(text: str) -> str:
     text = _DOLLARS.sub("", _SPACES.sub(" ", text))
     text = _MATRIX.sub(r"\\\1{pmatrix}", _FRACTION.sub(r"\\frac", text))
     text = _ARRAY.sub(lambda found: "\\begin{pmatrix}" if "begin" in found.group() else "\\end{pmatrix}", text)
-    for pattern, name in _RELATIONS:
+    for pattern, name in _RELATIONS + _SETS:
         text = pattern.sub(name, text)
     return _PERCENT.sub("", _DEGREES.sub("", text)).strip().rstrip(".,;").strip()
 

@@ -11,6 +11,7 @@ import re
 import zlib
 from collections.abc import Sequence
 from decimal import Decimal
+from fractions import Fraction
 from functools import lru_cache
 
 from luffy.rewards.arithmetic import read
@@ -42,6 +43,8 @@ _BASE = re.compile(r"\d_(?:\{\(?(\d+)\)?\}|(\d))$")
 _CLAIMS = re.compile(
     r"\\(?:neq?|leq?|geq?|approx|equiv|to|implies|iff|[lL]ongrightarrow|[rR]ightarrow|sim)(?![a-zA-Z])|[<>]"
 )
+_REPEATING = re.compile(r"([+-]?)(\d*)\.(\d*)\\(?:overline|bar)\s*\{?(\d+)\}?")
+_BETWEEN = re.compile(r"([^<]+?)(<|\\le)[a-z](<|\\le)([^<]+)")
 _LETTERS = re.compile(r"[a-z]")
 OPENING, CLOSING = "([", ")]"
 MOST_LETTERS = 2
@@ -111,7 +114,18 @@ def same(said: str, gold: str) -> bool:
 
 @lru_cache(maxsize=65_536)
 def _same(said: str, gold: str) -> bool:
+    if gold.strip()[:1] in OPENING:
+        said = as_interval(said)
     return same_text(said, gold) or same_expression(said, gold) or same_by_math_verify(said, gold)
+
+
+def as_interval(text: str) -> str:
+    """-1 < x \\le 2 -> (-1,2]; any other text as it is."""
+    found = _BETWEEN.fullmatch("".join(bare(text).split()))
+    if found is None:
+        return text
+    low, opens, closes, high = found.groups()
+    return f"{'(' if opens == '<' else '['}{low},{high}{')' if closes == '<' else ']'}"
 
 
 def same_text(said: str, gold: str) -> bool:
@@ -164,7 +178,8 @@ def claims(text: str) -> set[str]:
 
 def plain(text: str) -> str:
     """In a line, in small letters: \\frac{a}{b} -> ((a)/(b)), 3\\sqrt2 -> 3sqrt(2), 2 million -> 2*10^6."""
-    text = roots(fractions(words(without_words(bare(text))).lower())).replace("\\pi", " pi ")
+    text = _repeated(words(without_words(bare(text))).lower().strip())
+    text = roots(fractions(text)).replace("\\pi", " pi ")
     for word, zeros in _LARGE.items():
         text = re.sub(rf"(?<=\d)\s*{word}s?\b", f"*10^{zeros}", text)
     text = _WORDS.sub(",", without_unit(text)).replace("\\cdot", "*").replace("\\times", "*")
@@ -172,6 +187,16 @@ def plain(text: str) -> str:
     text = _alone(together(whole(_over(text).strip()).replace("{", "(").replace("}", ")")))
     number = re.fullmatch(r"([+-]?\d+)\.0*", text)
     return number.group(1) if number else _written_out(text)
+
+
+def _repeated(text: str) -> str:
+    """0.1\\overline{6} -> 1/6; ours: neither test reads it otherwise."""
+    found = _REPEATING.fullmatch(text)
+    if found is None or len(text) > LONG:
+        return text
+    sign, whole_part, once, again = found.groups()
+    nines = 10 ** len(once + again) - 10 ** len(once)
+    return f"{sign}{Fraction(int(whole_part + once + again) - int(whole_part + once or '0'), nines)}"
 
 
 def _alone(text: str) -> str:

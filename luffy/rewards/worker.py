@@ -67,8 +67,8 @@ def _spare_work() -> None:
     from math_verify import parser
 
     parse = getattr(parser, "parse_latex_cached", None)
-    if hasattr(parse, "__wrapped__"):
-        parser.parse_latex_cached = functools.lru_cache(PARSES_KEPT)(parse.__wrapped__)
+    if inner := getattr(parse, "__wrapped__", None):
+        parser.parse_latex_cached = functools.lru_cache(PARSES_KEPT)(inner)
     gc.freeze()
     gc.set_threshold(100_000, 20, 100)
 

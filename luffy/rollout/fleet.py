@@ -57,8 +57,8 @@ class Fleet:
 
     # --- weights ---------------------------------------------------------------------------------------------------
 
-    def hand_out(self, folder: Path, version: int) -> None:
-        """Files of a version, to all. Those that do not answer get them when they do.
+    def hand_out(self, folder: Path, version: int, *, tidy: bool = True) -> None:
+        """Files of a version, to all. Those that do not answer get them when they do. tidy: versions beside it go.
 
         Raises:
             UserError: a server takes no weights, or has nothing for some parameter.
@@ -68,7 +68,8 @@ class Fleet:
             self.known = self.written = version
             with ThreadPoolExecutor(len(self.clients)) as pool:
                 list(pool.map(self._bring_up_to_date, self.clients))
-            self._tidy(folder.parent)
+            if tidy:
+                self._tidy(folder.parent)
 
     def _tidy(self, weights: Path) -> None:
         """Older versions go, but for those that a server is being started with."""

@@ -179,6 +179,11 @@ class Servers:
         self.version, self._syncing = version, False
         return len(names)
 
+    def load(self, folder: Path, version: int) -> None:
+        """The weights of a folder that the servers see too, into all of them."""
+        self.fleet.hand_out(folder, version, tidy=False)
+        self.version = version
+
     def _send(self, weights: Iterator[Named], names: Sequence[Described], version: int) -> bool:
         """By broadcast; whether everybody has them. Collective."""
         sent = False

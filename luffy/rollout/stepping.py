@@ -4,7 +4,7 @@ that knows vLLM's insides; written for 0.32.
 
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 from luffy.rollout.engine import Completion, Request, Span
@@ -28,7 +28,7 @@ def sampling_params(request: Request, temperature: float, eos_token_id: int, fin
     )
 
 
-def stream(engine: Any, request: Request, temperature: float, *, eos_token_id: int) -> Iterator[tuple[int, ...]]:
+def stream(engine: Any, request: Request, temperature: float, *, eos_token_id: int) -> Generator[tuple[int, ...]]:
     """The tokens of one completion so far, each time there are more; let go of when nobody asks on."""
     name = uuid.uuid4().hex
     prompt = {"prompt_token_ids": list(request.prompt)}

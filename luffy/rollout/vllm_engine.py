@@ -5,8 +5,10 @@ the uninterrupted one would have drawn. Log-probs are those of the distribution 
 applied). This file, `stepping.py` and `worker.py` are the only ones that know vLLM's insides.
 """
 
+import inspect
 import os
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -32,6 +34,7 @@ os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 
 Dtype = Literal["bfloat16", "float32"]
+UNFINISHED = "another stream or generation is not over; take all of it, or close it"
 FORGOTTEN = -1
 """Version of weights that nobody has."""
 
@@ -56,6 +59,8 @@ class VllmEngine:
         ranks: int = 1,
         version: int = 0,
     ) -> None:
+        self._stream: Callable[[], Generator[Ids] | None] = lambda: None
+        """The one that was asked for last, if somebody still has it."""
         self.eos_token_id, self.version, self._sleeps = eos_token_id, version, config.sleep
         self._peers = Peers(config.tensor_parallel) if config.tensor_parallel > 1 and ranks > 1 else None
         # the other ranks' processes are in its process group; each engine is one of its own all the same
@@ -111,17 +116,23 @@ class VllmEngine:
         self.version = FORGOTTEN
 
     def begin(self, requests: Sequence[Request], temperature: float) -> Generation:
+        stream = self._stream()
+        if stream is not None and inspect.getgeneratorstate(stream) == inspect.GEN_SUSPENDED:
+            raise RuntimeError(f"VllmEngine: {UNFINISHED}")  # each step's outputs reach only whoever takes the step
+
         def answered(requests: Sequence[Request]) -> Stepping:
             engine: Any = self.llm.llm_engine
             return Stepping(engine, requests, temperature, eos_token_id=self.eos_token_id, version=self.version)
 
         return answered(requests) if self._peers is None else self._peers.share(requests, answered)
 
-    def stream(self, request: Request, temperature: float) -> Iterator[Ids]:
+    def stream(self, request: Request, temperature: float) -> Generator[Ids]:
         """The tokens of its one completion so far, each time there are more. Nothing else may be asked meanwhile."""
         if self.llm.llm_engine.has_unfinished_requests():
-            raise RuntimeError("VllmEngine: another stream or generation is not over; take all of it, or close it")
-        return stream(self.llm.llm_engine, request, temperature, eos_token_id=self.eos_token_id)
+            raise RuntimeError(f"VllmEngine: {UNFINISHED}")
+        made = stream(self.llm.llm_engine, request, temperature, eos_token_id=self.eos_token_id)
+        self._stream = weakref.ref(made)
+        return made
 
     def score(self, sequences: Sequence[Ids]) -> list[list[float]]:
         """Log-prob of every token but the first of each sequence, at temperature 1, nats."""
