@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from luffy_kernels import linear_logprobs, linear_policy_loss
+from luffy_kernels.compat.transformers import head_options
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -65,14 +66,6 @@ def known_shape(config: Any) -> flops.Shape | None:
         return flops.shape_of(config)
     except UserError:
         return None
-
-
-def head_options(config: Any) -> dict[str, Any]:
-    """What a model family does to its logits, from its config: soft cap (Gemma 2/3), scale (Cohere, Granite)."""
-    scale = getattr(config, "logit_scale", None) or 1.0
-    if divisor := getattr(config, "logits_scaling", None):
-        scale = scale / divisor
-    return {"softcap": getattr(config, "final_logit_softcapping", None), "logit_scale": scale}
 
 
 def shard(policy: Policy, mesh: DeviceMesh, dtype: torch.dtype, on_cpu: bool = False) -> Policy:

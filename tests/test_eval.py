@@ -15,7 +15,7 @@ from tiny import luffy, make_model
 
 from luffy.cli import build_parser
 from luffy.errors import UserError
-from luffy.evaluation.answers import Answered, Sampling, Store, sample
+from luffy.evaluation.answers import Answered, Sampling, Store, blocks, sample
 from luffy.evaluation.command import Model, doubts, file_of, grader_of, load_model
 from luffy.evaluation.questions import benchmarks_of
 from luffy.evaluation.scores import average, compare, grade, judged_part, said, scores
@@ -152,13 +152,18 @@ class Fake:
 
     def __init__(self, stop_after: int = 99) -> None:
         self.asked, self.stopped, self.stop_after = [], False, stop_after
+        self.begun, self.forgot = [], 0
 
     def awake(self):
         import contextlib
 
         return contextlib.nullcontext()
 
+    def forget_prompts(self):
+        self.forgot += 1
+
     def begin(self, requests, temperature):
+        self.begun.append([request.prompt for request in requests])
         self.asked += requests
         self.left = list(enumerate(requests))
         return self
@@ -199,6 +204,27 @@ def test_sampling_goes_on_where_it_was_stopped(tmp_path):
     sample(engine, template, QUESTIONS, sampling, parts, lambda *_: None)
     assert len(engine.asked) == 2
     assert [parts[q] for q in QUESTIONS] == [whole[q] for q in QUESTIONS]
+
+
+def test_a_block_is_asked_as_a_whole_whatever_is_there(tmp_path):
+    """What else is sampled at the time has a part in rounding."""
+    template, sampling = SimpleNamespace(decode=lambda ids: str(ids)), Sampling(0.6, 0.9, 5, 3)
+    whole, engine = Store(tmp_path / "whole.jsonl", ABOUT), Fake()
+    sample(engine, template, QUESTIONS, sampling, whole, lambda *_: None, 8)
+    assert engine.begun == [[(1,), (2,)], [(3,)]]
+    assert engine.forgot == 2
+    parts, first, seen = Store(tmp_path / "parts.jsonl", ABOUT), Fake(stop_after=1), []
+    with pytest.raises(KeyboardInterrupt):
+        sample(first, template, QUESTIONS, sampling, parts, lambda q, _: seen.append(q.id), 8)
+    again = Fake()
+    sample(again, template, QUESTIONS, sampling, parts, lambda q, _: seen.append(q.id), 8)
+    assert again.begun == engine.begun
+    assert sorted(seen) == [q.id for q in QUESTIONS]  # each once
+    assert (tmp_path / "parts.jsonl").read_text().count("\n") == 1 + len(QUESTIONS)
+    more = Fake()
+    sample(more, template, QUESTIONS, sampling, parts, lambda *_: None, 8)
+    assert not more.begun
+    assert [len(part) for part in blocks(QUESTIONS, 1)] == [1, 1, 1]
 
 
 def test_two_models_on_two_benchmarks(home):

@@ -4,16 +4,17 @@
                              {"id", "prompt": digest, "answers": [{"text", "tokens", "finished"}, ...]}
 
 The i-th answer to a question is the same whatever the number of them, so that those for a larger --n serve a smaller
-one. Answers are a function of weights, prompt and seed, so that it does not matter when they were sampled (on a GPU to
-rounding, which depends on what else is sampled at the time).
+one. Answers are a function of weights, prompt and seed, to rounding, which depends on what else is sampled at the time.
+On a CPU questions are asked a block at a time, and a block that was interrupted is asked again as a whole: so an
+evaluation in parts comes to the very answers of one without a break.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self, cast
 
 from luffy.errors import UserError
 from luffy.evaluation.questions import Question
@@ -114,19 +115,60 @@ def sample(
     sampling: Sampling,
     store: Store,
     answered: Callable[[Question, list[Answered]], None],
+    block: int | None = None,
 ) -> None:
-    """Answer the questions that the store has no answers to; `answered` is called as each is."""
-    left = [question for question in questions if question not in store]
+    """Answer the questions that the store has no answers to; `answered` is called as each is.
+
+    block: completions that are sampled together, whichever of them are there already, by an engine that is `Forgetful`;
+    None: what is left, at once.
+    """
+    if block is None:
+        _sample(engine, template, [q for q in questions if q not in store], sampling, store, answered)
+        return
+    for part in blocks(questions, block):
+        if any(question not in store for question in part):
+            cast(Forgetful, engine).forget_prompts()
+            _sample(engine, template, part, sampling, store, answered)
+
+
+class Forgetful(Protocol):
+    """An engine that can be brought to where it was before it was asked anything."""
+
+    def forget_prompts(self) -> None: ...
+
+
+def blocks(questions: Sequence[Question], completions: int) -> Iterator[list[Question]]:
+    """Runs of questions with at most so many completions together, or a single one."""
+    part: list[Question] = []
+    for question in questions:
+        if part and sum(q.count for q in part) + question.count > completions:
+            yield part
+            part = []
+        part.append(question)
+    if part:
+        yield part
+
+
+def _sample(
+    engine: Engine,
+    template: PromptTemplate,
+    asked: Sequence[Question],
+    sampling: Sampling,
+    store: Store,
+    answered: Callable[[Question, list[Answered]], None],
+) -> None:
     requests = [
         Request(q.prompt_ids, q.count, sampling.max_tokens, derive(sampling.seed, "eval", q.id), sampling.top_p)
-        for q in left
+        for q in asked
     ]
     with engine.awake():
         generation = engine.begin(requests, sampling.temperature)
         try:
             while generation.waiting:
                 for index, completions in generation.take(timeout=PATIENCE_S):
-                    question = left[index]
+                    question = asked[index]
+                    if question in store:
+                        continue
                     # what the engine refuses has no answer, which is not a right one
                     found = completions or [Completion((), (), False)] * question.count
                     texts = [Answered(template.decode(c.token_ids), len(c.token_ids), c.finished) for c in found]

@@ -18,6 +18,8 @@ from luffy.seeds import derive
 
 NO_LIMIT = 1 << 30
 SHOWN = 5
+BLOCK = 64
+"""Completions that are sampled together on a CPU, and at most lost by an interruption."""
 
 
 def add_eval(commands: Any, add_model_options: Any, positive: Any, fraction: Any) -> None:
@@ -255,7 +257,7 @@ def evaluate_model(
         total = sum(map(len, model.benchmarks.values()))
         if done := total - sum(left.values()):
             print(f"{model.name}: {done} of {total} problems are answered in {folder} already")
-        engine = None
+        engine, block = None, block_of(model.opened.config.rollout)
         if any(left.values()):
             engine = stack.enter_context(engine_of(model.opened, longest + args.max_tokens, folder))
         for name, questions in model.benchmarks.items():
@@ -268,7 +270,7 @@ def evaluate_model(
                         grading.submit(lambda: progress.add(grade([question], [answers], [pool], opened)[0].accuracy))
 
                     try:
-                        sample(engine, model.opened.template, questions, sampling, stores[name], answered)
+                        sample(engine, model.opened.template, questions, sampling, stores[name], answered, block)
                     except KeyboardInterrupt:
                         kept = total - sum(q not in stores[n] for n, every in model.benchmarks.items() for q in every)
                         raise KeyboardInterrupt(
@@ -284,6 +286,14 @@ def engine_of(opened: Opened, context: int, folder: Path) -> AbstractContextMana
     if opened.config.rollout.engine == "server":
         return start_servers(opened, context, folder)
     return start_engine(opened, context)
+
+
+def block_of(rollout: Any) -> int | None:
+    """Of `sample`, so that rounding is the same whenever something is sampled; None where it is not anyway: on GPUs,
+    and by servers."""
+    import torch
+
+    return None if torch.cuda.is_available() or rollout.engine == "server" else BLOCK
 
 
 def file_of(benchmark: str) -> str:

@@ -115,6 +115,10 @@ class VllmEngine:
         self.llm.sleep(level=2)
         self.version = FORGOTTEN
 
+    def forget_prompts(self) -> None:
+        """Empty the prefix cache: how a prompt is computed shall not depend on what was asked before."""
+        self.llm.reset_prefix_cache()
+
     def begin(self, requests: Sequence[Request], temperature: float) -> Generation:
         stream = self._stream()
         if stream is not None and inspect.getgeneratorstate(stream) == inspect.GEN_SUSPENDED:

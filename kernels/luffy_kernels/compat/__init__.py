@@ -1,0 +1,13 @@
+"""The operators behind other frameworks' own names: one thin file each, nothing of which is imported before you do.
+
+    from luffy_kernels.compat import trl
+    trl.apply()      # replaces functions of the installed package, if it is a version that this was written for
+    trl.undo()       # puts the very same objects back
+
+    trl             TRL's trainers with a fused head (GRPO, RLOO, KTO)            apply, undo
+    verl            `linear_cross_entropy`, `FusedLinearForPPO`                   apply, undo
+    liger           `LigerFusedLinearGRPOLoss`, `LigerFusedLinearCrossEntropyLoss`, by import
+    transformers    `model(..., labels=...)` without logits, log-probs of tokens  patch, unpatch
+
+docs/compat.md has a page on each.
+"""

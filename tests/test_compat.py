@@ -1,0 +1,361 @@
+"""The adapters against the frameworks themselves, or against their published semantics."""
+
+import inspect
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+from luffy_kernels.compat import _patch
+from luffy_kernels.compat import liger as our_liger
+from luffy_kernels.compat import verl as our_verl
+from luffy_kernels.compat.transformers import head_options, patch, token_logprobs, unpatch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+SIZES = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+FAMILIES = {
+    "llama": {"tie_word_embeddings": True},
+    "qwen2": {"tie_word_embeddings": False},
+    "qwen3": {"head_dim": 16},
+    "mistral": {"sliding_window": None},
+    "gemma2": {"head_dim": 16, "query_pre_attn_scalar": 16, "final_logit_softcapping": 0.5},
+    "gemma3_text": {"head_dim": 16, "query_pre_attn_scalar": 16},
+    "cohere": {"logit_scale": 0.25},
+    "granite": {"logits_scaling": 4.0},
+    "phi": {},  # its head has a bias
+}
+
+
+def make(name: str) -> torch.nn.Module:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **SIZES | FAMILIES[name])).float()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)  # logits that differ from one another
+    return model.eval()
+
+
+def batch(seed: int = 0) -> dict[str, torch.Tensor]:
+    ids = torch.randint(3, SIZES["vocab_size"], (3, 17), generator=torch.Generator().manual_seed(seed))
+    labels = ids.clone()
+    labels[:, :4] = -100
+    labels[2, 10:] = -100
+    mask = torch.ones_like(ids)
+    mask[2, 12:] = 0
+    return {"input_ids": ids, "labels": labels, "attention_mask": mask}
+
+
+def gradients(model, loss) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+# --- transformers ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("items", [None, 21])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_patched_model_has_the_loss_and_gradients_of_its_own(name, items):
+    model, inputs = make(name), batch() | ({} if items is None else {"num_items_in_batch": items})
+    theirs = model(**inputs)
+    expected = gradients(model, theirs.loss)
+    forward = model.forward
+    assert patch(patch(model)) is model  # twice is once
+    ours = model(**inputs)
+    assert ours.logits is None
+    assert ours.loss.item() == pytest.approx(theirs.loss.item(), rel=1e-5)
+    found = gradients(model, ours.loss)
+    assert found.keys() == expected.keys()
+    for key, grad in expected.items():
+        torch.testing.assert_close(found[key], grad, rtol=2e-4, atol=2e-6, msg=key)
+    without = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
+    assert torch.equal(model(**without).logits, theirs.logits)
+    assert model(**inputs, return_dict=False)[0].item() == pytest.approx(theirs.loss.item(), rel=1e-5)
+    unpatch(unpatch(model))
+    assert model.forward == forward
+    assert model.forward.__func__ is type(model).forward
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "cohere", "phi"])
+def test_log_probs_of_tokens(name):
+    model, inputs = make(name), batch()
+    logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits[:, :-1] / 0.7
+    logp = logits.log_softmax(-1)
+    ignore = inputs["labels"] == -100
+    found = token_logprobs(
+        model,
+        inputs["input_ids"],
+        temperature=0.7,
+        return_entropy=True,
+        ignore=ignore,
+        attention_mask=inputs["attention_mask"],
+    )
+    expected = logp.gather(-1, inputs["input_ids"][:, 1:, None]).squeeze(-1).masked_fill(ignore[:, 1:], 0)
+    torch.testing.assert_close(found.logp, expected, rtol=1e-4, atol=1e-5)
+    entropy = -(logp.exp() * logp).sum(-1).masked_fill(ignore[:, 1:], 0)
+    torch.testing.assert_close(found.entropy, entropy, rtol=1e-4, atol=1e-5)
+
+
+def test_what_cannot_be_patched_is_named_and_left():
+    bare = make("llama").model
+    with pytest.raises(ValueError, match=r"LlamaModel has no output embedding"):
+        patch(bare)
+    model = make("llama")
+    peft = pytest.importorskip("peft", reason="needs peft")
+    adapted = peft.get_peft_model(make("qwen2"), peft.LoraConfig(target_modules=["lm_head"], r=2)).get_base_model()
+    with pytest.raises(ValueError, match=r"lm_head of Qwen2ForCausalLM.*adapter.*merge it"):
+        patch(adapted)
+
+    class Quantised(torch.nn.Linear):
+        pass
+
+    model.lm_head.__class__ = Quantised
+    with pytest.raises(ValueError, match=r"lm_head of LlamaForCausalLM must be a plain nn.Linear.*quantised"):
+        patch(model)
+    strange = make("llama")
+    forward = type(strange).forward
+    strange.register_forward_hook(lambda module, args, output: replace(output, logits=output.logits + 1))
+    with pytest.raises(ValueError, match="logits of LlamaForCausalLM differ"):
+        patch(strange)
+    assert strange.forward.__func__ is forward
+
+
+def test_lora_on_other_modules_is_trained_by_a_patched_model():
+    peft = pytest.importorskip("peft", reason="needs peft")
+    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=2, init_lora_weights=False)
+    torch.manual_seed(1)
+    model = peft.get_peft_model(make("qwen2"), config)
+    expected = gradients(model, model(**batch()).loss)
+    patch(model.get_base_model())
+    found = gradients(model, model(**batch()).loss)
+    assert found.keys() == expected.keys() != set()
+    for key, grad in expected.items():
+        torch.testing.assert_close(found[key], grad, rtol=2e-4, atol=2e-6, msg=key)
+
+
+def test_gradient_checkpointing_changes_nothing():
+    model = make("qwen2").train()
+    expected = gradients(model, model(**batch()).loss)
+    patch(model).gradient_checkpointing_enable()
+    found = gradients(model, model(**batch()).loss)
+    for key, grad in expected.items():
+        torch.testing.assert_close(found[key], grad, rtol=2e-4, atol=2e-6, msg=key)
+
+
+def test_head_options_of_families():
+    def of(**values):
+        return head_options(type("Config", (), values)())
+
+    assert of() == {"softcap": None, "logit_scale": 1.0}
+    assert of(logit_scale=0.0625)["logit_scale"] == 0.0625
+    assert of(lm_head_multiplier=0.04)["logit_scale"] == 0.04
+    assert of(logits_scaling=8.0)["logit_scale"] == 0.125
+    assert of(logits_scaling=8.0, model_type="hyperclovax")["logit_scale"] == 8.0
+    assert of(final_logit_softcapping=30.0)["softcap"] == 30.0
+
+
+# --- Liger -----------------------------------------------------------------------------------------------------------
+
+B, T, H, V = 3, 11, 24, 130
+
+
+def grpo_inputs(seed: int = 0, dtype=torch.float32) -> dict[str, torch.Tensor]:
+    rng = torch.Generator().manual_seed(seed)
+
+    def normal(*shape, scale=1.0):
+        return (torch.randn(*shape, generator=rng, dtype=torch.float64) * scale).to(dtype)
+
+    mask = torch.ones(B, T)
+    mask[0, 7:] = 0
+    mask[2, 3:] = 0
+    return {
+        "_input": normal(B, T, H),
+        "lin_weight": normal(V, H, scale=0.4),
+        "selected_token_ids": torch.randint(0, V, (B, T), generator=rng),
+        "attention_mask": mask,
+        "advantages": normal(B),
+        "bias": normal(V, scale=0.1),
+    }
+
+
+GRPO = [
+    {"loss_type": "dapo"},
+    {"loss_type": "grpo", "beta": 0.0},
+    {"loss_type": "bnpo", "epsilon_low": 0.1, "epsilon_high": 0.3},
+    {"loss_type": "dr_grpo", "max_completion_length": 20},
+    {"loss_type": "luspo"},
+    {"loss_type": "cispo", "epsilon_high": 1.3},
+    {"loss_type": "cispo", "epsilon_high": 0.9},
+    {"loss_type": "sapo", "sapo_temperature_neg": 1.4},
+    {"loss_type": "vespo"},
+    {"loss_type": "grpo", "delta": 1.5, "epsilon_high": 0.2},
+    {"loss_type": "dapo", "delta": 1.1, "epsilon_high": 0.2},
+    {"loss_type": "dapo", "delta": 0.9},
+    {"loss_type": "grpo", "importance_sampling_level": "sequence"},
+    {"loss_type": "dapo", "use_bias_correction_kl": True},
+    {"loss_type": "dapo", "temperature": 0.7, "beta": 0.3},
+]
+
+
+def outcome(module, inputs, **more):
+    """(loss, metrics, gradients of input, weight and bias)"""
+    leaves = [inputs[name].detach().clone().requires_grad_() for name in ("_input", "lin_weight", "bias")]
+    given = inputs | dict(zip(("_input", "lin_weight", "bias"), leaves, strict=True))
+    loss, metrics = module(**given, **more)
+    return loss.detach(), metrics, torch.autograd.grad(loss, leaves)
+
+
+@pytest.mark.parametrize("is_ratio", [False, True])
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("options", GRPO, ids=lambda options: "-".join(map(str, options.values())))
+def test_grpo_as_liger_has_it(options, old, is_ratio):
+    """Values and gradients against Liger's own formulas in float64; ours are at least as close as its float32."""
+    grpo = pytest.importorskip("liger_kernel.chunked_loss.grpo_loss", reason="needs liger-kernel")
+    inputs, rng = grpo_inputs(), torch.Generator().manual_seed(7)
+    if options["loss_type"] == "luspo":  # Liger's has a share of padding
+        inputs["attention_mask"] = torch.ones(B, T)
+    more = {"ref_per_token_logps": torch.randn(B, T, generator=rng) * 0.3 - 4.5}
+    if old:
+        more["old_per_token_logps"] = torch.randn(B, T, generator=rng) * 0.5 - 4.8
+    if is_ratio:
+        more["vllm_is_ratio"] = torch.rand(B, T, generator=rng) + 0.5
+    if options["loss_type"] in ("dapo", "cispo"):
+        more["num_items_in_batch"] = 31
+    ours = outcome(our_liger.LigerFusedLinearGRPOLoss(**options), inputs, **more)
+    theirs = outcome(grpo.LigerFusedLinearGRPOLoss(compiled=False, **options), inputs, **more)
+
+    def exact(_input, lin_weight, selected_token_ids, attention_mask, advantages, bias, **given):
+        settings = {"beta": 0.04, "loss_type": "dapo"} | options
+        logits = (_input @ lin_weight.T + bias) / settings.pop("temperature", 1.0)
+        logp = logits.log_softmax(-1).gather(-1, selected_token_ids[..., None]).squeeze(-1)
+        given = {key: value.double() if torch.is_tensor(value) else value for key, value in given.items()}
+        formula = grpo.LigerFusedLinearGRPOFunction.ppo_loss_fn
+        return formula(logp, attention_mask, advantages, attention_mask, **given, **settings)
+
+    doubled = {key: value.double() if value.is_floating_point() else value for key, value in inputs.items()}
+    truth = outcome(exact, doubled, **more)
+    assert len(ours[1]) == len(truth[1])
+    for mine, right in zip(ours[1], truth[1], strict=True):
+        assert mine.item() == pytest.approx(right.item(), rel=1e-5, abs=1e-6)
+    assert float(ours[0]) == pytest.approx(float(truth[0]), rel=2e-6, abs=1e-6)
+    for mine, other, right in zip(ours[2], theirs[2], truth[2], strict=True):
+        scale = right.abs().max()
+        error, their_error = ((grad.double() - right).abs().max() / scale for grad in (mine, other))
+        assert error <= max(1.5 * their_error, 2e-6)
+
+
+@pytest.mark.parametrize("options", GRPO, ids=lambda options: "-".join(map(str, options.values())))
+def test_padding_has_no_part_in_a_loss(options):
+    pytest.importorskip("liger_kernel.chunked_loss.grpo_loss", reason="needs liger-kernel")
+    module, inputs = our_liger.LigerFusedLinearGRPOLoss(**options), grpo_inputs()
+    more = {"ref_per_token_logps": torch.full((B, T), -4.5), "old_per_token_logps": torch.full((B, T), -4.8)}
+    padding = inputs["attention_mask"] == 0
+    loss, _, (grad, *_) = outcome(module, inputs, **more)
+    assert not grad[padding].any()
+    other = inputs | {"_input": inputs["_input"].masked_fill(padding[..., None], 3.0)}
+    assert outcome(module, other, **more)[0] == loss
+
+
+def test_cross_entropy_as_liger_has_it():
+    liger = pytest.importorskip("liger_kernel.transformers", reason="needs liger-kernel")
+    theirs, ours = liger.LigerFusedLinearCrossEntropyLoss, our_liger.LigerFusedLinearCrossEntropyLoss
+    assert inspect.signature(ours.__init__).parameters.keys() == inspect.signature(theirs.__init__).parameters.keys()
+    assert list(inspect.signature(ours.forward).parameters) == list(inspect.signature(theirs.forward).parameters)
+    inputs = grpo_inputs(dtype=torch.float64)
+    hidden, target = inputs["_input"].reshape(-1, H), inputs["selected_token_ids"].reshape(-1)
+    target[3] = -100
+    logits = hidden @ inputs["lin_weight"].T + inputs["bias"]
+    for options in ({}, {"reduction": "sum"}, {"reduction": "none"}, {"label_smoothing": 0.1, "softcap": 5.0}):
+        found = ours(**options)(inputs["lin_weight"], hidden, target, inputs["bias"])
+        z = logits if "softcap" not in options else 5.0 * torch.tanh(logits / 5.0)
+        reduction, smoothing = options.get("reduction", "mean"), options.get("label_smoothing", 0.0)
+        expected = torch.nn.functional.cross_entropy(z, target, reduction=reduction, label_smoothing=smoothing)
+        torch.testing.assert_close(found, expected)
+    for name in ("return_z_loss", "return_token_accuracy", "use_token_scaling"):
+        with pytest.raises(ValueError, match=name):
+            ours(**{name: True})
+
+
+def test_grpo_has_ligers_signatures():
+    grpo = pytest.importorskip("liger_kernel.chunked_loss.grpo_loss", reason="needs liger-kernel")
+    theirs, ours = grpo.LigerFusedLinearGRPOLoss, our_liger.LigerFusedLinearGRPOLoss
+    for method in ("__init__", "forward"):
+        mine, other = (inspect.signature(getattr(cls, method)).parameters for cls in (ours, theirs))
+        assert [(p.name, p.default) for p in mine.values()] == [(p.name, p.default) for p in other.values()]
+
+
+# --- verl ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_verls_linear_cross_entropy(reduction):
+    """Positive log-probs of shifted labels, entropy by token, both with gradients."""
+    inputs = grpo_inputs(dtype=torch.float64)
+    hidden, weight = inputs["_input"].requires_grad_(), inputs["lin_weight"].requires_grad_()
+    logp, entropy = our_verl.linear_cross_entropy(hidden, weight, inputs["selected_token_ids"], 0.7, reduction)
+    log_p = (hidden @ weight.T / 0.7).log_softmax(-1)
+    expected = log_p.gather(-1, inputs["selected_token_ids"][..., None]).reshape(-1)
+    expected = expected if reduction == "none" else getattr(expected, reduction)()
+    right = -(log_p.exp() * log_p).sum(-1).reshape(-1)
+    torch.testing.assert_close(logp, expected)
+    torch.testing.assert_close(entropy, right)
+    assert entropy.shape == (B * T,)
+    found = torch.autograd.grad(logp.sum() + 0.3 * entropy.square().sum(), (hidden, weight))
+    truth = torch.autograd.grad(expected.sum() + 0.3 * right.square().sum(), (hidden, weight))
+    torch.testing.assert_close(found, truth)
+
+
+def test_verls_fused_linear():
+    inputs = grpo_inputs()
+    module, ids = our_verl.FusedLinearForPPO(chunk_size=4), inputs["selected_token_ids"]
+    logp, entropy = module(inputs["_input"], inputs["lin_weight"], ids.int(), temperature=1.3)
+    log_p = (inputs["_input"] @ inputs["lin_weight"].T / 1.3).log_softmax(-1)
+    torch.testing.assert_close(logp, log_p.gather(-1, ids[..., None]).squeeze(-1))
+    torch.testing.assert_close(entropy, -(log_p.exp() * log_p).sum(-1))
+    flat = module(inputs["_input"].reshape(-1, H), inputs["lin_weight"], ids.reshape(-1), temperature=1.3)
+    torch.testing.assert_close(flat[0].view(B, T), logp)
+    with pytest.raises(ValueError, match="reduction must be among none, sum, mean"):
+        our_verl.linear_cross_entropy(inputs["_input"], inputs["lin_weight"], ids, 1.0, "max")
+
+
+# --- patches ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_patch_is_put_on_once_and_taken_off(monkeypatch):
+    class Theirs:
+        def work(self):
+            return "theirs"
+
+    original = Theirs.work
+    one = _patch.Patch("torch", ("2.",), lambda: [(Theirs, "work", lambda self: "ours")])
+    assert one.apply()
+    assert one.apply()
+    assert Theirs().work() == "ours"
+    one.undo()
+    one.undo()
+    assert Theirs.work is original
+    unknown = _patch.Patch("torch", ("1.",), lambda: [(Theirs, "work", None)])
+    with pytest.warns(RuntimeWarning, match=r"is written for torch 1\.\*, not 2.*left as it is") as caught:
+        assert not unknown.apply()
+    assert len(caught) == 1
+    changed = _patch.Patch("torch", ("2.",), lambda: [(Theirs, "work", None), (Theirs, "gone", None)])
+    with pytest.warns(RuntimeWarning, match="does not find its way"):
+        assert not changed.apply()
+    assert Theirs.work is original
+    with pytest.raises(ImportError, match="no-such-package is not installed"):
+        _patch.Patch("no-such-package", ("1.",), list).apply()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        unknown.undo()

@@ -1,0 +1,62 @@
+"""TRL's trainers as they are installed, with and without the adapter."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import make_tokenizer
+
+pytest.importorskip("trl", reason="needs trl")
+
+SCRIPT = Path(__file__).with_name("trl_steps.py")
+VARIANTS = {
+    "qwen2": {},
+    "llama": {"model": "llama"},
+    "kl": {"beta": 0.1, "loss_type": "grpo", "temperature": 0.7},
+    "dr_grpo": {"loss_type": "dr_grpo", "model": "gemma2"},
+    "bnpo": {"loss_type": "bnpo", "gradient_checkpointing": True},
+    "lora": {"lora": True},
+    "compile": {"torch_compile": True},
+    "rloo": {"trainer": "rloo", "beta": 0.05},
+    "sft": {"trainer": "sft"},
+}
+SLOW = ("compile",)
+SAME = ("loss", "grad_norm", "reward", "entropy", "kl", "clip_ratio/region_mean", "mean_token_accuracy")
+
+
+def steps(tmp_path: Path, ours: bool, **options) -> list[dict[str, float]]:
+    """What each step of a training says, in a process of its own."""
+    out = tmp_path / f"{ours}.json"
+    asked = json.dumps({"ours": ours, "out": str(out), "folder": str(tmp_path), **options})
+    done = subprocess.run([sys.executable, SCRIPT, asked], capture_output=True, text=True, cwd=tmp_path, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(out.read_text())
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in VARIANTS])
+def test_a_training_says_the_same(name, tmp_path):
+    """Five steps: losses, gradient norms and metrics, to 1e-5 of float32."""
+    make_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    theirs, ours = (steps(tmp_path, ours, **VARIANTS[name]) for ours in (False, True))
+    assert len(theirs) == len(ours) == 5
+    assert theirs[0].pop("calls") == 0
+    assert (ours[0].pop("calls") > 0) == (name != "sft")
+    assert max(step["grad_norm"] for step in theirs) > 1e-3
+    for one, other in zip(theirs, ours, strict=True):
+        assert one.keys() == other.keys()
+        for key in one.keys() & set(SAME):
+            assert other[key] == pytest.approx(one[key], rel=1e-5, abs=1e-6), key
+
+
+def test_undo_puts_back_the_very_objects():
+    from luffy_kernels.compat import trl
+    from trl.trainer import utils
+
+    before = (utils._ChunkedLogProbFunction, utils._use_triton)
+    assert trl.apply()
+    assert trl.apply()
+    assert utils._ChunkedLogProbFunction is not before[0]
+    trl.undo()
+    assert (utils._ChunkedLogProbFunction, utils._use_triton) == before
