@@ -46,7 +46,8 @@ def main(asked: dict) -> None:
     name = asked.get("model", "qwen2")
     extra = {"head_dim": 16, "query_pre_attn_scalar": 16} if name == "gemma2" else {}
     config = AutoConfig.for_model(name, vocab_size=len(tokenizer), tie_word_embeddings=False, **SIZES | extra)
-    model = AutoModelForCausalLM.from_config(config).float()
+    model = asked["folder"] + f"/model-{asked['ours']}"  # a reference model is loaded from there, too
+    AutoModelForCausalLM.from_config(config).float().save_pretrained(model)
     common = {
         "output_dir": asked["folder"] + f"/out-{asked['ours']}",
         "max_steps": 5,
