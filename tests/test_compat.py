@@ -8,6 +8,7 @@ import pytest
 import torch
 from luffy_kernels.compat import _patch
 from luffy_kernels.compat import liger as our_liger
+from luffy_kernels.compat import openrlhf as our_openrlhf
 from luffy_kernels.compat import verl as our_verl
 from luffy_kernels.compat.transformers import head_options, patch, token_logprobs, unpatch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -328,6 +329,51 @@ def test_verls_fused_linear():
     torch.testing.assert_close(flat[0].view(B, T), logp)
     with pytest.raises(ValueError, match="reduction must be among none, sum, mean"):
         our_verl.linear_cross_entropy(inputs["_input"], inputs["lin_weight"], ids, 1.0, "max")
+
+
+# --- OpenRLHF --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_an_actor_that_wants_logits_does_without(temperature):
+    """In the order in which OpenRLHF 0.11's `Actor.forward` asks: float32, temperature, entropy, log-probs."""
+    model, ids = make("gemma2"), batch()["input_ids"]
+    theirs = [our_openrlhf._log_probs(None), our_openrlhf._entropy(None)]
+
+    def actor(model):
+        output = model(ids, attention_mask=torch.ones_like(ids), position_ids=torch.arange(17).expand(3, 17))
+        output["logits"] = output["logits"].to(torch.float32)
+        if temperature != 1.0:
+            output["logits"].div_(temperature)
+        return output["logits"]
+
+    logits, labels = actor(model), ids.roll(-1, dims=1)
+    logp = logits.log_softmax(-1)
+    right = (logp.gather(-1, labels[..., None]).squeeze(-1), -(logp.exp() * logp).sum(-1))
+    loss = (right[0].sum() + 0.3 * right[1].square().sum()) / 10
+    expected = gradients(model, loss)
+    lazy = actor(our_openrlhf.without_logits(our_openrlhf.without_logits(model)))
+    assert lazy.shape == logits.shape
+    entropy, found = theirs[1](lazy), theirs[0](lazy, labels)
+    torch.testing.assert_close(found, right[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(entropy, right[1], rtol=1e-4, atol=1e-5)
+    for key, grad in gradients(model, (found.sum() + 0.3 * entropy.square().sum()) / 10).items():
+        torch.testing.assert_close(grad, expected[key], rtol=5e-4, atol=1e-5, msg=key)
+    other = (labels + 1) % SIZES["vocab_size"]
+    expected_of_others = logp.gather(-1, other[..., None]).squeeze(-1)
+    torch.testing.assert_close(theirs[0](actor(model), other), expected_of_others, rtol=1e-4, atol=1e-5)
+    with pytest.raises(TypeError, match="float32"):
+        lazy.to(torch.bfloat16)
+    unpatch(model)
+    assert torch.is_tensor(actor(model))
+
+
+def test_openrlhfs_functions_stay_for_real_logits():
+    seen = []
+    of_logits = our_openrlhf._log_probs(lambda *given: seen.append(given))
+    of_logits(torch.ones(2, 3), torch.ones(2).long(), 0.5)
+    our_openrlhf._entropy(seen.append)(torch.zeros(2, 3))
+    assert len(seen) == 2
 
 
 # --- patches ---------------------------------------------------------------------------------------------------------

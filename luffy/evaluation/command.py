@@ -3,9 +3,9 @@
 import argparse
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -253,6 +253,7 @@ def evaluate_model(
     found, answers = [], {}
     with ExitStack() as stack:
         stores = {name: stack.enter_context(Store(folder / file_of(name), about)) for name in model.benchmarks}
+        stack.enter_context(interruption(model, stores, folder))
         left = {n: sum(q not in stores[n] for q in questions) for n, questions in model.benchmarks.items()}
         total = sum(map(len, model.benchmarks.values()))
         if done := total - sum(left.values()):
@@ -269,17 +270,23 @@ def evaluate_model(
                     def answered(question: Any, answers: Any, progress: Any = progress, pool: Any = asked[0]) -> None:
                         grading.submit(lambda: progress.add(grade([question], [answers], [pool], opened)[0].accuracy))
 
-                    try:
-                        sample(engine, model.opened.template, questions, sampling, stores[name], answered, block)
-                    except KeyboardInterrupt:
-                        kept = total - sum(q not in stores[n] for n, every in model.benchmarks.items() for q in every)
-                        raise KeyboardInterrupt(
-                            f"stopped; {kept} of {total} problems are answered in {folder}, the same command goes on"
-                        ) from None
+                    sample(engine, model.opened.template, questions, sampling, stores[name], answered, block)
             answers[name] = grade(questions, [stores[name][q] for q in questions], asked, opened)
             with user_errors("eval"):
                 found.append(scores(name, answers[name], grader, args.pass_at, args.seed))
     return found, answers
+
+
+@contextmanager
+def interruption(model: Model, stores: Mapping[str, Any], folder: Path) -> Iterator[None]:
+    """Ctrl-C, wherever it comes, says what there is."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        there = [question in stores[name] for name, every in model.benchmarks.items() for question in every]
+        raise KeyboardInterrupt(
+            f"stopped; {sum(there)} of {len(there)} problems are answered in {folder}, the same command goes on"
+        ) from None
 
 
 def engine_of(opened: Opened, context: int, folder: Path) -> AbstractContextManager[Any]:

@@ -7,6 +7,7 @@
     trl             TRL's trainers with a fused head (GRPO, RLOO, KTO)            apply, undo
     verl            `linear_cross_entropy`, `FusedLinearForPPO`                   apply, undo
     liger           `LigerFusedLinearGRPOLoss`, `LigerFusedLinearCrossEntropyLoss`, by import
+    openrlhf        an actor whose model computes no logits                       apply, undo
     transformers    `model(..., labels=...)` without logits, log-probs of tokens  patch, unpatch
 
 docs/compat.md has a page on each.

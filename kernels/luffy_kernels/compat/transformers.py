@@ -96,7 +96,7 @@ def token_logprobs(
         ValueError: as `patch`, but for the comparison.
     """
     head = head_of(model)
-    hidden = _backbone(model)(input_ids=input_ids, **kwargs).last_hidden_state[:, :-1]
+    hidden = backbone_of(model)(input_ids=input_ids, **kwargs).last_hidden_state[:, :-1]
     targets = input_ids if ignore is None else input_ids.masked_fill(ignore, -100)
     return linear_logprobs(
         hidden,
@@ -135,7 +135,7 @@ def compare(model: Any) -> None:
     try:
         with torch.no_grad():
             theirs = model(input_ids=ids).logits.double()
-            hidden = _backbone(model)(input_ids=ids).last_hidden_state
+            hidden = backbone_of(model)(input_ids=ids).last_hidden_state
             ours = head(hidden).double() * options["logit_scale"]
     finally:
         model.train(mode)
@@ -157,7 +157,7 @@ def _with_loss(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], labels
     shifted = kwargs.pop("shift_labels", None)
     kwargs.pop("logits_to_keep", None)
     as_tuple = kwargs.pop("return_dict", True) is False
-    head, found = head_of(model), _backbone(model)(*args, **kwargs)
+    head, found = head_of(model), backbone_of(model)(*args, **kwargs)
     hidden = found.last_hidden_state
     targets = shifted
     if targets is None:
@@ -185,7 +185,7 @@ def _wants_router_loss(model: Any, kwargs: dict[str, Any]) -> bool:
     return bool(kwargs.get("output_router_logits") or getattr(_text_config(model), "output_router_logits", False))
 
 
-def _backbone(model: Any) -> Any:
+def backbone_of(model: Any) -> Any:
     return model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
 
 
