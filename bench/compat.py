@@ -1,0 +1,179 @@
+"""What adapters save: one update's forward and backward through a framework's own head, and through ours in its place.
+
+    python -m bench.compat [--rounds N] [--store]
+
+A model with a small body (two blocks of 256) and a real head (151,936 x 256), four sequences of 256 tokens, float32.
+Time: median of rounds that take turns in one process. Memory: the process's peak beyond what it has before the update,
+in a fresh process for each. TRL's is what GRPO computes: log-probs and entropies of the last half of each sequence.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from bench.ops import machine
+from bench.report import put
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE, RESULTS = ROOT / "docs" / "compat.md", ROOT / "bench" / "results" / "compat.json"
+SIZES = {
+    "vocab_size": 151_936,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+}
+SEQUENCES, TOKENS = 4, 256
+FRAMEWORKS = ("transformers", "trl", "liger")
+
+
+def make_model() -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen2", **SIZES)).float()
+
+
+def make_batch() -> tuple[torch.Tensor, torch.Tensor]:
+    """(tokens, labels: the second half)"""
+    ids = torch.randint(0, SIZES["vocab_size"], (SEQUENCES, TOKENS), generator=torch.Generator().manual_seed(1))
+    labels = ids.clone()
+    labels[:, : TOKENS // 2] = -100
+    return ids, labels
+
+
+def transformers_update(ours: bool) -> Callable[[], float]:
+    from luffy_kernels.compat.transformers import patch, unpatch
+
+    model, (ids, labels) = make_model(), make_batch()
+
+    def update() -> float:
+        (patch if ours else unpatch)(model)
+        loss = model(ids, labels=labels).loss
+        loss.backward()
+        return loss.item()
+
+    return update
+
+
+def trl_update(ours: bool) -> Callable[[], float]:
+    from luffy_kernels.compat import trl
+    from trl.trainer.utils import add_fused_lm_head
+
+    model, (ids, labels) = make_model(), make_batch()
+    add_fused_lm_head(model, temperature=0.7, outputs=("log_probs", "entropy"))
+    advantages = torch.tensor([1.0, -1.0, 0.5, -0.5])[:, None]
+
+    def update() -> float:
+        (trl.apply if ours else trl.undo)()
+        found = model(input_ids=ids, labels=labels, fused_lm_head=True)
+        ratio = torch.exp(found.log_probs - found.log_probs.detach())
+        loss = -(ratio * advantages * (labels[:, 1:] != -100)).sum() / (SEQUENCES * TOKENS / 2)
+        loss.backward()
+        return loss.item() + found.entropy.mean().item()
+
+    return update
+
+
+def liger_update(ours: bool) -> Callable[[], float]:
+    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+    from luffy_kernels.compat import liger
+
+    model, (ids, labels) = make_model(), make_batch()
+    made = liger.LigerFusedLinearGRPOLoss if ours else LigerFusedLinearGRPOLoss
+    loss_of = made(beta=0.04, compiled=False)
+    mask, advantages = (labels[:, 1:] != -100).float(), torch.tensor([1.0, -1.0, 0.5, -0.5])
+    old = torch.full(mask.shape, -11.9)
+
+    def update() -> float:
+        hidden = model.model(ids).last_hidden_state[:, :-1]
+        weight, tokens = model.lm_head.weight, ids[:, 1:].contiguous()
+        loss, _ = loss_of(
+            hidden, weight, tokens, mask, advantages, ref_per_token_logps=old, old_per_token_logps=old
+        )  # fmt: skip
+        loss.backward()
+        return loss.item()
+
+    return update
+
+
+UPDATES = {"transformers": transformers_update, "trl": trl_update, "liger": liger_update}
+
+
+def resident(what: str) -> int:
+    """VmRSS or VmHWM of this process, bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(what))
+
+
+def peak(framework: str, ours: bool) -> float:
+    """MiB, in a fresh process."""
+    command = [sys.executable, "-m", "bench.compat", "--memory", framework, *(["--ours"] if ours else [])]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return float(done.stdout.split()[-1])
+
+
+def measure(rounds: int) -> dict[str, Any]:
+    found = {}
+    for framework in FRAMEWORKS:
+        updates = [UPDATES[framework](ours) for ours in (False, True)]
+        values = [update() for update in updates]
+        times: list[list[float]] = [[], []]
+        for _ in range(rounds):
+            for update, spent in zip(updates, times, strict=True):
+                began = time.perf_counter()
+                update()
+                spent.append(time.perf_counter() - began)
+        found[framework] = {
+            "ms": [round(1e3 * median(spent), 1) for spent in times],
+            "ratio": round(median(a / b for a, b in zip(*times, strict=True)), 2),
+            "peak_mib": [round(peak(framework, ours)) for ours in (False, True)],
+            "values": values,
+        }
+    return {"machine": machine(), "rounds": rounds, "frameworks": found}
+
+
+def table(found: dict[str, Any]) -> str:
+    lines = [
+        "| an update in | its own, ms | ours | times as fast | its own peak, MiB | ours |",
+        "|---|---:" + "|---:" * 4 + "|",
+    ]
+    for name, row in found["frameworks"].items():
+        (theirs, ours), (their_peak, our_peak) = row["ms"], row["peak_mib"]
+        lines.append(f"| {name} | {theirs:,.0f} | {ours:,.0f} | {row['ratio']:.2f} | {their_peak:,} | {our_peak:,} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--store", action="store_true", help="keep it in bench/results, and in docs/compat.md")
+    parser.add_argument("--memory", choices=FRAMEWORKS, help=argparse.SUPPRESS)
+    parser.add_argument("--ours", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.memory:
+        update = UPDATES[args.memory](args.ours)
+        before = resident("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+        update()
+        print((resident("VmHWM") - before) / 2**20)
+        return 0
+    found = measure(args.rounds)
+    print(table(found))
+    if args.store:
+        RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+        put(PAGE, "saved", table(found))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
