@@ -258,7 +258,14 @@ def test_ctrl_c_and_the_same_command_again(home):
     whole = luffy("eval", *options, "--out", home / "whole", cwd=home)
     assert whole.returncode == 0, whole.stderr[-3000:]
     command = [sys.executable, "-m", "luffy", "eval", *map(str, options), "--out", str(home / "parts")]
-    process = subprocess.Popen(command, cwd=home, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        cwd=home,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests in the background may ignore it
+    )
     answers, deadline = home / "parts" / whole_slug(home) / "a.jsonl", time.monotonic() + 120
     while not (answers.exists() and answers.read_text().count("\n") > 2):
         assert time.monotonic() < deadline
