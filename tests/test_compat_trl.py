@@ -22,7 +22,7 @@ VARIANTS = {
     "rloo": {"trainer": "rloo", "beta": 0.05},
     "sft": {"trainer": "sft"},
 }
-QUICK = ("qwen2", "kl")
+QUICK = ("kl",)
 SAME = ("loss", "grad_norm", "reward", "entropy", "kl", "clip_ratio/region_mean", "mean_token_accuracy")
 
 
