@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from luffy.errors import UserError
 
@@ -79,11 +79,16 @@ def open_model(
 
 
 def start_engine(model: Opened, context: int) -> "VllmEngine":
-    """vLLM with its weights. context: tokens of the longest prompt and answer together."""
+    """vLLM with its weights. context: tokens of the longest prompt and answer together.
+
+    Raises:
+        UserError: the model has fewer positions, or vLLM does not start.
+    """
     from luffy import dtypes
     from luffy.rollout.vllm_engine import VllmEngine
 
     config = model.config
+    _described(model, context)
     return VllmEngine(
         model.path,
         config.rollout,
@@ -100,10 +105,8 @@ def start_servers(model: Opened, context: int, folder: Path) -> Iterator["Server
     this. folder: for their logs.
 
     Raises:
-        UserError: a server does not start, cannot be reached, or has a model of other sizes.
+        UserError: a server does not start, cannot be reached, or has a model of other sizes or fewer positions.
     """
-    from transformers import AutoConfig
-
     from luffy import dtypes
     from luffy.config import MeshConfig
     from luffy.distributed import joined
@@ -113,8 +116,7 @@ def start_servers(model: Opened, context: int, folder: Path) -> Iterator["Server
     config = model.config
     if config.rollout.urls and not Path(model.path).is_dir():
         raise UserError(f"model: servers of --urls load weights from a folder that they see, and {model.path} is none")
-    described = AutoConfig.from_pretrained(model.path, trust_remote_code=config.model.trust_remote_code)
-    text = described.get_text_config()
+    text = _described(model, context)
     with joined(MeshConfig()) as world, Servers(
         model.path,
         config.rollout,
@@ -134,3 +136,18 @@ def start_servers(model: Opened, context: int, folder: Path) -> Iterator["Server
             # a version of its own, so that nothing that other weights have left in a prefix cache is taken for these
             servers.load(Path(model.path).resolve(), int(identity(model.path)[:12], 16))
         yield servers
+
+
+def _described(model: Opened, context: int) -> Any:
+    """The sizes of the language model, which must have as many positions as are asked for."""
+    from transformers import AutoConfig
+
+    remote = model.config.model.trust_remote_code
+    text = AutoConfig.from_pretrained(model.path, trust_remote_code=remote).get_text_config()
+    positions = getattr(text, "max_position_embeddings", None)
+    if positions is not None and context > positions:
+        raise UserError(
+            f"model: {model.name} has {positions} positions, and {context} were asked for, for the longest prompt with "
+            f"its answer; lower --max-tokens (in Python: context)"
+        )
+    return text

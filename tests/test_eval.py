@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -74,7 +75,7 @@ def test_scores():
     with VerifierPool("boxed") as pool, VerifierPool("exact") as other:
         graded = grade(QUESTIONS, ANSWERS, [pool, other], opened=False)
     found = scores("x", graded, "boxed", ks=[1, 2, 4])
-    assert (found.questions, found.answers, found.grader) == (3, 12, "boxed-3")
+    assert (found.questions, found.answers, found.grader) == (3, 12, "boxed-4")
     assert found.by_question == [0.5, 0.5, 0.0]
     assert found.accuracy == pytest.approx(1 / 3)
     assert found.interval == interval([[0.5, 0.5, 0.0]])
@@ -238,7 +239,7 @@ def test_two_models_on_two_benchmarks(home):
     summary = json.loads((home / "out" / "summary.json").read_text())
     first, second = summary["models"].values()
     assert [b["benchmark"] for b in first["benchmarks"]] == ["a", "b", "letters"]
-    assert [b["grader"] for b in first["benchmarks"]] == ["boxed-3", "boxed-3", "choice-1"]
+    assert [b["grader"] for b in first["benchmarks"]] == ["boxed-4", "boxed-4", "choice-1"]
     assert [b["answers"] for b in first["benchmarks"]] == [18, 18, 3]
     assert all(b["disagree"].keys() == {"answer"} and b["pass_at"].keys() == {"2"} for b in first["benchmarks"])
     assert second["difference"].keys() == {"a", "b", "letters", "average"}
@@ -396,6 +397,31 @@ def test_a_report_doubts_what_chose_the_checkpoint(tmp_path):
     assert doubts([model(None), model(str(tmp_path / "gone.jsonl"))]) == []
 
 
+def test_servers_leave_alone_what_is_not_theirs(home, tmp_path):
+    """A folder `weights` of somebody's; and no answers go into a model."""
+    model = make_model(tmp_path / "mine")
+    done = luffy("eval", "--data", home / "sums.jsonl", "--model", "mine", "--out", ".", cwd=tmp_path)
+    assert refused(done, "the model's own folder", "--out")
+    assert not list(model.glob("*.jsonl"))
+    theirs = Path("evals") / "mine" / "weights" / "mine.txt"
+    (tmp_path / theirs).parent.mkdir(parents=True)
+    (tmp_path / theirs).write_text("x")
+    options = ["--model", "mine", "--limit", "1", "--max-tokens", "2", "--servers", "1"]
+    done = luffy("eval", "--data", home / "letters.jsonl", *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / theirs).read_text() == "x"
+
+
+def test_what_is_said_is_read_at_once():
+    """In this process, where no clock runs."""
+    began = time.monotonic()
+    for text in ("5" + "\\text{ cm}" * 200 + "x", "5" + "   cm" * 300 + " x", "5" + " \\text{cm} " * 150 + "x"):
+        said("\\boxed{" + text + "}", "boxed")
+    said("answer is" + " \n" * 100_000, "choice")
+    assert said("answer is :  \n B", "choice") == "B"
+    assert time.monotonic() - began < 3
+
+
 def test_a_models_folder_lies_in_out(tmp_path, monkeypatch):
     (tmp_path / "deep").mkdir()
     monkeypatch.chdir(tmp_path / "deep")
@@ -412,7 +438,7 @@ def test_servers_answer_as_the_engine_in_this_process(home):
         done = luffy("eval", *options, *more, "--out", home / name, cwd=home)
         assert done.returncode == 0, done.stderr[-3000:]
     assert lines(home / "served") == lines(home / "here")
-    assert len(list((home / "served").glob("*/servers/server-*.log"))) == 2
+    assert len(list((home / "served").glob("*/serving/servers/server-*.log"))) == 2
     assert refused(luffy("eval", *options, "--urls", "http://x", "--servers", "1", cwd=home), "--urls", "--servers")
     assert refused(luffy("eval", *options, "--servers", "2", "--devices", "0", cwd=home), "--devices", "--servers")
     assert refused(luffy("eval", *options, "--tensor-parallel", "2", cwd=home), "--servers")

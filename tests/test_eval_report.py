@@ -127,11 +127,11 @@ def test_tables_for_a_paper(models):
     lines = markdown(models).splitlines()
     assert lines[0] == "| model | AIME24 | own | average |"
     assert lines[2].startswith("| mine | ")
-    assert lines[-1].endswith("aime24 boxed-3, 4; own boxed-3, 4.")
+    assert lines[-1].endswith("aime24 boxed-4, 4; own boxed-4, 4.")
     tex = latex(models)
     assert tex.count(r" \\") == 3
     assert "_{" in tex
-    assert r"boxed-3" in tex.splitlines()[-1]
+    assert r"boxed-4" in tex.splitlines()[-1]
 
 
 def test_names_that_two_sets_have_or_that_break_a_table(models):

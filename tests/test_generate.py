@@ -123,4 +123,8 @@ def test_a_file_that_cannot_be_asked(home):
     (home / "bad.jsonl").write_text("\n")
     assert refused(luffy(*base, "bad.jsonl", cwd=home), "no lines")
     assert refused(luffy(*base, "no.jsonl", cwd=home), "no.jsonl")
+    (home / "good.jsonl").write_text('{"prompt": "x"}\n')
+    assert refused(luffy(*base, "good.jsonl", "--max-tokens", "99999", cwd=home), "positions", "lower --max-tokens")
+    one = ["generate", "hm", "--model", home / "model", "--max-tokens", "99999"]
+    assert refused(luffy(*one, cwd=home), "positions", "lower --max-tokens")
     assert not (home / "none.jsonl").exists()

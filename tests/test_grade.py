@@ -33,7 +33,7 @@ def test_lines_keep_their_order_and_get_a_reward(tmp_path):
     assert [row["verdict"] for row in found[:5]] == ["ok"] * 5
     assert "line 2, id b: boxed 0, answer 1   answer '2'   given 'x is 2.'" in done.stdout
     assert "both right 3, both wrong 2, right by the first alone 0, by the second alone 1" in done.stdout
-    assert "boxed-3: 3 of 6 right (50.0%), mean reward 0.5000" in done.stdout
+    assert "boxed-4: 3 of 6 right (50.0%), mean reward 0.5000" in done.stdout
 
 
 def test_a_timeout_is_said_and_written(tmp_path):

@@ -352,7 +352,7 @@ def test_servers_of_others_are_checked_before_they_are_trusted(model, servers, p
         ):
             connect(model, tmp_path, options(urls=[url]), max_model_len=999)
         with pytest.raises(
-            UserError, match=r"no server answers at http://127.0.0.1:1 .*; start it, or mend rollout.urls"
+            UserError, match=r"no server answers at http://127.0.0.1:1 .*; start it, or mend rollout.urls \(--urls\)"
         ):
             connect(model, tmp_path, options(urls=["http://127.0.0.1:1"]))
     with pytest.MonkeyPatch.context() as patched:
@@ -552,6 +552,10 @@ def test_reasons_are_given_in_the_words_of_our_settings():
         "OSError: no such model"
     )
     assert explain("") == "no word"
+    by_pydantic = "pydantic_core.ValidationError: 1 validation error for ParallelConfig\n"
+    by_pydantic += "  Value error, World size (8) is larger. [type=value_error, input_value=1]\n"
+    by_pydantic += "    For further information visit https://x"
+    assert explain(by_pydantic) == "ValueError: World size (8) is larger."
 
 
 def test_weights_are_written_a_block_at_a_time(policy, tmp_path):

@@ -128,7 +128,7 @@ def test_a_benchmark_and_a_file_through_vllm(place, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     [model] = json.loads((tmp_path / "out" / "summary.json").read_text())["models"].values()
     found = {one["benchmark"]: (one["questions"], one["answers"], one["grader"]) for one in model["benchmarks"]}
-    assert found.pop("amc") == (1, 32, "boxed-3")
+    assert found.pop("amc") == (1, 32, "boxed-4")
     assert found.pop("gpqa") == (1, 1, "choice-1")
     [(questions, answers, _)] = found.values()
     assert (questions, answers) == (2, 2)

@@ -247,7 +247,10 @@ def evaluate_model(
     from luffy.evaluation.scores import grade, scores
     from luffy.load import identity
 
-    folder, longest = Path(args.out, model.slug), check_positions(model, args.max_tokens)
+    folder = Path(args.out, model.slug)
+    if folder.resolve() in (Path(model.opened.path).resolve(), Path(model.name).resolve()):
+        raise UserError(f"eval: answers of {model.name} would lie in the model's own folder; take another --out")
+    longest = check_positions(model, args.max_tokens)
     about = {"model": model.name, "weights": identity(model.opened.path), "prompt": prompt_of(model)} | asdict(sampling)
     opened = model.opened.template.opens_think
     found, answers = [], {}
@@ -291,7 +294,7 @@ def interruption(model: Model, stores: Mapping[str, Any], folder: Path) -> Itera
 
 def engine_of(opened: Opened, context: int, folder: Path) -> AbstractContextManager[Any]:
     if opened.config.rollout.engine == "server":
-        return start_servers(opened, context, folder)
+        return start_servers(opened, context, folder / "serving")  # a folder of their own: they clear what is in it
     return start_engine(opened, context)
 
 

@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 RESAMPLES = 10_000
+FEW = 5
+"""Problems on which two models differ."""
 BLOCK = 1 << 22
 """Draws that are held at a time."""
 
@@ -47,17 +49,18 @@ def interval(benchmarks: Sequence[Sequence[float]], confidence: float = 0.95, se
 
     The percentiles are widened as Student's t is against the normal distribution, and by the n / (n - 1) of a variance
     ("expanded percentile", arXiv 1411.5279, section 4.3.3): with thirty problems plain ones cover too little. Scores of
-    one benchmark that are all 0 or 1 get Wilson's interval. Of several, one whose problems do not differ gets two more
-    of either kind, as Agresti and Coull have it: that nothing differs here does not say that nothing will.
+    one benchmark that are all 0 or 1 get Wilson's interval, and no interval is narrower than Wilson's with as many
+    problems as give the variance that was seen (Korn and Graubard, Survey Methodology 24, 1998): near 0 and 1
+    percentiles fall short. Of several, one whose problems do not differ gets two more of either kind, as Agresti and
+    Coull have it: that nothing differs here does not say that nothing will.
     """
     every = [np.asarray(scores, dtype=np.float64) for scores in benchmarks]
     if len(every) == 1 and bool(np.isin(every[0], (0, 1)).all()):
         return wilson(every[0].sum(), len(every[0]), confidence)
     every = [np.append(scores, (0, 0, 1, 1)) if np.ptp(scores) == 0 else scores for scores in every]
-    fewest = min(len(scores) for scores in every)
-    tail = NormalDist().cdf(-math.sqrt(fewest / (fewest - 1)) * _t(0.5 + confidence / 2, fewest - 1))
-    low, high = np.quantile(_means(every, seed), (tail, 1 - tail))
-    return max(0.0, float(low)), min(1.0, float(high))
+    low, high = _percentiles(every, confidence, seed)
+    least, most = _effective(every, confidence)
+    return max(0.0, min(low, least)), min(1.0, max(high, most))
 
 
 def difference(
@@ -65,9 +68,10 @@ def difference(
 ) -> tuple[float, float, float, float]:
     """(mean of ours - theirs, low, high, p) on the same problems of the same benchmarks.
 
-    low, high: as `interval`, of the differences by problem; one of whose benchmarks does not differ from problem to
-    problem gets two problems more of either extreme. p: of a sign-flip test, two-sided, that no model is better:
-    each problem's difference could as well have been the other way round.
+    low, high: percentiles as of `interval`, of the differences by problem. A benchmark whose problems all differ alike
+    gets two problems more of either extreme; one where fewer than five differ, one more of the largest difference and
+    one of its opposite: percentiles of so few say less than they seem to. p: of a sign-flip test, two-sided, that no
+    model is better: each problem's difference could as well have been the other way round.
 
     Raises ValueError where the problems are not as many.
     """
@@ -77,10 +81,8 @@ def difference(
         np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64) for a, b in zip(ours, theirs, strict=True)
     ]
     mean = float(np.mean([scores.mean() for scores in every]))
-    wider = [np.append(scores, (-1, -1, 1, 1)) if np.ptp(scores) == 0 else scores for scores in every]
-    fewest = min(len(scores) for scores in wider)
-    tail = NormalDist().cdf(-math.sqrt(fewest / (fewest - 1)) * _t(0.5 + confidence / 2, fewest - 1))
-    low, high = np.quantile(_means(wider, seed), (tail, 1 - tail))
+    wider = [_with_extremes(scores) for scores in every]
+    low, high = _percentiles(wider, confidence, seed)
     low, high = min(low, mean), max(high, mean)
     rng = np.random.default_rng(seed)
     flipped = np.zeros(RESAMPLES)
@@ -89,16 +91,41 @@ def difference(
             signs = rng.integers(0, 2, (rows, len(scores)), dtype=np.int8) * 2 - 1
             flipped[at : at + rows] += signs @ scores / len(scores) / len(every)
     as_far = np.count_nonzero(np.abs(flipped) >= abs(mean) - 1e-12)
-    return mean, float(low), float(high), (1 + as_far) / (1 + RESAMPLES)
+    return mean, low, high, (1 + as_far) / (1 + RESAMPLES)
 
 
-def wilson(successes: float, trials: int, confidence: float = 0.95) -> tuple[float, float]:
+def _with_extremes(scores: NDArray[np.float64]) -> NDArray[np.float64]:
+    if np.ptp(scores) == 0:
+        return np.append(scores, (-1, -1, 1, 1))
+    largest = np.abs(scores).max()
+    return np.append(scores, (-largest, largest)) if np.count_nonzero(scores) < FEW else scores
+
+
+def wilson(successes: float, trials: float, confidence: float = 0.95) -> tuple[float, float]:
     """Wilson's score interval of a proportion."""
     z = NormalDist().inv_cdf(0.5 + confidence / 2)
     p, n = successes / trials, trials
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * ((p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5)
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def _percentiles(benchmarks: list[NDArray[np.float64]], confidence: float, seed: int) -> tuple[float, float]:
+    """Of the mean over benchmarks, widened; see `interval`."""
+    fewest = min(len(scores) for scores in benchmarks)
+    tail = NormalDist().cdf(-math.sqrt(fewest / (fewest - 1)) * _t(0.5 + confidence / 2, fewest - 1))
+    low, high = np.quantile(_means(benchmarks, seed), (tail, 1 - tail))
+    return float(low), float(high)
+
+
+def _effective(benchmarks: list[NDArray[np.float64]], confidence: float) -> tuple[float, float]:
+    """Wilson's interval of the mean, of as many answers right or wrong as would vary so much; by Student's t."""
+    fewest = min(len(scores) for scores in benchmarks)
+    mean = float(np.mean([scores.mean() for scores in benchmarks]))
+    variance = sum(float(scores.var(ddof=1)) / len(scores) for scores in benchmarks) / len(benchmarks) ** 2
+    wider = NormalDist().inv_cdf(0.5 + confidence / 2) / _t(0.5 + confidence / 2, fewest - 1)
+    trials = mean * (1 - mean) / variance * wider**2
+    return wilson(mean * trials, trials, confidence)
 
 
 def _means(benchmarks: list[NDArray[np.float64]], seed: int) -> NDArray[np.float64]:

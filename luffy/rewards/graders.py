@@ -148,12 +148,12 @@ GRADERS: dict[str, Grader] = SYMBOLIC | {
     "code": grade_code,
     "gym": grade_gym,
 }
-VERSIONS = dict.fromkeys(GRADERS, 1) | dict.fromkeys(("deepscaler", "deepscaler_v0", "deepscaler_v1"), 2) | {"boxed": 3}
+VERSIONS = dict.fromkeys(GRADERS, 1) | dict.fromkeys(("deepscaler", "deepscaler_v0", "deepscaler_v1"), 3) | {"boxed": 4}
 ENTRY_POINTS = "luffy.graders"
 
 
 def label(name: str) -> str:
-    """A grader and its version, as results name it: `boxed-3`. One of somebody else's is its name alone."""
+    """A grader and its version, as results name it: `boxed-4`. One of somebody else's is its name alone."""
     return f"{name}-{VERSIONS[name]}" if name in VERSIONS else name
 
 

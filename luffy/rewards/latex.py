@@ -12,13 +12,13 @@ from functools import cache
 
 UNITS = """
     mm cm dm km kilometer kilometre meter metre centimeter centimetre millimeter millimetre inch inches foot
-    feet ft yard mile mph light-year light-years unit square cubic sq cu acre hectare liter litre milliliter
+    feet ft in yard mile mph light-year light-years unit square cubic sq cu acre hectare liter litre milliliter
     millilitre ml gallon quart pint cup ounce oz pound lb lbs ton tonne gram kilogram kg mg second sec minute
     min hour hr day week month year decade century centuries degree deg radian rad kelvin celsius fahrenheit
     joule kj ev kev mev erg calorie kcal watt kw kilowatt newton pascal kpa atm bar volt ohm ampere amp coulomb
     farad henry tesla gauss hertz hz khz mhz ghz mole mol molar dollar cent euro rupee yen pence penny pennies
     people person student child children boy girl men women way apple orange ball marble card coin book page
-    stamp ticket game point vote time step piece pair dozen digit number solution root face edge side vertex
+    stamp ticket game point vote time step piece pair digit number solution root face edge side vertex
     vertices percent parsec pc kpc mpc angstrom nm au dyne rev revolution revolutions rpm bit byte
 """
 
@@ -53,19 +53,29 @@ _FRACTION = re.compile(r"\\[dtc]frac(?![a-zA-Z])")
 _MATRIX = re.compile(r"\\(begin|end)\{(?:b|small|p)?matrix\}")
 _ARRAY = re.compile(r"\\begin\{array\}(?:\{[^{}]*\})?|\\end\{array\}")
 _RELATIONS = ((re.compile(r"\\neq?(?![a-zA-Z])"), r"\\ne "), (re.compile(r"\\leq?(?:slant)?(?![a-zA-Z])"), r"\\le "),
-              (re.compile(r"\\geq?(?:slant)?(?![a-zA-Z])"), r"\\ge "))  # fmt: skip
+              (re.compile(r"\\geq?(?:slant)?(?![a-zA-Z])"), r"\\ge "),
+              (re.compile(r"\\lt(?![a-zA-Z])"), "<"), (re.compile(r"\\gt(?![a-zA-Z])"), ">"))  # fmt: skip
 _SETS = ((re.compile(r"\\varnothing(?![a-zA-Z])"), r"\\emptyset "),
          (re.compile(r"\\mathbb\s*([A-Z])"), r"\\mathbb{\1}"))  # fmt: skip
-_DEGREES = re.compile(r"\^\s*\{?\s*\\circ\s*\}?|\\degree(?![a-zA-Z])")
+_DEGREES = re.compile(
+    r"(?:\^\s*\{?\s*\\circ\s*\}?|\\degree(?![a-zA-Z]))(?:\s*(?:[CF]|\\(?:text|mathrm)\s*\{\s*[CF]\s*\})\s*$)?"
+)
 _PERCENT = re.compile(r"\\?%")
 _TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mbox|mathrm|mathbf|mathit|operatorname)\s*\{([^{}]*)\}")
-_AFTER = re.compile(
-    r"(?<=[\d})a-zA-Z])((?:\s*\\cdot\s*|\s*/\s*|\s*)\\(?:text|mbox|mathrm)\s*\{([^{}]*)\}\s*(?:\^\s*\{?-?\d\}?)?)+\s*$"
+_WORD = r"\\(?:text|mbox|mathrm)\s*\{((?:[^{}]|\{[^{}]*\})*)\}"
+_AFTER = re.compile(rf"(?<=[\d}})a-zA-Z])\s*(?:(?:\\cdot\s*|/\s*)?{_WORD}\s*(?:\^\s*\{{?-?\d\}}?\s*)?)+$")
+_INSIDE = re.compile(_WORD)
+_POWER = r"(?:\^\{?-?\d\}?)?"
+_LETTER_UNIT = re.compile(
+    rf"(?<=[\d}})]) [cdkm]?[mgsKJWNVACFHTLh]{_POWER}(?: ?/ ?[cdkm]?[mgsKJhL]{_POWER}| [mgsKJhL]\^\{{?-\d\}}?)*\.?$"
 )
-_INSIDE = re.compile(r"\\(?:text|mbox|mathrm)\s*\{([^{}]*)\}")
+_COMMAND = re.compile(r"\\[a-zA-Z]+")
 _SAYS = """
-    or and not nor am pm hundred thousand million billion trillion dozen does do is are than least most to times if else
-    except no but only each more less
+    or and not nor am pm does do is are than least most to times if else except no but only each more less over plus
+    minus divided root pi squared cubed inverse factorial negative mod modulo base score gross
+    hundred thousand million billion trillion dozen hundreds thousands millions billions trillions dozens
+    half halves third thirds quarter quarters fourth fourths fifth fifths sixth sixths seventh sevenths eighth eighths
+    ninth ninths tenth tenths hundredth hundredths thousandth thousandths millionth millionths
 """
 _LETTER_UNITS = frozenset("mgsKJWNVACFHTLh")
 _THOUSANDS = re.compile(r"([+-]?\d{1,3})((?:[, ]\d{3})+)(\.\d+)?")
@@ -76,7 +86,7 @@ _ROOT = re.compile(r"\\sqrt\s*([a-zA-Z0-9])")
 _MIXED = re.compile(r"([+-]?\d+) +(\d+)/(\d+)")
 _APART = re.compile(r"(?<!\d)\s+|\s+(?!\d)")
 _SLASH = re.compile(r"([+-]?)(\d+)/(\d+)")
-_SINGLE = re.compile(r"([_^])\{([a-zA-Z0-9])\}")
+_SINGLE = re.compile(r"([_^])\{([a-zA-Z0-9+*-])\}")
 _HALF = re.compile(r"(?<![\d.])0\.5(?!\d)")
 
 
@@ -98,11 +108,10 @@ def braced(text: str, at: int) -> str | None:
 
 def normal(text: str) -> str:
     """The string that stands for the answer; see the module."""
-    text = bare(text)
-    text = without_words(text)
+    text = without_words(bare(text).rstrip("."))
     text = whole(without_unit(words(text)).strip())
     text = _POINT.sub("0.", text)
-    text = _NAMED.sub("", text, count=1) if _NAMED.match(text) else text
+    text = unnamed(text)
     if found := _MIXED.fullmatch(text):
         text = "{}\\frac{{{}}}{{{}}}".format(*found.groups())
     text = together(roots(fractions(text)))
@@ -114,7 +123,8 @@ def normal(text: str) -> str:
 
 
 def bare(text: str) -> str:
-    """Without signs that only format: spaces, dollars, sizes of brackets, degrees, percent, a full stop at the end."""
+    """Without signs that only format: spaces, dollars, sizes of brackets, degrees, percent, a full stop at the end (but
+    no three, which say that digits go on)."""
     text = text.translate(_MARKS).replace("{,}", ",").strip()
     if "\\begin" not in text:
         text = text.replace("\\\\", "\\")
@@ -124,7 +134,13 @@ def bare(text: str) -> str:
     text = _ARRAY.sub(lambda found: "\\begin{pmatrix}" if "begin" in found.group() else "\\end{pmatrix}", text)
     for pattern, name in _RELATIONS + _SETS:
         text = pattern.sub(name, text)
-    return _PERCENT.sub("", _DEGREES.sub("", text)).strip().rstrip(".,;").strip()
+    text = _PERCENT.sub("", _DEGREES.sub("", text)).strip()
+    return text if text.endswith("...") else text.rstrip(".,;").strip()
+
+
+def unnamed(text: str) -> str:
+    """x = 3 and x \\in (0,1) -> 3 and (0,1); a chain of equations stays."""
+    return _NAMED.sub("", text, count=1) if _NAMED.match(text) else text
 
 
 def whole(text: str) -> str:
@@ -142,15 +158,14 @@ def without_words(text: str) -> str:
     found = _AFTER.search(text)
     if found is None:
         return text
-    said = re.split(r"[\s/.~^-]+|\\cdot", " ".join(_INSIDE.findall(found.group())).strip())
+    said = re.split(r"[\s/.~-]+|\^\{?-?\d\}?|\\cdot", " ".join(_INSIDE.findall(found.group())).strip())
     units = all(word in _LETTER_UNITS or (len(word) > 1 and word.isalpha()) for word in said if word)
     return text[: found.start()] if units and not {word.lower() for word in said} & {*_SAYS.split()} else text
 
 
-def words_behind(text: str) -> str:
-    """What stands behind an answer and is no unit."""
-    found = _AFTER.search(without_words(bare(text)))
-    return found.group() if found else ""
+def words_of(text: str) -> list[str]:
+    """The words in an answer, and behind it, that are no unit."""
+    return [found.group(1) for found in _INSIDE.finditer(without_words(bare(text)))]
 
 
 def words(text: str) -> str:
@@ -162,12 +177,22 @@ def words(text: str) -> str:
 def _units() -> re.Pattern[str]:
     words = "|".join(sorted((re.escape(unit) for unit in UNITS.split()), key=len, reverse=True))
     unit = rf"(?:{words})(?:e?s)?(?:\s*\^\s*\{{?-?\d\}}?)?"
-    return re.compile(rf"(?<=[\d)}}])\s*(?:\b|(?<=\d)){unit}(?:\s*(?:/|per|\s)\s*{unit})*\.?\s*$", re.IGNORECASE)
+    return re.compile(rf"(?<=[\d)}}])\s*(?:\b|(?<=\d)){unit}(?:(?: ?/ ?| per | ){unit})*\.? ?$", re.IGNORECASE)
 
 
 def without_unit(text: str) -> str:
     """5 cm^2 -> 5; nothing where no number stands before the unit."""
-    return _units().sub("", text)
+    return _units().sub("", " ".join(text.split()))  # one space each: there is one way to read it, and no waiting
+
+
+def without_letter(text: str) -> str:
+    """5 m -> 5 and 9.8 m/s^2 -> 9.8: for answers to what is a number, where no letter is a variable."""
+    return _LETTER_UNIT.sub("", " ".join(text.split()))
+
+
+def has_letters(text: str) -> bool:
+    """Besides those of commands."""
+    return any(letter.isalpha() for letter in _COMMAND.sub("", text))
 
 
 def roots(text: str) -> str:

@@ -10,41 +10,50 @@ Written after their description; where they differ from the originals the docstr
 import re
 import zlib
 from collections.abc import Sequence
+from dataclasses import replace
 from decimal import Decimal
-from fractions import Fraction
-from functools import lru_cache
+from functools import cache, lru_cache
+from typing import TYPE_CHECKING
 
 from luffy.rewards.arithmetic import read
+from luffy.rewards.decimals import large, repeated, written_out
+from luffy.rewards.intervals import as_interval, is_interval
 from luffy.rewards.latex import (
     bare,
     braced,
     fractions,
+    has_letters,
     last_boxed,
     normal,
     roots,
     together,
+    unnamed,
     whole,
+    without_letter,
     without_unit,
     without_words,
     words,
-    words_behind,
+    words_of,
 )
+
+if TYPE_CHECKING:
+    from latex2sympy2_extended import NormalizationConfig
 
 Answer = str | Sequence[str]
 THINK_END = "</think>"
 
-_LARGE = {"trillion": 12, "billion": 9, "million": 6}
 _MIXED = re.compile(r"(?<![\d.])(\d+)\s*\\frac\{(\d+)\}\{(\d+)\}|(?<![\d.])(\d+)\s+(\d+)/(\d+)")
 _INTEGER = re.compile(r"[+-]?\d+")
 _FRACTION = re.compile(r"[+-]?\(*[+-]?\d+\)*/\(*\d+\)*")
 _WORDS = re.compile(r"\s*,?\s*\b(?:and|or)\b\s*")
-_SCIENTIFIC = re.compile(r"([+-]?\d*\.?\d+|[+-]?\d+\.)(?:e|\*10\^\(?)([+-]?\d{1,3})\)?")
 _BASE = re.compile(r"\d_(?:\{\(?(\d+)\)?\}|(\d))$")
 _CLAIMS = re.compile(
     r"\\(?:neq?|leq?|geq?|approx|equiv|to|implies|iff|[lL]ongrightarrow|[rR]ightarrow|sim)(?![a-zA-Z])|[<>]"
 )
-_REPEATING = re.compile(r"([+-]?)(\d*)\.(\d*)\\(?:overline|bar)\s*\{?(\d+)\}?")
-_BETWEEN = re.compile(r"([^<]+?)(<|\\le)[a-z](<|\\le)([^<]+)")
+_PRIME = re.compile(r"'|\\prime(?![a-zA-Z])")
+_PARTS = re.compile(r"\d\s*\\(?:text|mbox|mathrm)\s*\{[^{}]*\}[^a-zA-Z]*\d")
+_JOINING = "and or"
+_SEPARATE = re.compile(r"[,;]|\b(?:and|or)\b")
 _LETTERS = re.compile(r"[a-z]")
 OPENING, CLOSING = "([", ")]"
 MOST_LETTERS = 2
@@ -114,18 +123,13 @@ def same(said: str, gold: str) -> bool:
 
 @lru_cache(maxsize=65_536)
 def _same(said: str, gold: str) -> bool:
-    if gold.strip()[:1] in OPENING:
+    if not has_letters(normal(gold)):
+        said = without_letter(said)
+    if is_interval(gold):
         said = as_interval(said)
+    elif is_interval(said):
+        gold = as_interval(gold)
     return same_text(said, gold) or same_expression(said, gold) or same_by_math_verify(said, gold)
-
-
-def as_interval(text: str) -> str:
-    """-1 < x \\le 2 -> (-1,2]; any other text as it is."""
-    found = _BETWEEN.fullmatch("".join(bare(text).split()))
-    if found is None:
-        return text
-    low, opens, closes, high = found.groups()
-    return f"{'(' if opens == '<' else '['}{low},{high}{')' if closes == '<' else ']'}"
 
 
 def same_text(said: str, gold: str) -> bool:
@@ -170,33 +174,32 @@ def base_of(text: str) -> str:
 
 
 def claims(text: str) -> set[str]:
-    """What it says beside a value: kinds of relations, arrows, a chain of equations, words behind it."""
+    """What it says beside a value: kinds of relations, arrows, a chain of equations, words inside and behind it."""
     kinds = {"order" if mark in ("<", ">", "\\le", "\\ge") else mark for mark in _CLAIMS.findall(bare(text))}
-    behind = "".join(words_behind(text).split()).casefold()
-    return kinds | ({"chain"} if text.count("=") > 1 and "," not in text else set()) | ({behind} - {""})
+    said = {" ".join(word.split()).casefold().strip(" ,.") for word in words_of(text)} - {"", *_JOINING.split()}
+    return kinds | ({"chain"} if any(part.count("=") > 1 for part in _SEPARATE.split(text)) else set()) | said
+
+
+def primes(text: str) -> int:
+    """Of a value: f'' has two."""
+    return len(_PRIME.findall(text.rpartition("=")[2]))
+
+
+def enclosed(text: str) -> str:
+    """The bracket that a list begins with, (1,2) or \\{1,2\\}; "" of what is no list, or is written without."""
+    text = unnamed(bare(text)).replace("\\{", "{")
+    return text[0] if "," in text and text[:1] in ("(", "[", "{") and text[-1] in ")]}" else ""
 
 
 def plain(text: str) -> str:
     """In a line, in small letters: \\frac{a}{b} -> ((a)/(b)), 3\\sqrt2 -> 3sqrt(2), 2 million -> 2*10^6."""
-    text = _repeated(words(without_words(bare(text))).lower().strip())
-    text = roots(fractions(text)).replace("\\pi", " pi ")
-    for word, zeros in _LARGE.items():
-        text = re.sub(rf"(?<=\d)\s*{word}s?\b", f"*10^{zeros}", text)
+    text = repeated(unnamed(words(without_words(bare(text))).lower().strip()))
+    text = large(roots(fractions(text)).replace("\\pi", " pi "))
     text = _WORDS.sub(",", without_unit(text)).replace("\\cdot", "*").replace("\\times", "*")
     text = _MIXED.sub(lambda found: "({}+{}/{})".format(*(part for part in found.groups() if part)), text)
     text = _alone(together(whole(_over(text).strip()).replace("{", "(").replace("}", ")")))
     number = re.fullmatch(r"([+-]?\d+)\.0*", text)
-    return number.group(1) if number else _written_out(text)
-
-
-def _repeated(text: str) -> str:
-    """0.1\\overline{6} -> 1/6; ours: neither test reads it otherwise."""
-    found = _REPEATING.fullmatch(text)
-    if found is None or len(text) > LONG:
-        return text
-    sign, whole_part, once, again = found.groups()
-    nines = 10 ** len(once + again) - 10 ** len(once)
-    return f"{sign}{Fraction(int(whole_part + once + again) - int(whole_part + once or '0'), nines)}"
+    return number.group(1) if number else written_out(text)
 
 
 def _alone(text: str) -> str:
@@ -204,12 +207,6 @@ def _alone(text: str) -> str:
     while text[:1] == "(" and text[-1:] == ")" and not set(text[1:-1]) & set("(),[]"):
         text = text[1:-1]
     return text
-
-
-def _written_out(text: str) -> str:
-    """3.61e2 and 3.61*10^2 -> 361, 1e-5 -> 0.00001; ours: the original reads the first form alone."""
-    found = _SCIENTIFIC.fullmatch(text)
-    return f"{Decimal(found.group(1)).scaleb(int(found.group(2))).normalize():f}" if found else text
 
 
 def _over(text: str) -> str:
@@ -236,16 +233,38 @@ def parts(text: str) -> list[str]:
 
 
 def same_by_math_verify(said: str, gold: str) -> bool:
-    """math-verify, box against box: first match, no fallback. Not asked about long texts that repeat themselves."""
+    """math-verify, box against box: no fallback, units dropped by our rules (its own drop any of the
+    letters m, t, d, h after a number: 2t would be 2). Not asked where what it does not read differs, nor about long
+    texts that repeat themselves.
+    """
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
-    if base_of(said) != base_of(gold) or claims(said) - claims(gold):
-        return False  # it reads 52_8 as 52, the last of 3 \\to 4, and no words
+    if base_of(said) != base_of(gold) or primes(said) != primes(gold) or claims(said) - claims(gold):
+        return False  # it reads 52_8 as 52, the last of 3 \\to 4, f' as f, and no words
+    if _PARTS.search(gold) and claims(gold) != claims(said):
+        return False  # 3 hours and 20 minutes are not 3
+    brackets = {enclosed(said), enclosed(gold)} - {""}
+    if len(brackets) > 1 and "{" in brackets:
+        return False
     if len(said) > LONG and len(zlib.compress(said.encode())) < REPETITIVE * len(said.encode()):
         return False
-    targets = (LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig())
+    latex = LatexExtractionConfig(boxed_match_priority=0, normalization_config=_normalization())
+    how = {"fallback_mode": "no_fallback", "parsing_timeout": None}
     ours, theirs = (
-        parse(f"\\boxed{{{text}}}", targets, "no_fallback", ["first_match"], parsing_timeout=None)
-        for text in (said, gold)
+        parse(f"\\boxed{{{valued(text)}}}", (latex, ExprExtractionConfig()), **how) for text in (said, gold)
     )
     return verify(theirs, ours, timeout_seconds=None) is True
+
+
+def valued(text: str) -> str:
+    """Without a unit, and otherwise as it is written."""
+    given = bare(text)
+    value = without_unit(without_words(given)).strip()
+    return text if value == " ".join(given.split()) else value
+
+
+@cache
+def _normalization() -> "NormalizationConfig":
+    from math_verify import LatexExtractionConfig
+
+    return replace(LatexExtractionConfig().normalization_config, units=False)

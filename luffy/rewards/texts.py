@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from luffy.rewards.latex import last_boxed
 
-_ANNOUNCED = re.compile(r"answer\s*(?:is\b\s*:?|[:=])\s*(?=\S)", re.IGNORECASE)
+_ANNOUNCED = re.compile(r"answer\s*+(?:is\b(?:\s*+:)?|[:=])\s*+(?=\S)", re.IGNORECASE)
 _WRAPPED = re.compile(r"\\(?:text|mathrm|mathbf|textbf)\{([^{}]*)\}")
 _LETTER = re.compile(r"\(?([A-Za-z]|\d)\)?(?:[).:,]?\s*\Z|[).:,]\s|\s+[^A-Za-z0-9\s])")
 _SEVERAL = re.compile(r"(?:\(?[A-Z]\)?[.:,/&]*(?:\s+(?:and|or)\b)?\s*){2,}\Z")

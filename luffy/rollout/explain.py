@@ -26,7 +26,13 @@ def explain(text: str) -> str:
 def _telling_line(text: str) -> str:
     """The last line that names an error, without the prefixes of vLLM's logs."""
     lines = [re.sub(r"^\([^)]*\) (ERROR [\d-]+ [\d:]+ \[[^]]*\] )?", "", line).strip() for line in text.splitlines()]
-    lines = [line for line in lines if line and not line.startswith("For further information")]  # pydantic's last
+    lines = [_told_by_pydantic(line) for line in lines if line and not line.startswith("For further information")]
     errors = [line for line in lines if re.match(r"(\w+\.)*\w*(Error|Exception): ", line)]
-    told = [line for line in errors if "Engine core initialization failed" not in line]
+    told = [line for line in errors if "Engine core" not in line and "validation error" not in line]
     return (told or errors or lines or ["no word"])[-1]
+
+
+def _told_by_pydantic(line: str) -> str:
+    """Its errors take three lines: of which class, why, and where to read on."""
+    found = re.match(r"(\w+) error, (.*?)(?: \[type=.*)?$", line)
+    return f"{found[1]}Error: {found[2]}" if found else line

@@ -252,7 +252,7 @@ class Servers:
             about = client.describe()
         except Unreachable as error:
             raise UserError(
-                f"rollout: no server answers at {client.url} ({error}); start it, or mend rollout.urls"
+                f"rollout: no server answers at {client.url} ({error}); start it, or mend rollout.urls (--urls)"
             ) from error
         except Refused as error:
             raise UserError(
