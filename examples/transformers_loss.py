@@ -25,6 +25,6 @@ found = model(input_ids, labels=input_ids)
 found.loss.backward()
 print(f"without:    loss {found.loss:.6f}, logits {found.logits}")
 
-logp, entropy, _ = token_logprobs(model, input_ids, temperature=0.7, return_entropy=True)
+logp, entropy, *_ = token_logprobs(model, input_ids, temperature=0.7, return_entropy=True)
 print(f"log-probs {tuple(logp.shape)}, mean {logp.mean():.4f}; entropy {entropy.mean():.4f} nats")
 unpatch(model)

@@ -13,6 +13,9 @@ SAYS = {
     "trl_grpo": "train_runtime",
     "liger_grpo": "clipped",
     "verl_head": "torch's place",
+    "openrlhf_actor": "Logits (2, 128, 32000)",
+    "prime_rl_head": "log-probs (2, 64)",
+    "megatron_head": "SkyRL 9.",
 }
 
 

@@ -9,7 +9,18 @@ import torch
 from datasets import Dataset
 from luffy_kernels.compat import trl
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, SFTConfig, SFTTrainer
+from trl import (
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    KTOConfig,
+    KTOTrainer,
+    RLOOConfig,
+    RLOOTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
 
 SIZES = {
     "hidden_size": 32,
@@ -72,6 +83,15 @@ def main(asked: dict) -> None:
     if kind == "sft":
         data = Dataset.from_dict({"text": rows})
         trainer = SFTTrainer(model, args=SFTConfig(**common), train_dataset=data, processing_class=tokenizer)
+    elif kind in ("dpo", "kto"):
+        rows = [{"prompt": row, "chosen": "Yes, gladly.", "rejected": "No."} for row in rows]
+        make, options = (DPOTrainer, DPOConfig) if kind == "dpo" else (KTOTrainer, KTOConfig)
+        if kind == "kto":
+            rows = [{"prompt": r["prompt"], "completion": r["chosen" if at % 2 else "rejected"], "label": at % 2 == 1}
+                    for at, r in enumerate(rows)]  # fmt: skip
+        more = {"use_weighting": True} if asked.get("use_weighting") else {}
+        data = Dataset.from_list(rows)
+        trainer = make(model, args=options(**common, **more), train_dataset=data, processing_class=tokenizer)
     else:
         sampled = {name: asked[name] for name in ("beta", "loss_type", "temperature") if name in asked}
         sampled |= {"num_generations": 4, "max_completion_length": 12}

@@ -65,6 +65,7 @@ class Stats(NamedTuple):
     sum: Tensor  # [C] sum_v exp
     mean: Tensor  # [C] E_p[z - max]
     logp: Tensor  # [C]; NaN where the target is outside the vocabulary
+    gap: Tensor  # [C] z_target - max
     average: Tensor | None  # [C] mean_v (z - max), when asked for
 
     @property
@@ -173,10 +174,11 @@ def write_logits(out: Tensor, hidden: Tensor, head: Head, wide: Tensor | None) -
 def finish(logits: Tensor, exp: Tensor | None, local: _vocab.Merged, owned: Tensor, head: Head) -> Stats:
     """Statistics of a chunk from those over this rank's entries, which are centred by its own maximum."""
     if head.shard is None:
-        logp = torch.where(owned, local.target - local.sum.log(), torch.nan)
-        return Stats(logits, exp, local.max, local.sum, local.mean, logp, local.average)
-    whole = _vocab.merge(head.shard, head.weight.shape[0], local, owned)
-    return Stats(logits, exp, whole.max, whole.sum, whole.mean, whole.target - whole.sum.log(), whole.average)
+        whole = local._replace(target=torch.where(owned, local.target, torch.nan))
+    else:
+        whole = _vocab.merge(head.shard, head.weight.shape[0], local, owned)
+    logp = whole.target - whole.sum.log()
+    return Stats(logits, exp, whole.max, whole.sum, whole.mean, logp, whole.target, whole.average)
 
 
 def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -97,7 +97,7 @@ def row_stats(
     sums = exps_sum + (target - reference).exp(), mean, own / total, others / total
     kept = Kept(*(x.float() for x in (target - top, (reference - top).exp(), *sums)))
     mean_logit = (flat / head.vocabulary - top).float() if average else None
-    return Stats(kept, None, top.float(), total.float(), mean.float(), logp.float(), mean_logit)
+    return Stats(kept, None, top.float(), total.float(), mean.float(), logp.float(), (target - top).float(), mean_logit)
 
 
 def add_grads(

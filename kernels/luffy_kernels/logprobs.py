@@ -1,10 +1,10 @@
 """Log-probability, entropy and log-sum-exp of target tokens under a linear head: 1 GEMM, no [N, V] logits.
 
     z    = softcap(logit_scale * (hidden W^T + bias)) / temperature       N tokens, H hidden, V vocabulary
-    logp = z[target] - lse     lse = logsumexp z     ent = -sum_v p_v log p_v       (nats)
+    logp = z[target] - lse     lse = logsumexp z     ent = -sum_v p_v log p_v       gap = z[target] - max z       (nats)
 
-Differentiable in hidden, weight and bias through all three results; backward recomputes the logits a chunk at a time
-(4 GEMMs in all) and saves nothing but its inputs. Logits, statistics and dW are fp32 (fp64 for fp64 operands).
+Differentiable in hidden, weight and bias through the first three results; backward recomputes the logits a chunk at a
+time (4 GEMMs in all) and saves nothing but its inputs. Logits, statistics and dW are fp32 (fp64 for fp64 operands).
 
 `cpp` fuses GEMM and statistics tile by tile, and a row's result depends neither on the other rows nor on the number of
 threads. `torch` stores the logits of a chunk of `chunk_bytes`.
@@ -30,6 +30,8 @@ class LogProbs(NamedTuple):
     logp: Tensor
     entropy: Tensor | None
     lse: Tensor
+    gap: Tensor
+    """How far the target is below the most likely token, 0 where it is as likely; without gradient."""
 
 
 def linear_logprobs(
@@ -62,7 +64,7 @@ def linear_logprobs(
         chunk_bytes: bound of the [C, V] buffers (torch backend, and every backward); 256 MiB on CPU, 1 GiB on a device.
 
     Returns:
-        LogProbs(logp, entropy or None, lse).
+        LogProbs(logp, entropy or None, lse, gap).
 
     Raises:
         ValueError: what `_checks` lists, an unknown or unavailable backend.
@@ -73,7 +75,7 @@ def linear_logprobs(
     operand = torch.promote_types(hidden.dtype, weight.dtype)
     group = _vocab.group_name(OP, tp_group)
     chosen = _library.resolve(OP, backend, hidden.device, operand, group is not None)
-    logp, entropy, lse, *_ = _library.implementation(OP, chosen)(
+    logp, entropy, lse, gap, *_ = _library.implementation(OP, chosen)(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
         bias,
@@ -87,7 +89,8 @@ def linear_logprobs(
         _library.chunk_budget(OP, chunk_bytes, hidden.device),
     )
     shape = targets.shape
-    return LogProbs(logp.view(shape), entropy.view(shape) if return_entropy else None, lse.view(shape))
+    found = LogProbs(*(out.view(shape) for out in (logp, entropy, lse, gap.detach())))
+    return found if return_entropy else found._replace(entropy=None)
 
 
 def forward_chunks(
@@ -104,21 +107,21 @@ def forward_chunks(
     chunk_bytes: int,
     *,
     kernels: _chunks.RowKernels,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(logp, entropy, lse), [N] each, through the chunk driver."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(logp, entropy, lse, gap), [N] each, through the chunk driver."""
     n, operand = targets.shape[0], torch.promote_types(hidden.dtype, weight.dtype)
     head = _chunks.make_head(OP, weight, bias, temperature, softcap, logit_scale, operand, n, tp_group, vocab_start)
     check_head_values(OP, targets, head.vocabulary, ignore_index, temperature)
-    outputs = [targets.new_zeros(targets.shape, dtype=temperature.dtype) for _ in range(3)]
+    outputs = [targets.new_zeros(targets.shape, dtype=temperature.dtype) for _ in range(4)]
     valid = (targets != ignore_index).nonzero().view(-1)
     most = min(kernels.chunk_rows(head, chunk_bytes, keep=False), len(valid))
     work = kernels.workspace(most, head)
     for part in _chunks.balanced(len(valid), most):
         rows = valid[part]
         stats = kernels.row_stats(hidden[rows].to(operand), rows, targets[rows], head, work, keep=False)
-        for out, value in zip(outputs, (stats.logp, stats.entropy, stats.lse), strict=True):
+        for out, value in zip(outputs, (stats.logp, stats.entropy, stats.lse, stats.gap), strict=True):
             out[rows] = value
-    return outputs[0], outputs[1], outputs[2]
+    return outputs[0], outputs[1], outputs[2], outputs[3]
 
 
 def backward_chunks(
@@ -182,8 +185,8 @@ def logprobs_triton(
     tp_group: str | None,
     vocab_start: int,
     chunk_bytes: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(logp, entropy, lse, max z, log sum exp(z - max)), [N] each; the last two are what backward needs again."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(logp, entropy, lse, gap, max z, log sum exp(z - max)), [N] each; the last two are what backward needs again."""
     from ._triton import logprobs
 
     shard = _vocab.make_shard(OP, tp_group, vocab_start, weight.shape[0], weight.device)
@@ -240,12 +243,11 @@ def backward_triton(
 
 
 def _fake(hidden, weight, bias, targets, temperature, *_):
-    outputs = [temperature.new_empty(targets.shape) for _ in range(3)]
-    return outputs[0], outputs[1], outputs[2]
+    return tuple(temperature.new_empty(targets.shape) for _ in range(4))
 
 
 def _fake_triton(hidden, weight, bias, targets, temperature, *_):
-    return tuple(temperature.new_empty(targets.shape) for _ in range(5))
+    return tuple(temperature.new_empty(targets.shape) for _ in range(6))
 
 
 def _fake_backward(grad_logp, grad_entropy, grad_lse, hidden, weight, bias, targets, *rest):
@@ -260,14 +262,14 @@ def _fake_backward(grad_logp, grad_entropy, grad_lse, hidden, weight, bias, targ
 def _setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)
     # The Triton forward's statistics serve its backward; the others recompute theirs with the logits.
-    ctx.save_for_backward(*inputs[:5], *((output[3], output[4], output[1]) if len(output) == 5 else ()))
+    ctx.save_for_backward(*inputs[:5], *((output[4], output[5], output[1]) if len(output) == 6 else ()))
     ctx.options = inputs[5:]
 
 
 def _register(backend: str, forward, recompute, options=None) -> None:
     def backward(ctx, *upstream):
         need = list(ctx.needs_input_grad[:3])
-        if all(grad is None for grad in upstream) or not any(need):
+        if all(grad is None for grad in upstream[:3]) or not any(need):
             return (None,) * 11
         hidden, weight, bias, targets, temperature, *stats = ctx.saved_tensors
         zero = torch.zeros_like(targets, dtype=temperature.dtype)

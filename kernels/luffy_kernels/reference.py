@@ -72,7 +72,8 @@ def linear_logprobs(
     logp = z.gather(-1, torch.where(valid, targets, 0)[..., None])[..., 0] - lse
     log_p = z - lse[..., None]
     entropy = -(log_p.exp() * log_p.clamp(min=torch.finfo(z.dtype).min)).sum(-1)
-    return LogProbs(*(torch.where(valid, x, 0.0) for x in (logp, entropy, lse)))
+    gap = (logp + lse - z.amax(-1)).detach()
+    return LogProbs(*(torch.where(valid, x, 0.0) for x in (logp, entropy, lse, gap)))
 
 
 def one_loss(spec: TokenLoss, logp: Tensor, advantages: Tensor, old_logp: Tensor) -> Tensor:
@@ -165,7 +166,7 @@ def linear_policy_loss(
     ignore_index: int = -100,
     **head,
 ) -> PolicyLoss:
-    logp, entropy, _ = linear_logprobs(hidden, weight, targets, ignore_index=ignore_index, **head)
+    logp, entropy, *_ = linear_logprobs(hidden, weight, targets, ignore_index=ignore_index, **head)
     assert entropy is not None, "the reference always computes the entropy"
     specs = (losses,) if isinstance(losses, TokenLoss) else losses
     loss_id = torch.zeros_like(targets) if loss_id is None else loss_id

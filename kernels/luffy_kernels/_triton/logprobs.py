@@ -353,9 +353,9 @@ def forward(
     ignore_index: int,
     shard: _vocab.Shard | None,
     vocab_start: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(logp, entropy, lse, max z, log sum exp(z - max)), [N] each, 0 in ignored rows."""
-    outputs = [targets.new_zeros(targets.shape, dtype=torch.float32) for _ in range(5)]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(logp, entropy, lse, gap, max z, log sum exp(z - max)), [N] each, 0 in ignored rows."""
+    outputs = [targets.new_zeros(targets.shape, dtype=torch.float32) for _ in range(6)]
     rows = (targets != ignore_index).nonzero().view(-1)
     if len(rows):
         local = _statistics(hidden, weight, bias, rows, targets, temperature, softcap, logit_scale, vocab_start)
@@ -365,10 +365,10 @@ def forward(
             local = _vocab.merge(shard, weight.shape[0], local, owned)
         log_sum = local.sum.log()
         target = local.target if shard is not None else torch.where(owned, local.target, torch.nan)
-        values = (target - log_sum, log_sum - local.mean, local.max + log_sum, local.max, log_sum)
+        values = (target - log_sum, log_sum - local.mean, local.max + log_sum, target, local.max, log_sum)
         for out, value in zip(outputs, values, strict=True):
             out[rows] = value
-    return outputs[0], outputs[1], outputs[2], outputs[3], outputs[4]
+    return outputs[0], outputs[1], outputs[2], outputs[3], outputs[4], outputs[5]
 
 
 def _statistics(

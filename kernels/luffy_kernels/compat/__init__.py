@@ -4,7 +4,7 @@
     trl.apply()      # replaces functions of the installed package, if it is a version that this was written for
     trl.undo()       # puts the very same objects back
 
-    trl             TRL's trainers with a fused head (GRPO, RLOO, KTO)            apply, undo
+    trl             TRL's trainers with a fused head (GRPO, RLOO, SFT, DPO, KTO)  apply, undo
     verl            `linear_cross_entropy`, `FusedLinearForPPO`                   apply, undo
     liger           `LigerFusedLinearGRPOLoss`, `LigerFusedLinearCrossEntropyLoss`, by import
     openrlhf        an actor whose model computes no logits                       apply, undo

@@ -1,12 +1,11 @@
-"""TRL's fused head by this package's operator: GRPO, RLOO and KTO, whose trainers take log-probs and entropy from it.
+"""TRL's fused head by this package's operator: GRPO, RLOO, SFT, DPO, KTO and whatever else asks `add_fused_lm_head`.
 
     from luffy_kernels.compat import trl
     trl.apply()                       # before or after the trainer is made
     GRPOTrainer(...).train()
 
 Every position of the loss goes through `linear_logprobs`: C++ on CPU, Triton on a GPU, statistics and gradients of the
-head in fp32. Positions outside the loss are left out on all devices. SFT and DPO want more of a position (whether the
-target is the most likely token, the mean logit), which this package does not compute: they keep TRL's own function.
+head in fp32. Positions outside the loss are left out on all devices.
 """
 
 from __future__ import annotations
@@ -19,9 +18,6 @@ from torch import Tensor
 
 from ..logprobs import linear_logprobs
 from ._patch import Patch, Replacement
-
-OURS = {"log_probs", "entropy"}
-"""What `linear_logprobs` gives of what `add_fused_lm_head` can be asked for."""
 
 
 def chunked_logprobs(theirs: Any) -> type:
@@ -38,26 +34,29 @@ def chunked_logprobs(theirs: Any) -> type:
             chunk_size: int,
             final_logit_softcapping: float | None = None,
             logit_scale: float = 1.0,
-            outputs: tuple[str, ...] = tuple(OURS),
+            outputs: tuple[str, ...] = ("log_probs", "entropy"),
         ) -> tuple[Tensor | None, ...]:
-            """(log-probs, entropy or None, None, None, None), [N] each; hidden [N, H], weight [V, H], targets [N]."""
-            if not OURS.issuperset(outputs) or logit_scale <= 0:
+            """(log-probs, entropy, log of the sum of squared probabilities, mean logit, whether the target is the most
+            likely token), [N] each, None for what is not among the outputs; hidden [N, H], weight [V, H], targets [N].
+            """
+            if logit_scale <= 0 or ("mean_logits" in outputs and final_logit_softcapping is not None):
                 rest = (temperature, chunk_size, final_logit_softcapping, logit_scale, outputs)
                 return theirs.apply(hidden, weight, bias, targets, *rest)
             if torch.is_autocast_enabled(hidden.device.type):
                 dtype = torch.get_autocast_dtype(hidden.device.type)
                 hidden, weight = hidden.to(dtype), weight.to(dtype)
-            found = linear_logprobs(
-                hidden,
-                weight,
-                targets,
-                bias=bias,
-                temperature=temperature,
-                softcap=final_logit_softcapping,
-                logit_scale=logit_scale,
-                return_entropy="entropy" in outputs,
-            )
-            return found.logp, found.entropy, None, None, None
+            head: dict[str, Any] = {"bias": bias, "softcap": final_logit_softcapping, "logit_scale": logit_scale}
+            found = linear_logprobs(hidden, weight, targets, temperature=temperature, return_entropy=True, **head)
+            squares = mean = None
+            with torch.no_grad():
+                if "log_sum_sq_probs" in outputs:  # sum_v exp(2 z_v) is that of half the temperature
+                    twice = linear_logprobs(hidden, weight, targets, temperature=temperature / 2, **head)
+                    squares = twice.lse - 2 * found.lse
+                if "mean_logits" in outputs:  # a mean over the vocabulary of a product is one with the mean row
+                    mean = hidden.float() @ weight.mean(0, dtype=torch.float32)
+                    mean = (mean if bias is None else mean + bias.float().mean()) * (logit_scale / temperature)
+            entropy = found.entropy if "entropy" in outputs else None
+            return found.logp, entropy, squares, mean, found.gap == 0 if "is_top1" in outputs else None
 
     return ChunkedLogProbs
 

@@ -1,0 +1,132 @@
+"""Vocabulary-parallel adapters on two ranks against the whole head in float64, and prime-rl's output linear."""
+
+import pytest
+import ranks
+import torch
+import torch.distributed as dist
+from luffy_kernels.compat import prime_rl, skyrl
+from luffy_kernels.compat.megatron import ChunkedDistributedHiddenStatesToLogprobs, linear_cross_entropy
+from torch import nn
+
+S, B, H, V = 6, 3, 16, 40
+
+
+def case() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """hidden [S, B, H], weight [V, H], target [B, S], upstream [B, S]."""
+    torch.manual_seed(3)
+    hidden, weight = torch.randn(S, B, H, dtype=torch.float64), torch.randn(V, H, dtype=torch.float64)
+    return hidden, weight, torch.randint(0, V, (B, S)), torch.randn(B, S, dtype=torch.float64)
+
+
+def whole(hidden, weight, target, upstream):
+    """Log-probs [B, S], dhidden, dweight."""
+    hidden, weight = (x.clone().requires_grad_() for x in (hidden, weight))
+    logp = (hidden.transpose(0, 1) @ weight.T).log_softmax(-1).gather(-1, target[..., None]).squeeze(-1)
+    return logp.detach(), *torch.autograd.grad((logp * upstream).sum(), (hidden, weight))
+
+
+def part(rank: int, world: int, x: torch.Tensor) -> torch.Tensor:
+    return x.chunk(world)[rank].clone().requires_grad_()
+
+
+def nemo(rank, world):
+    hidden, weight, target, upstream = case()
+    logp, dh, dw = whole(hidden, weight, target, upstream)
+    mine, shard = part(rank, world, hidden), part(rank, world, weight)
+    size = V // world
+    where = (rank * size, (rank + 1) * size, 2, dist.group.WORLD)
+    found = ChunkedDistributedHiddenStatesToLogprobs.apply(mine, target, shard, *where)
+    torch.testing.assert_close(found, logp)
+    grads = torch.autograd.grad((found * upstream).sum(), (mine, shard))
+    torch.testing.assert_close(grads, (dh.chunk(world)[rank], dw.chunk(world)[rank]))
+    assert not ChunkedDistributedHiddenStatesToLogprobs.apply(mine, target, shard, *where, True).requires_grad
+
+
+def skyrls(rank, world):
+    hidden, weight, target, upstream = case()
+    logp, dh, dw = whole(hidden, weight, target, upstream)
+    mine, shard = hidden.transpose(0, 1).clone().requires_grad_(), part(rank, world, weight)
+    size = V // world
+    where = (rank * size, (rank + 1) * size, 2, dist.group.WORLD)
+    found = skyrl.FusedLinearChunkedDistributedLogprob.apply(mine, shard, target, *where)
+    torch.testing.assert_close(found, logp)
+    share, grad = torch.autograd.grad((found * upstream).sum(), (mine, shard))
+    torch.testing.assert_close(grad, dw.chunk(world)[rank])
+    dist.all_reduce(share)  # as whoever gathered hidden does
+    torch.testing.assert_close(share, dh.transpose(0, 1))
+
+
+def megatrons(rank, world):
+    hidden, weight, target, _ = case()
+    labels = target.T.clone()  # [S, B], as hidden lies
+    labels[2, 1] = -100
+    for reduction in ("mean", "sum", "none"):
+        for parallel in (False, True):
+            full = [x.clone().requires_grad_() for x in (hidden, weight)]
+            logits = (full[0] @ full[1].T).reshape(-1, V)
+            truth = nn.functional.cross_entropy(logits, labels.reshape(-1), reduction=reduction)
+            dh, dw = torch.autograd.grad(truth.square().sum(), full)
+            mine = part(rank, world, hidden) if parallel else hidden.clone().requires_grad_()
+            shard = part(rank, world, weight)
+            found = linear_cross_entropy(mine, shard, labels, dist.group.WORLD, reduction, -100, parallel)
+            torch.testing.assert_close(found, truth)
+            grads = torch.autograd.grad(found.square().sum(), (mine, shard))
+            torch.testing.assert_close(grads, (dh.chunk(world)[rank] if parallel else dh, dw.chunk(world)[rank]))
+
+
+@pytest.mark.parametrize("semantics", [nemo, skyrls, megatrons], ids=lambda fn: fn.__name__)
+@pytest.mark.parametrize("world", [1, 2])
+def test_ranks_have_what_one_would(semantics, world):
+    ranks.run(world, semantics)
+
+
+def test_without_a_group():
+    hidden, weight, target, upstream = case()
+    logp, *_ = whole(hidden, weight, target, upstream)
+    found = ChunkedDistributedHiddenStatesToLogprobs.apply(hidden, target, weight, 0, V, None, None)
+    torch.testing.assert_close(found, logp)
+    loss = linear_cross_entropy(hidden.transpose(0, 1), weight, target)
+    torch.testing.assert_close(loss, -logp.mean())
+
+
+class PublishedLinear(nn.Linear):
+    """The constructor and forward of prime-rl 0.5's heads."""
+
+    def __init__(self, in_features: int, out_features: int, chunk_size: int, softcap: float | None = None):
+        super().__init__(in_features, out_features, bias=False)
+        self.chunk_size, self.softcap = chunk_size, softcap
+
+    def forward(self, hidden_states, labels=None, temperature=None, sampling_mask=None):
+        return "theirs"
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_prime_rls_output_linear(softcap):
+    made = prime_rl.output_linear(PublishedLinear, dict)
+    head = made(H, V, chunk_size=4, softcap=softcap).double()
+    assert isinstance(head, PublishedLinear)
+    assert made.__name__ == "PublishedLinear"
+    hidden, _, labels, upstream = case()
+    hidden = hidden.transpose(0, 1).clone().requires_grad_()
+    temperature = torch.rand(B, S) + 0.5
+    logits = hidden @ head.weight.T
+    logits = (logits if softcap is None else softcap * torch.tanh(logits / softcap)) / temperature.double()[..., None]
+    log_p = logits.log_softmax(-1)
+    right = log_p.gather(-1, labels[..., None]).squeeze(-1), -(log_p.exp() * log_p).sum(-1)
+    found = head(hidden, labels, temperature)
+    torch.testing.assert_close(found["logprobs"], right[0])
+    torch.testing.assert_close(found["entropy"], right[1])
+    leaves = (hidden, head.weight)
+    grads = torch.autograd.grad((found["logprobs"] * upstream).sum() + found["entropy"].sum(), leaves)
+    truth = torch.autograd.grad((right[0] * upstream).sum() + right[1].sum(), leaves)
+    torch.testing.assert_close(grads, truth)
+    assert head(hidden) == head(hidden, labels, temperature, sampling_mask=torch.ones(1)) == "theirs"
+
+
+def test_a_head_of_another_kind_is_left():
+    class Older(nn.Linear):
+        def forward(self, hidden_states, labels=None):
+            return labels
+
+    with pytest.raises(AttributeError, match="Older.forward takes self, hidden_states, labels"):
+        prime_rl.output_linear(Older, dict)
