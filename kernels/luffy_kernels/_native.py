@@ -37,16 +37,23 @@ def _(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(x, dtype=dtype)
 
 
+BUILD = "pip install --no-build-isolation --no-deps --force-reinstall --no-binary luffy-rl luffy-rl (or . in its sources)"
+
+
 def _load() -> str | None:
     # An editable install keeps the library in site-packages and the sources elsewhere: __path__ knows both places.
     folders = [Path(folder) for folder in __import__(__package__).__path__]
     found = [folder / "_C.so" for folder in folders if (folder / "_C.so").exists()]
     if not found:
-        return "the compiled library is not installed; build it with pip install --no-build-isolation -e ."
+        return f"the compiled library is not installed; build it: {BUILD}"
+    stamp = found[0].with_suffix(".torch")
+    built = stamp.read_text().strip() if stamp.exists() else torch.__version__
+    if built.split(".")[:2] != torch.__version__.split(".")[:2]:  # it might load, and then read other structures
+        return f"the compiled library is built for torch {built} and this is {torch.__version__}; build it again: {BUILD}"
     try:
         torch.ops.load_library(found[0])
-    except OSError as reason:  # built against another torch
-        return f"the compiled library does not load: {reason}"
+    except OSError as reason:
+        return f"the compiled library does not load ({reason}); build it again: {BUILD}"
     return None
 
 
