@@ -88,7 +88,7 @@ def start_engine(model: Opened, context: int) -> "VllmEngine":
     from luffy.rollout.vllm_engine import VllmEngine
 
     config = model.config
-    _described(model, context)
+    _fitting(model, context)
     return VllmEngine(
         model.path,
         config.rollout,
@@ -116,7 +116,7 @@ def start_servers(model: Opened, context: int, folder: Path) -> Iterator["Server
     config = model.config
     if config.rollout.urls and not Path(model.path).is_dir():
         raise UserError(f"model: servers of --urls load weights from a folder that they see, and {model.path} is none")
-    text = _described(model, context)
+    text = _fitting(model, context)
     with joined(MeshConfig()) as world, Servers(
         model.path,
         config.rollout,
@@ -138,16 +138,30 @@ def start_servers(model: Opened, context: int, folder: Path) -> Iterator["Server
         yield servers
 
 
-def _described(model: Opened, context: int) -> Any:
-    """The sizes of the language model, which must have as many positions as are asked for."""
+def language_config(model: Opened) -> Any:
+    """transformers' description of the language model."""
     from transformers import AutoConfig
 
     remote = model.config.model.trust_remote_code
-    text = AutoConfig.from_pretrained(model.path, trust_remote_code=remote).get_text_config()
-    positions = getattr(text, "max_position_embeddings", None)
+    return AutoConfig.from_pretrained(model.path, trust_remote_code=remote).get_text_config()
+
+
+def positions_of(described: Any) -> int | None:
+    """How many vLLM takes: those in the config, times the factor by which its rotations are stretched."""
+    positions = getattr(described, "max_position_embeddings", None)
+    rope = getattr(described, "rope_parameters", None) or {}
+    if positions is None or rope.get("rope_type") not in ("linear", "dynamic", "yarn"):
+        return positions
+    return int((rope.get("original_max_position_embeddings") or positions) * rope.get("factor", 1))
+
+
+def _fitting(model: Opened, context: int) -> Any:
+    """The language model's config. Raises UserError where it has fewer positions."""
+    described = language_config(model)
+    positions = positions_of(described)
     if positions is not None and context > positions:
         raise UserError(
             f"model: {model.name} has {positions} positions, and {context} were asked for, for the longest prompt with "
             f"its answer; lower --max-tokens (in Python: context)"
         )
-    return text
+    return described

@@ -59,7 +59,7 @@ def test_wilson_is_the_score_tests_inverse():
 
 
 def test_students_quantile():
-    for freedom, value in [(5, 2.5706), (29, 2.0452), (499, 1.9647)]:  # tables
+    for freedom, value in [(1, 12.7062), (2, 4.3027), (5, 2.5706), (29, 2.0452), (499, 1.9647)]:  # tables
         assert statistics._t(0.975, freedom) == pytest.approx(value, abs=4e-3)
 
 
@@ -96,6 +96,8 @@ def test_where_nothing_differs():
         low, high = interval(benchmarks)
         assert low <= fmean(map(fmean, benchmarks)) <= high
         assert high - low > 0.05
+    assert interval([[0.0] * 30] * 6)[0] == 0  # what is added for its variance does not add to the mean
+    assert interval([[1.0] * 100, [1.0] * 500])[1] == 1
     mean, low, high, p = difference([[1.0, 0.0]], [[1.0, 0.0]])
     assert (mean, p) == (0, 1)
     assert low < 0 < high
@@ -104,7 +106,7 @@ def test_where_nothing_differs():
     assert 0.4 < low < 0.9
     assert p < 0.001
     mean, low, high, _ = difference([[1.0] * 100, [1.0] * 30], [[0.01] * 100, [0.01] * 30])
-    assert low <= mean == pytest.approx(high)  # extremes that are added move the percentiles, and not past the mean
+    assert low < mean < high  # what is added for its variance does not move the mean
     none = difference([[0.0] * 30], [[0.0] * 30])
     assert none[1] == pytest.approx(-none[2], abs=0.02)
     assert 0.1 < none[2] < 0.3
@@ -124,6 +126,8 @@ NEARLY_ALL = [
     ("nearly all right", [30], 8, (980, 20)),
     ("a few solved always", [500], 4, (0.05, 5)),
     ("two of them", [30, 30], 8, (0.1, 3)),
+    ("six with one answer", [30] * 6, 1, (200, 9800)),
+    ("three nearly solved", [100, 200, 500], 1, (9850, 150)),
 ]
 
 
@@ -195,6 +199,25 @@ def test_a_paired_test_sees_what_two_intervals_do_not():
     back = difference([theirs], [ours])
     assert back[0] == -mean
     assert back[3] == pytest.approx(value, abs=0.001)
+
+
+def test_p_of_an_average_is_that_of_its_benchmarks_together():
+    """Every sign counted: four problems in each of two benchmarks, with differences 1, 1, 1, 0 and 1, 0, 0, -1."""
+    ours, theirs = [[1, 1, 1, 0], [1, 0, 0, 0]], [[0, 0, 0, 0], [0, 0, 0, 1]]
+    signs = np.array(list(itertools.product((-1, 1), repeat=8)))
+    flipped = signs @ np.array([1, 1, 1, 0, 1, 0, 0, -1])
+    exact = np.mean(np.abs(flipped) >= 3)
+    mean, _, _, value = difference(ours, theirs)
+    assert mean == pytest.approx(3 / 8)
+    assert value == pytest.approx(exact, abs=0.02)
+
+
+@pytest.mark.parametrize("scores", [[], [[]], [[0.0, math.nan]]])
+def test_what_is_no_score(scores):
+    with pytest.raises(ValueError, match="numbers for scores"):
+        interval(scores)
+    with pytest.raises(ValueError, match="numbers for scores"):
+        difference(scores, scores)
 
 
 def test_pairs_are_of_the_same_problems():

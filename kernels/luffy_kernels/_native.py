@@ -37,7 +37,7 @@ def _(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(x, dtype=dtype)
 
 
-BUILD = "pip install --no-build-isolation --no-deps --force-reinstall --no-binary luffy-rl luffy-rl (or . in its sources)"
+BUILD = "pip install --no-build-isolation --no-deps --force-reinstall --no-binary luffy-rl luffy-rl"
 
 
 def _load() -> str | None:
@@ -49,7 +49,9 @@ def _load() -> str | None:
     stamp = found[0].with_suffix(".torch")
     built = stamp.read_text().strip() if stamp.exists() else torch.__version__
     if built.split(".")[:2] != torch.__version__.split(".")[:2]:  # it might load, and then read other structures
-        return f"the compiled library is built for torch {built} and this is {torch.__version__}; build it again: {BUILD}"
+        return (
+            f"the compiled library is built for torch {built} and this is {torch.__version__}; build it again: {BUILD}"
+        )
     try:
         torch.ops.load_library(found[0])
     except OSError as reason:

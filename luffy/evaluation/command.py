@@ -13,7 +13,7 @@ from typing import Any
 from luffy.errors import UserError, user_errors
 from luffy.evaluation.suites import NAMES, SUITES, benchmarks_in, problems_of
 from luffy.generate import options_of
-from luffy.opening import Opened, open_model, start_engine, start_servers
+from luffy.opening import Opened, language_config, open_model, positions_of, start_engine, start_servers
 from luffy.seeds import derive
 
 NO_LIMIT = 1 << 30
@@ -314,12 +314,7 @@ def file_of(benchmark: str) -> str:
 
 def check_positions(model: Model, max_tokens: int) -> int:
     """Tokens of the longest prompt. Raises UserError where it and the longest answer do not fit the model."""
-    from transformers import AutoConfig
-
-    described = AutoConfig.from_pretrained(
-        model.opened.path, trust_remote_code=model.opened.config.model.trust_remote_code
-    )
-    positions = getattr(described.get_text_config(), "max_position_embeddings", None)
+    positions = positions_of(language_config(model.opened))
     longest = max((q for questions in model.benchmarks.values() for q in questions), key=lambda q: len(q.prompt_ids))
     tokens = len(longest.prompt_ids)
     if positions is not None and tokens + max_tokens > positions:

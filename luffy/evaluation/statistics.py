@@ -51,15 +51,19 @@ def interval(benchmarks: Sequence[Sequence[float]], confidence: float = 0.95, se
     ("expanded percentile", arXiv 1411.5279, section 4.3.3): with thirty problems plain ones cover too little. Scores of
     one benchmark that are all 0 or 1 get Wilson's interval, and no interval is narrower than Wilson's with as many
     problems as give the variance that was seen (Korn and Graubard, Survey Methodology 24, 1998): near 0 and 1
-    percentiles fall short. Of several, one whose problems do not differ gets two more of either kind, as Agresti and
-    Coull have it: that nothing differs here does not say that nothing will.
+    percentiles fall short. Of several, one whose problems do not differ varies as if it had two more of either kind, as
+    Agresti and Coull have it: that nothing differs here does not say that nothing will.
+
+    Raises:
+        ValueError: no benchmark, one without problems, or a score that is no number.
     """
-    every = [np.asarray(scores, dtype=np.float64) for scores in benchmarks]
+    every = _checked("interval", benchmarks)
     if len(every) == 1 and bool(np.isin(every[0], (0, 1)).all()):
-        return wilson(every[0].sum(), len(every[0]), confidence)
-    every = [np.append(scores, (0, 0, 1, 1)) if np.ptp(scores) == 0 else scores for scores in every]
-    low, high = _percentiles(every, confidence, seed)
-    least, most = _effective(every, confidence)
+        return wilson(float(every[0].sum()), len(every[0]), confidence)
+    mean = float(np.mean([scores.mean() for scores in every]))
+    varied = [np.append(scores, (0, 0, 1, 1)) if np.ptp(scores) == 0 else scores for scores in every]
+    low, high = _percentiles(varied, mean, confidence, seed)
+    least, most = _effective(varied, mean, confidence)
     return max(0.0, min(low, least)), min(1.0, max(high, most))
 
 
@@ -69,29 +73,33 @@ def difference(
     """(mean of ours - theirs, low, high, p) on the same problems of the same benchmarks.
 
     low, high: percentiles as of `interval`, of the differences by problem. A benchmark whose problems all differ alike
-    gets two problems more of either extreme; one where fewer than five differ, one more of the largest difference and
-    one of its opposite: percentiles of so few say less than they seem to. p: of a sign-flip test, two-sided, that no
-    model is better: each problem's difference could as well have been the other way round.
+    varies as if it had two more of either extreme; one where fewer than five differ, one more of the largest difference
+    and one of its opposite: percentiles of so few say less than they seem to. p: of a sign-flip test, two-sided, that
+    no model is better: each problem's difference could as well have been the other way round.
 
-    Raises ValueError where the problems are not as many.
+    Raises:
+        ValueError: the problems are not as many, and what `interval` raises.
     """
     if [len(one) for one in ours] != [len(one) for one in theirs]:
         raise ValueError("difference: needs two models' scores on the same problems")
-    every = [
-        np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64) for a, b in zip(ours, theirs, strict=True)
-    ]
+    every = [a - b for a, b in zip(_checked("difference", ours), _checked("difference", theirs), strict=True)]
     mean = float(np.mean([scores.mean() for scores in every]))
-    wider = [_with_extremes(scores) for scores in every]
-    low, high = _percentiles(wider, confidence, seed)
-    low, high = min(low, mean), max(high, mean)
+    low, high = _percentiles([_with_extremes(scores) for scores in every], mean, confidence, seed)
     rng = np.random.default_rng(seed)
     flipped = np.zeros(RESAMPLES)
     for scores in every:
         for at, rows in _blocks(len(scores)):
             signs = rng.integers(0, 2, (rows, len(scores)), dtype=np.int8) * 2 - 1
             flipped[at : at + rows] += signs @ scores / len(scores) / len(every)
-    as_far = np.count_nonzero(np.abs(flipped) >= abs(mean) - 1e-12)
-    return mean, low, high, (1 + as_far) / (1 + RESAMPLES)
+    as_far = int(np.count_nonzero(np.abs(flipped) >= abs(mean) - 1e-12))
+    return mean, max(-1.0, low), min(1.0, high), (1 + as_far) / (1 + RESAMPLES)
+
+
+def _checked(name: str, benchmarks: Sequence[Sequence[float]]) -> list[NDArray[np.float64]]:
+    every = [np.asarray(scores, dtype=np.float64) for scores in benchmarks]
+    if not every or not all(len(scores) and np.isfinite(scores).all() for scores in every):
+        raise ValueError(f"{name}: needs at least a benchmark, with a problem in each, and numbers for scores")
+    return every
 
 
 def _with_extremes(scores: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -110,19 +118,21 @@ def wilson(successes: float, trials: float, confidence: float = 0.95) -> tuple[f
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def _percentiles(benchmarks: list[NDArray[np.float64]], confidence: float, seed: int) -> tuple[float, float]:
-    """Of the mean over benchmarks, widened; see `interval`."""
-    fewest = min(len(scores) for scores in benchmarks)
+def _percentiles(varied: list[NDArray[np.float64]], mean: float, confidence: float, seed: int) -> tuple[float, float]:
+    """Widened, see `interval`; as they lie about the mean of the resampled, laid about `mean`."""
+    fewest = min(len(scores) for scores in varied)
     tail = NormalDist().cdf(-math.sqrt(fewest / (fewest - 1)) * _t(0.5 + confidence / 2, fewest - 1))
-    low, high = np.quantile(_means(benchmarks, seed), (tail, 1 - tail))
+    about = mean - float(np.mean([scores.mean() for scores in varied]))
+    low, high = np.quantile(_means(varied, seed), (tail, 1 - tail)) + about
     return float(low), float(high)
 
 
-def _effective(benchmarks: list[NDArray[np.float64]], confidence: float) -> tuple[float, float]:
+def _effective(varied: list[NDArray[np.float64]], mean: float, confidence: float) -> tuple[float, float]:
     """Wilson's interval of the mean, of as many answers right or wrong as would vary so much; by Student's t."""
-    fewest = min(len(scores) for scores in benchmarks)
-    mean = float(np.mean([scores.mean() for scores in benchmarks]))
-    variance = sum(float(scores.var(ddof=1)) / len(scores) for scores in benchmarks) / len(benchmarks) ** 2
+    if not 0 < mean < 1:
+        return mean, mean
+    fewest = min(len(scores) for scores in varied)
+    variance = sum(float(scores.var(ddof=1)) / len(scores) for scores in varied) / len(varied) ** 2
     wider = NormalDist().inv_cdf(0.5 + confidence / 2) / _t(0.5 + confidence / 2, fewest - 1)
     trials = mean * (1 - mean) / variance * wider**2
     return wilson(mean * trials, trials, confidence)
@@ -146,7 +156,11 @@ def _blocks(problems: int) -> list[tuple[int, int]]:
 
 
 def _t(probability: float, freedom: int) -> float:
-    """Quantile of Student's t, by Abramowitz and Stegun 26.7.5."""
+    """Quantile of Student's t: closed forms of 1 and 2 degrees of freedom, beyond by Abramowitz and Stegun 26.7.5."""
+    if freedom == 1:
+        return math.tan(math.pi * (probability - 0.5))
+    if freedom == 2:
+        return (2 * probability - 1) * math.sqrt(2 / (4 * probability * (1 - probability)))
     z, v = NormalDist().inv_cdf(probability), freedom
     first = (z**3 + z) / 4
     second = (5 * z**5 + 16 * z**3 + 3 * z) / 96

@@ -12,7 +12,7 @@ LONGEST = 128
 
 _WORDS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 _LARGE = re.compile(rf"(?<=\d)\s*({'|'.join(_WORDS)})s?\b")
-_DOZEN = re.compile(r"(?<![\d.])(\d{1,12})\s*dozens?\b")
+_DOZEN = re.compile(r"(?<![\d.])(\d{1,12}(?:\.\d{1,6})?)\s*dozens?\b")
 _SCIENTIFIC = re.compile(r"([+-]?\d*\.?\d+|[+-]?\d+\.)(?:e|\*10\^\(?)([+-]?\d{1,3})\)?")
 _BAR = re.compile(r"\\(?:overline|bar)\s*(?:\{(\d+)\}|(\d))")
 _DOTS = re.compile(r"\\dot\s*(?:\{(\d)\}|(\d))")
@@ -23,7 +23,7 @@ _REPEATING = re.compile(r"([+-]?)(\d*)\.(\d*)\((\d+)\)")
 def large(text: str) -> str:
     """2 million -> 2*10^6, 5 dozen -> 60."""
     text = _LARGE.sub(lambda found: f"*10^{_WORDS[found.group(1)]}", text)
-    return _DOZEN.sub(lambda found: str(12 * int(found.group(1))), text)
+    return _DOZEN.sub(lambda found: f"{(12 * Decimal(found.group(1))).normalize():f}", text)
 
 
 def repeated(text: str) -> str:

@@ -4,23 +4,13 @@
 
 The rules are those of the MATH benchmark's equality (arXiv 2103.03874), widened as Minerva's and Qwen2.5-Math's
 evaluations do (arXiv 2206.14858 appendix D.1; arXiv 2409.12122): units, matrices, names of relations, degrees, percent
-signs, thousands separators. A bare letter is never taken for a unit: in a formula it is a variable.
+signs, thousands separators. A bare letter is no unit here: in a formula it is a variable (but see `without_letter`).
 """
 
 import re
 from functools import cache
 
-UNITS = """
-    mm cm dm km kilometer kilometre meter metre centimeter centimetre millimeter millimetre inch inches foot
-    feet ft in yard mile mph light-year light-years unit square cubic sq cu acre hectare liter litre milliliter
-    millilitre ml gallon quart pint cup ounce oz pound lb lbs ton tonne gram kilogram kg mg second sec minute
-    min hour hr day week month year decade century centuries degree deg radian rad kelvin celsius fahrenheit
-    joule kj ev kev mev erg calorie kcal watt kw kilowatt newton pascal kpa atm bar volt ohm ampere amp coulomb
-    farad henry tesla gauss hertz hz khz mhz ghz mole mol molar dollar cent euro rupee yen pence penny pennies
-    people person student child children boy girl men women way apple orange ball marble card coin book page
-    stamp ticket game point vote time step piece pair digit number solution root face edge side vertex
-    vertices percent parsec pc kpc mpc angstrom nm au dyne rev revolution revolutions rpm bit byte
-"""
+from luffy.rewards.units import DAYTIME, LETTER_UNITS, SAYS, SHORT_UNITS, UNITS
 
 _MARKS = str.maketrans(
     {
@@ -31,7 +21,6 @@ _MARKS = str.maketrans(
         "\u00f7": "/",
         "\u03c0": "\\pi ",
         "\u221e": "\\infty ",
-        "\u221a": "\\sqrt ",
     }
     | {
         "\u00b0": "^\\circ ",
@@ -41,9 +30,18 @@ _MARKS = str.maketrans(
         "\u222a": "\\cup ",
         "\u2229": "\\cap ",
         "\u00bd": "\\frac{1}{2}",
+        "\u00bc": "\\frac{1}{4}",
+        "\u00be": "\\frac{3}{4}",
+        "\u2153": "\\frac{1}{3}",
+        "\u2154": "\\frac{2}{3}",
     }
-    | {"\u00b2": "^2", "\u00b3": "^3", "\u00a0": " ", "\u2009": " ", "\u202f": " "}
+    | {"\u00a0": " ", "\u2009": " ", "\u202f": " "}
 )
+_RAISED = re.compile("[\u2070\u00b9\u00b2\u00b3\u2074-\u207b]+")
+_RAISED_DIGITS = str.maketrans(
+    "\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079\u207a\u207b", "0123456789+-"
+)
+_ROOT_SIGN = re.compile("\u221a\\s*(?:\\(([^()]*)\\)|(\\d+|[a-zA-Z])?)")
 _BRACE = re.compile(r"[{}]")
 _BOX = re.compile(r"\\boxed\s*\{")
 _NOTHING = re.compile(r",\s*\\!\s*|\\!")
@@ -52,10 +50,19 @@ _DOLLARS = re.compile(r"\\?\$|\\[()\[\]](?!\d)")
 _FRACTION = re.compile(r"\\[dtc]frac(?![a-zA-Z])")
 _MATRIX = re.compile(r"\\(begin|end)\{(?:b|small|p)?matrix\}")
 _ARRAY = re.compile(r"\\begin\{array\}(?:\{[^{}]*\})?|\\end\{array\}")
-_RELATIONS = ((re.compile(r"\\neq?(?![a-zA-Z])"), r"\\ne "), (re.compile(r"\\leq?(?:slant)?(?![a-zA-Z])"), r"\\le "),
-              (re.compile(r"\\geq?(?:slant)?(?![a-zA-Z])"), r"\\ge "),
+_MONEY = re.compile(r"\\\$\s*([\d.,]+)\s*(?:\\(?:text|mathrm)\s*\{\s*[kK]\s*\}|[kK](?![a-zA-Z]))")
+_FUNCTIONS = "arc(?:sin|cos|tan)|sin|cos|tan|ln|log|exp|gcd|max|min"
+_NAMES = re.compile(rf"\\(?:text|mathrm|operatorname)\s*\{{\s*({_FUNCTIONS})\s*\}}")
+_RELATIONS = ((re.compile(r"\\neq?(?![a-zA-Z])|\\not\s*="), r"\\ne "),
+              (re.compile(r"\\leq?(?:slant)?(?![a-zA-Z])|<="), r"\\le "),
+              (re.compile(r"\\geq?(?:slant)?(?![a-zA-Z])|>="), r"\\ge "),
               (re.compile(r"\\lt(?![a-zA-Z])"), "<"), (re.compile(r"\\gt(?![a-zA-Z])"), ">"))  # fmt: skip
-_SETS = ((re.compile(r"\\varnothing(?![a-zA-Z])"), r"\\emptyset "),
+_SETS = ((re.compile(r"\\([lr])brace(?![a-zA-Z])"), lambda found: "\\{" if found.group(1) == "l" else "\\}"),
+         (re.compile(r"\\bigcup(?![a-zA-Z])"), r"\\cup "), (re.compile(r"\\[dt]binom(?![a-zA-Z])"), r"\\binom"),
+         (re.compile(r"\\sqrt\s*\(([^()]*)\)"), r"\\sqrt{\1}"),
+         (re.compile(r"(\\sqrt\s*\[\w+\])\s*(\w)"), r"\1{\2}"),
+         (_NAMES, r"\\\1 "),
+         (re.compile(r"\\varnothing(?![a-zA-Z])"), r"\\emptyset "),
          (re.compile(r"\\mathbb\s*([A-Z])"), r"\\mathbb{\1}"))  # fmt: skip
 _DEGREES = re.compile(
     r"(?:\^\s*\{?\s*\\circ\s*\}?|\\degree(?![a-zA-Z]))(?:\s*(?:[CF]|\\(?:text|mathrm)\s*\{\s*[CF]\s*\})\s*$)?"
@@ -65,19 +72,15 @@ _TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mbox|mathrm|mathbf|mathit|op
 _WORD = r"\\(?:text|mbox|mathrm)\s*\{((?:[^{}]|\{[^{}]*\})*)\}"
 _AFTER = re.compile(rf"(?<=[\d}})a-zA-Z])\s*(?:(?:\\cdot\s*|/\s*)?{_WORD}\s*(?:\^\s*\{{?-?\d\}}?\s*)?)+$")
 _INSIDE = re.compile(_WORD)
+_ALSO = re.compile(r"(?:(?<=[a-z]),| and|, and) ?\}(?= ?\d)")
 _POWER = r"(?:\^\{?-?\d\}?)?"
 _LETTER_UNIT = re.compile(
     rf"(?<=[\d}})]) [cdkm]?[mgsKJWNVACFHTLh]{_POWER}(?: ?/ ?[cdkm]?[mgsKJhL]{_POWER}| [mgsKJhL]\^\{{?-\d\}}?)*\.?$"
 )
 _COMMAND = re.compile(r"\\[a-zA-Z]+")
-_SAYS = """
-    or and not nor am pm does do is are than least most to times if else except no but only each more less over plus
-    minus divided root pi squared cubed inverse factorial negative mod modulo base score gross
-    hundred thousand million billion trillion dozen hundreds thousands millions billions trillions dozens
-    half halves third thirds quarter quarters fourth fourths fifth fifths sixth sixths seventh sevenths eighth eighths
-    ninth ninths tenth tenths hundredth hundredths thousandth thousandths millionth millionths
-"""
-_LETTER_UNITS = frozenset("mgsKJWNVACFHTLh")
+_EXPONENT = re.compile(r"(?<=\d)[eE](?=[+-]?\d)")
+_ORDINAL = re.compile(r"(?:even|elf|een|ie)ths?$")
+_HOUR = re.compile(r"(?<![\d.])\d{1,2}(?::\d\d)?\s*$")
 _THOUSANDS = re.compile(r"([+-]?\d{1,3})((?:[, ]\d{3})+)(\.\d+)?")
 _POINT = re.compile(r"(?<![\d.])\.(?=\d)")
 _ZEROS = re.compile(r"([+-]?\d+)\.0*")
@@ -108,7 +111,7 @@ def braced(text: str, at: int) -> str | None:
 
 def normal(text: str) -> str:
     """The string that stands for the answer; see the module."""
-    text = without_words(bare(text).rstrip("."))
+    text = without_words(_ALSO.sub("}", bare(text).rstrip(".")))
     text = whole(without_unit(words(text)).strip())
     text = _POINT.sub("0.", text)
     text = unnamed(text)
@@ -122,10 +125,16 @@ def normal(text: str) -> str:
     return _HALF.sub(r"\\frac{1}{2}", _SINGLE.sub(r"\1\2", text))
 
 
+def unicode_free(text: str) -> str:
+    """LaTeX for what has signs of its own: \u221a13 -> \\sqrt{13}, 10\u2075 -> 10^{5}."""
+    text = _ROOT_SIGN.sub(lambda found: f"\\sqrt{{{found.group(1) or found.group(2) or ''}}}", text.translate(_MARKS))
+    return _RAISED.sub(lambda found: f"^{{{found.group().translate(_RAISED_DIGITS)}}}", text)
+
+
 def bare(text: str) -> str:
     """Without signs that only format: spaces, dollars, sizes of brackets, degrees, percent, a full stop at the end (but
     no three, which say that digits go on)."""
-    text = text.translate(_MARKS).replace("{,}", ",").strip()
+    text = _MONEY.sub(r"\1 thousand", unicode_free(text)).replace("{,}", ",").strip()
     if "\\begin" not in text:
         text = text.replace("\\\\", "\\")
     text = _NOTHING.sub(lambda found: found.group()[: found.group().startswith(",")], text)
@@ -159,8 +168,17 @@ def without_words(text: str) -> str:
     if found is None:
         return text
     said = re.split(r"[\s/.~-]+|\^\{?-?\d\}?|\\cdot", " ".join(_INSIDE.findall(found.group())).strip())
-    units = all(word in _LETTER_UNITS or (len(word) > 1 and word.isalpha()) for word in said if word)
-    return text[: found.start()] if units and not {word.lower() for word in said} & {*_SAYS.split()} else text
+    value = text[: found.start()]
+    return value if all(_is_unit(word, value) for word in said if word) else text
+
+
+def _is_unit(word: str, value: str) -> bool:
+    """Of a word behind a value: what counts it (apples), or a sign of one letter or two that is known."""
+    low = word.lower()
+    if len(word) <= 2:
+        known = word in LETTER_UNITS or low in SHORT_UNITS or low in UNITS
+        return known and not (low in DAYTIME and _HOUR.search(value))
+    return word.isalpha() and low not in SAYS and not _ORDINAL.search(low)
 
 
 def words_of(text: str) -> list[str]:
@@ -175,9 +193,10 @@ def words(text: str) -> str:
 
 @cache
 def _units() -> re.Pattern[str]:
-    words = "|".join(sorted((re.escape(unit) for unit in UNITS.split()), key=len, reverse=True))
+    words = "|".join(sorted((re.escape(unit) for unit in UNITS), key=len, reverse=True))
     unit = rf"(?:{words})(?:e?s)?(?:\s*\^\s*\{{?-?\d\}}?)?"
-    return re.compile(rf"(?<=[\d)}}])\s*(?:\b|(?<=\d)){unit}(?:(?: ?/ ?| per | ){unit})*\.? ?$", re.IGNORECASE)
+    behind = r"(?:(?<=[\d)}])|(?<=\\pi))\s*(?:\b|(?<=\d))"
+    return re.compile(rf"{behind}{unit}(?:(?: ?/ ?| per | ){unit})*\.? ?$", re.IGNORECASE)
 
 
 def without_unit(text: str) -> str:
@@ -186,13 +205,13 @@ def without_unit(text: str) -> str:
 
 
 def without_letter(text: str) -> str:
-    """5 m -> 5 and 9.8 m/s^2 -> 9.8: for answers to what is a number, where no letter is a variable."""
-    return _LETTER_UNIT.sub("", " ".join(text.split()))
+    """5 m -> 5 and 9.8 m/s^2 -> 9.8: for answers to what is a number, where no letter is a variable. No money: 5 K."""
+    return text if "\\$" in text else _LETTER_UNIT.sub("", " ".join(text.split()))
 
 
 def has_letters(text: str) -> bool:
     """Besides those of commands."""
-    return any(letter.isalpha() for letter in _COMMAND.sub("", text))
+    return any(letter.isalpha() for letter in _EXPONENT.sub("", _COMMAND.sub("", text)))
 
 
 def roots(text: str) -> str:

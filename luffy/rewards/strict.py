@@ -8,6 +8,7 @@ Written after their description; where they differ from the originals the docstr
 """
 
 import re
+import string
 import zlib
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,6 +17,7 @@ from functools import cache, lru_cache
 from typing import TYPE_CHECKING
 
 from luffy.rewards.arithmetic import read
+from luffy.rewards.beside import contradict, is_word, other_line
 from luffy.rewards.decimals import large, repeated, written_out
 from luffy.rewards.intervals import as_interval, is_interval
 from luffy.rewards.latex import (
@@ -27,13 +29,13 @@ from luffy.rewards.latex import (
     normal,
     roots,
     together,
+    unicode_free,
     unnamed,
     whole,
     without_letter,
     without_unit,
     without_words,
     words,
-    words_of,
 )
 
 if TYPE_CHECKING:
@@ -46,15 +48,9 @@ _MIXED = re.compile(r"(?<![\d.])(\d+)\s*\\frac\{(\d+)\}\{(\d+)\}|(?<![\d.])(\d+)
 _INTEGER = re.compile(r"[+-]?\d+")
 _FRACTION = re.compile(r"[+-]?\(*[+-]?\d+\)*/\(*\d+\)*")
 _WORDS = re.compile(r"\s*,?\s*\b(?:and|or)\b\s*")
-_BASE = re.compile(r"\d_(?:\{\(?(\d+)\)?\}|(\d))$")
-_CLAIMS = re.compile(
-    r"\\(?:neq?|leq?|geq?|approx|equiv|to|implies|iff|[lL]ongrightarrow|[rR]ightarrow|sim)(?![a-zA-Z])|[<>]"
-)
-_PRIME = re.compile(r"'|\\prime(?![a-zA-Z])")
-_PARTS = re.compile(r"\d\s*\\(?:text|mbox|mathrm)\s*\{[^{}]*\}[^a-zA-Z]*\d")
-_JOINING = "and or"
-_SEPARATE = re.compile(r"[,;]|\b(?:and|or)\b")
-_LETTERS = re.compile(r"[a-z]")
+_LETTERS = re.compile(r"[a-zA-Z]")
+_WHOLE_WORD = re.compile(r"\\(?:text|mbox|mathrm)\s*\{[^{}]*\}|\\[a-zA-Z]+|[a-zA-Z]{4,}")
+_OR_LETTER = re.compile(rf"{_WHOLE_WORD.pattern}|[A-Z]")
 OPENING, CLOSING = "([", ")]"
 MOST_LETTERS = 2
 LONG, REPETITIVE = 128, 0.3
@@ -123,6 +119,8 @@ def same(said: str, gold: str) -> bool:
 
 @lru_cache(maxsize=65_536)
 def _same(said: str, gold: str) -> bool:
+    if other_line(said, gold):
+        return False
     if not has_letters(normal(gold)):
         said = without_letter(said)
     if is_interval(gold):
@@ -141,8 +139,9 @@ def same_expression(said: str, gold: str) -> bool:
     equal expressions: number by number of a tuple, an integer only by itself, a fraction only as it stands (reduced),
     with at most two letters. Numbers of any size and powers beyond `arithmetic` are compared as text alone.
     """
-    said, gold = plain(said), plain(gold)
-    if said == gold or max(len(said), len(gold)) > LONGEST:
+    word, fold = is_word(said) or is_word(gold), not (both_cases(said) or both_cases(gold))
+    said, gold = plain(said, fold), plain(gold, fold)
+    if said == gold or word or max(len(said), len(gold)) > LONGEST:
         return said == gold != ""
     ours, theirs = parts(said), parts(gold)
     if len(ours) != len(theirs) or (len(theirs) > 1 and (said[0], said[-1]) != (gold[0], gold[-1])):
@@ -167,33 +166,28 @@ def _same_part(said: str, gold: str) -> bool:
     return bool(simplify(ours - theirs) == 0)
 
 
-def base_of(text: str) -> str:
-    """8 of 52_8; "" of a number in none."""
-    found = _BASE.search(normal(text))
-    return (found.group(1) or found.group(2)) if found else ""
+def both_cases(*texts: str) -> str:
+    """Capitals that stand for something else than their small letters, M beside m, in one of the texts."""
+    found = [set(filter(str.isalpha, _WHOLE_WORD.sub("", text))) for text in texts]
+    return "".join(sorted({letter for letters in found for letter in letters if letter.lower() in letters - {letter}}))
 
 
-def claims(text: str) -> set[str]:
-    """What it says beside a value: kinds of relations, arrows, a chain of equations, words inside and behind it."""
-    kinds = {"order" if mark in ("<", ">", "\\le", "\\ge") else mark for mark in _CLAIMS.findall(bare(text))}
-    said = {" ".join(word.split()).casefold().strip(" ,.") for word in words_of(text)} - {"", *_JOINING.split()}
-    return kinds | ({"chain"} if any(part.count("=") > 1 for part in _SEPARATE.split(text)) else set()) | said
+def told_apart(said: str, gold: str) -> tuple[str, str]:
+    """M beside m as another small letter, in both: math-verify makes all letters small."""
+    capitals = both_cases(said, gold)
+    free = (letter for letter in string.ascii_lowercase if letter not in (said + gold).lower())
+    other = dict(zip(capitals, free, strict=False))
+
+    def renamed(text: str) -> str:
+        return _OR_LETTER.sub(lambda found: other.get(found.group(), found.group()), text)
+
+    return renamed(said), renamed(gold)
 
 
-def primes(text: str) -> int:
-    """Of a value: f'' has two."""
-    return len(_PRIME.findall(text.rpartition("=")[2]))
-
-
-def enclosed(text: str) -> str:
-    """The bracket that a list begins with, (1,2) or \\{1,2\\}; "" of what is no list, or is written without."""
-    text = unnamed(bare(text)).replace("\\{", "{")
-    return text[0] if "," in text and text[:1] in ("(", "[", "{") and text[-1] in ")]}" else ""
-
-
-def plain(text: str) -> str:
-    """In a line, in small letters: \\frac{a}{b} -> ((a)/(b)), 3\\sqrt2 -> 3sqrt(2), 2 million -> 2*10^6."""
-    text = repeated(unnamed(words(without_words(bare(text))).lower().strip()))
+def plain(text: str, fold: bool = True) -> str:
+    """In a line, in small letters if `fold`: \\frac{a}{b} -> ((a)/(b)), 3\\sqrt2 -> 3sqrt(2), 2 million -> 2*10^6."""
+    text = unnamed(words(without_words(bare(text))).strip())
+    text = repeated(text.lower() if fold else text)
     text = large(roots(fractions(text)).replace("\\pi", " pi "))
     text = _WORDS.sub(",", without_unit(text)).replace("\\cdot", "*").replace("\\times", "*")
     text = _MIXED.sub(lambda found: "({}+{}/{})".format(*(part for part in found.groups() if part)), text)
@@ -233,19 +227,15 @@ def parts(text: str) -> list[str]:
 
 
 def same_by_math_verify(said: str, gold: str) -> bool:
-    """math-verify, box against box: no fallback, units dropped by our rules (its own drop any of the
-    letters m, t, d, h after a number: 2t would be 2). Not asked where what it does not read differs, nor about long
-    texts that repeat themselves.
+    """math-verify, box against box: no fallback, units dropped by our rules (its own drop any of the letters m, t, d, h
+    after a number: 2t would be 2). Not asked where what it does not read differs (`beside`), nor about long texts that
+    repeat themselves.
     """
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
-    if base_of(said) != base_of(gold) or primes(said) != primes(gold) or claims(said) - claims(gold):
-        return False  # it reads 52_8 as 52, the last of 3 \\to 4, f' as f, and no words
-    if _PARTS.search(gold) and claims(gold) != claims(said):
-        return False  # 3 hours and 20 minutes are not 3
-    brackets = {enclosed(said), enclosed(gold)} - {""}
-    if len(brackets) > 1 and "{" in brackets:
+    if contradict(said, gold):
         return False
+    said, gold = told_apart(said, gold)
     if len(said) > LONG and len(zlib.compress(said.encode())) < REPETITIVE * len(said.encode()):
         return False
     latex = LatexExtractionConfig(boxed_match_priority=0, normalization_config=_normalization())
@@ -260,7 +250,7 @@ def valued(text: str) -> str:
     """Without a unit, and otherwise as it is written."""
     given = bare(text)
     value = without_unit(without_words(given)).strip()
-    return text if value == " ".join(given.split()) else value
+    return unicode_free(text) if value == " ".join(given.split()) else value
 
 
 @cache
