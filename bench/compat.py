@@ -4,13 +4,17 @@
 
 A model with a small body (two blocks of 256) and a real head (151,936 x 256), four sequences of 256 tokens, float32.
 Time: median of rounds that take turns in one process. Memory: the process's peak beyond what it has before the update,
-in a fresh process for each. TRL's is what GRPO computes: log-probs and entropies of the last half of each sequence.
+in a fresh process for each. TRL's head is asked for what GRPO wants (log-probs and entropies of the last half of each
+sequence) and what SFT does (whether the target is the most likely token, too). "GRPOTrainer" is TRL's trainer as it is
+installed, its `training_step` less what it takes to sample, with 64 sampled tokens, three processes of four steps each that take turns;
+its peak is the whole training's, AdamW's states among it.
 """
 
 import argparse
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +27,7 @@ from bench.ops import machine
 from bench.report import put
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE, RESULTS = ROOT / "docs" / "compat.md", ROOT / "bench" / "results" / "compat.json"
+PAGE, RESULTS = ROOT / "docs" / "compat" / "README.md", ROOT / "bench" / "results" / "compat.json"
 SIZES = {
     "vocab_size": 151_936,
     "hidden_size": 256,
@@ -33,7 +37,6 @@ SIZES = {
     "num_key_value_heads": 4,
 }
 SEQUENCES, TOKENS = 4, 256
-FRAMEWORKS = ("transformers", "trl", "liger")
 
 
 def make_model() -> Any:
@@ -65,12 +68,12 @@ def transformers_update(ours: bool) -> Callable[[], float]:
     return update
 
 
-def trl_update(ours: bool) -> Callable[[], float]:
+def trl_update(ours: bool, outputs: tuple[str, ...] = ("log_probs", "entropy")) -> Callable[[], float]:
     from luffy_kernels.compat import trl
     from trl.trainer.utils import add_fused_lm_head
 
     model, (ids, labels) = make_model(), make_batch()
-    add_fused_lm_head(model, temperature=0.7, outputs=("log_probs", "entropy"))
+    add_fused_lm_head(model, temperature=0.7, outputs=outputs)
     advantages = torch.tensor([1.0, -1.0, 0.5, -0.5])[:, None]
 
     def update() -> float:
@@ -106,7 +109,50 @@ def liger_update(ours: bool) -> Callable[[], float]:
     return update
 
 
-UPDATES = {"transformers": transformers_update, "trl": trl_update, "liger": liger_update}
+UPDATES = {
+    "transformers": transformers_update,
+    "TRL (GRPO)": trl_update,
+    "TRL (SFT)": lambda ours: trl_update(ours, ("log_probs", "entropy", "is_top1")),
+    "Liger (GRPO)": liger_update,
+}
+
+
+def trainer(ours: bool) -> dict[str, float]:
+    """Four steps of TRL's GRPOTrainer: ms of an update (the median without the first), peak MiB beyond the start."""
+    from datasets import Dataset
+    from luffy_kernels.compat import trl
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    from trl import GRPOConfig, GRPOTrainer
+
+    if ours:
+        trl.apply()
+    words = Tokenizer(models.WordLevel({f"w{at}": at for at in range(SIZES["vocab_size"])}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w1", eos_token="w2")
+    model, spent = make_model(), []
+    before = resident("VmRSS")
+
+    class Timed(GRPOTrainer):
+        def _prepare_inputs(self, inputs: Any) -> Any:
+            made = super()._prepare_inputs(inputs)
+            spent.append(time.perf_counter())
+            return made
+
+        def training_step(self, *args: Any, **options: Any) -> Any:
+            loss = super().training_step(*args, **options)
+            spent[-1] = time.perf_counter() - spent[-1]
+            return loss
+
+    with tempfile.TemporaryDirectory() as folder:
+        args = GRPOConfig(
+            folder, max_steps=4, per_device_train_batch_size=SEQUENCES, num_generations=SEQUENCES, beta=0.0,
+            max_completion_length=TOKENS // 4, report_to="none", bf16=False, use_cpu=True, save_strategy="no",
+        )  # fmt: skip
+        rows = Dataset.from_dict({"prompt": [" ".join(f"w{at + 3}" for at in range(TOKENS // 2))] * 32})
+        rewards = [lambda completions, **_: [float(at) for at in range(len(completions))]]
+        Timed(model, reward_funcs=rewards, args=args, train_dataset=rows, processing_class=tokenizer).train()
+    return {"ms": 1e3 * median(spent[1:]), "peak_mib": (resident("VmHWM") - before) / 2**20}
 
 
 def resident(what: str) -> int:
@@ -122,9 +168,23 @@ def peak(framework: str, ours: bool) -> float:
     return float(done.stdout.split()[-1])
 
 
+def trainers(rounds: int) -> dict[str, Any]:
+    every: list[list[dict[str, float]]] = [[], []]
+    for _ in range(rounds):
+        for ours in (False, True):
+            command = [sys.executable, "-m", "bench.compat", "--trainer", *(["--ours"] if ours else [])]
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+            every[ours].append(json.loads(done.stdout.splitlines()[-1]))
+    return {
+        "ms": [round(median(one["ms"] for one in side), 1) for side in every],
+        "ratio": round(median(a["ms"] / b["ms"] for a, b in zip(*every, strict=True)), 2),
+        "peak_mib": [round(median(one["peak_mib"] for one in side)) for side in every],
+    }
+
+
 def measure(rounds: int) -> dict[str, Any]:
     found = {}
-    for framework in FRAMEWORKS:
+    for framework in UPDATES:
         updates = [UPDATES[framework](ours) for ours in (False, True)]
         values = [update() for update in updates]
         times: list[list[float]] = [[], []]
@@ -139,6 +199,7 @@ def measure(rounds: int) -> dict[str, Any]:
             "peak_mib": [round(peak(framework, ours)) for ours in (False, True)],
             "values": values,
         }
+    found["GRPOTrainer"] = trainers(min(rounds, 3))
     return {"machine": machine(), "rounds": rounds, "frameworks": found}
 
 
@@ -156,8 +217,9 @@ def table(found: dict[str, Any]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--store", action="store_true", help="keep it in bench/results, and in docs/compat.md")
-    parser.add_argument("--memory", choices=FRAMEWORKS, help=argparse.SUPPRESS)
+    parser.add_argument("--store", action="store_true", help="keep it in bench/results, and in docs/compat/README.md")
+    parser.add_argument("--memory", choices=UPDATES, help=argparse.SUPPRESS)
+    parser.add_argument("--trainer", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--ours", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.memory:
@@ -166,6 +228,9 @@ def main() -> int:
         Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
         update()
         print((resident("VmHWM") - before) / 2**20)
+        return 0
+    if args.trainer:
+        print(json.dumps(trainer(args.ours)))
         return 0
     found = measure(args.rounds)
     print(table(found))

@@ -10,5 +10,5 @@
     openrlhf        an actor whose model computes no logits                       apply, undo
     transformers    `model(..., labels=...)` without logits, log-probs of tokens  patch, unpatch
 
-docs/compat.md has a page on each.
+docs/compat/ has a page on each.
 """
