@@ -6,8 +6,8 @@ A model with a small body (two blocks of 256) and a real head (151,936 x 256), f
 Time: median of rounds that take turns in one process. Memory: the process's peak beyond what it has before the update,
 in a fresh process for each. TRL's head is asked for what GRPO wants (log-probs and entropies of the last half of each
 sequence) and what SFT does (whether the target is the most likely token, too). "GRPOTrainer" is TRL's trainer as it is
-installed, its `training_step` less what it takes to sample, with 64 sampled tokens, three processes of four steps each that take turns;
-its peak is the whole training's, AdamW's states among it.
+installed: its `training_step` less what it takes to sample, with 64 sampled tokens, in three processes of four steps
+each that take turns; its peak is the whole training's, AdamW's states among it.
 """
 
 import argparse

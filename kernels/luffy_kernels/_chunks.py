@@ -185,7 +185,7 @@ def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """gradient * factor in this dtype, in one pass and out of place: a second backward finds the gradient as it was."""
     factor = factor.to(gradient.device)
     if gradient.dtype == torch.float32 and _native.scales(gradient.device.type):
-        return torch.ops.luffy_kernels.scaled(gradient, factor, dtype)
+        return _native.OPS.scaled(gradient, factor, dtype)
     return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ._chunks import BLOCK, Gradients, Head, Stats
-from ._native import on_large_pages
+from ._native import OPS, on_large_pages
 
 # Rows beyond which larger chunks gain nothing: W and dW cross memory once per chunk.
 MOST_ROWS, MOST_STATISTICS_ROWS = 1024, 4096
@@ -42,12 +42,12 @@ def chunk_rows(head: Head, chunk_bytes: int, keep: bool = True) -> int:
     most is 4,096.
     """
     vocabulary, width = head.weight.shape
-    word = 2 if torch.ops.luffy_kernels.bf16_words(head.weight) else 4
+    word = 2 if OPS.bf16_words(head.weight) else 4
     most = MOST_ROWS if keep else MOST_STATISTICS_ROWS
     if keep:
         per_row = vocabulary * word
     else:
-        _, tiles, *_ = torch.ops.luffy_kernels.head_plan(BLOCK, max(1, width), max(1, vocabulary), word, 1)
+        _, tiles, *_ = OPS.head_plan(BLOCK, max(1, width), max(1, vocabulary), word, 1)
         per_row = 16 * tiles
     return max(BLOCK, min(most, chunk_bytes // max(1, per_row)) // BLOCK * BLOCK)
 
@@ -62,7 +62,7 @@ class Workspace:
 
     def buffer(self) -> Tensor:
         if self.exps is None:
-            ops, vocabulary = torch.ops.luffy_kernels, self.weight.shape[0]
+            ops, vocabulary = OPS, self.weight.shape[0]
             words = bool(ops.bf16_words(self.weight))
             size = self.rows * (vocabulary + vocabulary % 2 if words else vocabulary)
             self.exps = on_large_pages(torch.empty(size, dtype=torch.bfloat16 if words else torch.float32))
@@ -84,9 +84,7 @@ def row_stats(
     exps = work.buffer() if keep else None
     bias = None if head.bias is None else head.bias.contiguous()
     options = head.softcap, head.logit_scale, average, exps
-    found = torch.ops.luffy_kernels.head_sweep(
-        hidden.contiguous(), work.weight, bias, targets, head.temperature[rows], *options
-    )
+    found = OPS.head_sweep(hidden.contiguous(), work.weight, bias, targets, head.temperature[rows], *options)
     reference, target, peak, others, weighted, flat, exps_sum = found  # float64
     top = torch.maximum(peak, target)
     own, shift = (target - top).exp(), peak - top
@@ -132,12 +130,12 @@ def add_grads(
         slope = torch.zeros_like(scale) if u is None else -u * chain / kept.total
         share = torch.zeros_like(scale) if uniform is None else uniform * chain
         shape = torch.stack([scale, slope, share, kept.factor, stats.max, temperature])
-        torch.ops.luffy_kernels.shape_exps_(exps, targets, head.weight.shape[0], shape, head.softcap)
+        OPS.shape_exps_(exps, targets, head.weight.shape[0], shape, head.softcap)
         scale = torch.ones_like(scale)
         if head.softcap is not None:
             tanh = (kept.target + stats.max) * temperature / head.softcap
             on_target = on_target * (1 - tanh.square()).clamp(min=0)  # a masked target lies far beyond the cap
-    dh = torch.ops.luffy_kernels.head_grads(
+    dh = OPS.head_grads(
         exps,
         hidden.contiguous(),
         work.weight,
@@ -157,7 +155,7 @@ def add_grads(
 def _as_rounded(kept: Kept, exps: Tensor, vocabulary: int) -> Kept:
     """Sum and mean of E as it is stored, rounded. The gradient of the entropy is p (z - mean): for a token that is
     nearly sure the two must cancel, and they do if both are those of the rounded E."""
-    others, weighted = torch.ops.luffy_kernels.exps_sums(exps, kept.factor, vocabulary)
+    others, weighted = OPS.exps_sums(exps, kept.factor, vocabulary)
     own = kept.target.double().exp() / kept.factor
     total = others + own
     mean = (weighted + own * kept.target) / total

@@ -52,7 +52,7 @@ def define(
     signature = inspect.signature(implementation, eval_str=True)
     positional = [p for p in signature.parameters.values() if p.kind is not p.KEYWORD_ONLY]
     run.__signature__ = signature.replace(parameters=positional)  # type: ignore[attr-defined]
-    return torch.library.custom_op(f"luffy_kernels::{name}", run, mutates_args=())
+    return torch.library.custom_op(f"{_native.NAMESPACE}::{name}", run, mutates_args=())
 
 
 def register(op: str, backend: str, implementation: Callable[..., Any]) -> None:
@@ -129,7 +129,7 @@ def status() -> str:
     wide = _gemm.widens(device.type, torch.bfloat16)
     lines.append(f"{'logits GEMM of torch':<22}torch.mm{', float32 out' if wide else ' of widened operands'}")
     if device.type == "cpu" and _native.error is None:
-        ops = torch.ops.luffy_kernels
+        ops = _native.OPS
         units = "bfloat16" if ops.bf16_words(torch.empty(0, 2, dtype=torch.bfloat16)) else "widened to float32"
         lines.append(f"{'products of cpp':<22}{units}; row arithmetic: {ops.tile_isa()}")
     return "\n".join([*lines, *(f"({n}) {reason}" for n, reason in enumerate(reasons, 1))])

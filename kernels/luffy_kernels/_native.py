@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+NAMESPACE = str(__package__)
+"""Of the operators: luffy_kernels, or what a loader called the package, so that two copies in a process do not meet."""
 _SCHEMAS = (
     "head_sweep(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor temperature, float? softcap,"
     " float logit_scale, bool flat, Tensor(a!)? exps) -> Tensor",
@@ -29,10 +31,13 @@ _SCHEMAS = (
     "tile_log(Tensor x) -> Tensor",
 )
 for _schema in _SCHEMAS:
-    torch.library.define(f"luffy_kernels::{_schema.split('(')[0]}", "(" + _schema.split("(", 1)[1])
+    torch.library.define(f"{NAMESPACE}::{_schema.split('(')[0]}", "(" + _schema.split("(", 1)[1])
 
 
-@torch.library.register_fake("luffy_kernels::scaled")  # the one that a traced backward meets
+OPS = getattr(torch.ops, NAMESPACE)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::scaled")  # the one that a traced backward meets
 def _(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(x, dtype=dtype)
 
@@ -62,7 +67,7 @@ def _load() -> str | None:
 error = _load()
 
 
-@torch.library.impl("luffy_kernels::scaled", "CUDA")
+@torch.library.impl(f"{NAMESPACE}::scaled", "CUDA")
 def _(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     from ._triton.scaled import scaled  # late: a CPU needs no Triton
 
@@ -78,5 +83,5 @@ def scales(device: str) -> bool:
 def on_large_pages(buffer: Tensor) -> Tensor:
     """The same buffer, not touched yet: on CPU its memory will come in large pages where the system gives them."""
     if error is None and buffer.device.type == "cpu":
-        torch.ops.luffy_kernels.use_large_pages_(buffer)
+        OPS.use_large_pages_(buffer)
     return buffer

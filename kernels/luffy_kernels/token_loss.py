@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import token_losses
 from ._checks import check_kl, check_losses, per_token, require
+from ._native import NAMESPACE
 
 OP = "token_loss"
 
@@ -79,7 +80,7 @@ def token_loss(
     return TokenLosses(*(x.view(logp.shape) for x in (loss, ratio.detach(), kl.detach(), clipped.detach())))
 
 
-@torch.library.custom_op("luffy_kernels::token_loss_torch", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::token_loss_torch", mutates_args=())
 def token_loss_torch(
     logp: Tensor,
     advantages: Tensor,
