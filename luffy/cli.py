@@ -1,4 +1,4 @@
-"""The `luffy` command: train, eval, grade, generate.
+"""The `luffy` command: train, eval, grade, generate, report.
 
 Heavy imports happen inside the commands, so `--help` and a mistyped key answer at once. Exit codes: 0 done, 2 something
 the user can mend (one sentence on stderr), 130 interrupted. Training with many ranks (docs/multi-node.md) ends with the
@@ -16,6 +16,7 @@ from luffy.launch import add_options
 from luffy.opening import STYLES, TEMPLATES
 from luffy.prepare.command import add_prepare, run_prepare
 from luffy.problems.gym import add_gym, run_gym
+from luffy.reporting.command import add_report, run_report
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,6 +31,7 @@ def main(argv: list[str] | None = None) -> int:
             "generate": run_generation,
             "plan": run_plan,
             "grade": run_grade,
+            "report": lambda args, _: run_report(args),
         }
         return (commands | {"doctor": run_doctor, "data": run_data})[args.command](args, rest)
     except UserError as error:
@@ -101,6 +103,7 @@ def build_parser() -> argparse.ArgumentParser:
     grade.add_argument("--show", type=_positive, default=20, metavar="N", help="disagreements (default: %(default)s)")
 
     add_generate(commands, _add_model_options, _positive, _share)
+    add_report(commands, _positive)
 
     data = commands.add_parser("data", help="look at problems before a run is spent on them, prepare or score them")
     whats = data.add_subparsers(dest="what", required=True, metavar="check|gym|prepare|score")

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 
 import torch
 
@@ -20,3 +21,17 @@ with contextlib.suppress(ImportError):
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """A headless Chromium, for what pages do."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs the playwright package")
+    found = [path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))]
+    if not found:
+        pytest.skip("needs Chromium (apt-get install chromium)")
+    with playwright.sync_playwright() as driver:
+        flags = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking", "--disable-sync"]
+        chromium = driver.chromium.launch(executable_path=found[0], args=flags)
+        yield chromium
+        chromium.close()

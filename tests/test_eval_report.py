@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -30,7 +29,6 @@ from luffy.rewards import VerifierPool
 
 ROOT = Path(__file__).resolve().parents[1]
 CSV = ROOT.parent / "shared" / "data" / "luffy_reference_results.csv"
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 HOSTILE = (
     "<script>document.title = 'run'</script><img src=x onerror=\"document.title='run'\"> $\\text{<b>x</b>}$ \\boxed{2}"
@@ -188,18 +186,6 @@ def test_the_command_writes_it(tmp_path):
     done = luffy("eval", *options, "no/report.html", cwd=tmp_path)
     assert done.returncode == 2
     assert "the folder of --report no/report.html does not exist" in done.stderr
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs the playwright package")
-    if CHROMIUM is None:
-        pytest.skip("needs Chromium (apt-get install chromium)")
-    with playwright.sync_playwright() as driver:
-        flags = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking", "--disable-sync"]
-        chromium = driver.chromium.launch(executable_path=CHROMIUM, args=flags)
-        yield chromium
-        chromium.close()
 
 
 @pytest.mark.parametrize("width", [1280, 390])

@@ -1,0 +1,87 @@
+"""`luffy report RUN...`: the page, once or kept up to date on loopback."""
+
+import argparse
+import http.server
+import sys
+from pathlib import Path
+from typing import Any
+
+from luffy.errors import UserError
+
+REFRESH_S = 10
+
+
+def add_report(commands: Any, positive: Any) -> None:
+    parser = commands.add_parser(
+        "report",
+        help="one page about a run or several: curves, samples, what went wrong",
+        description="Write one HTML file that needs no network: curves of the runs beside each other, samples of the "
+        "last evaluation, and by rules what is wrong with a run.",
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
+    parser.add_argument("--out", metavar="FILE.html", help="default: report.html in the first run's folder")
+    parser.add_argument("--watch", action="store_true", help="serve the page on loopback, new every 10 s")
+    parser.add_argument("--port", type=positive, default=8642, metavar="N", help="of --watch (default: %(default)s)")
+
+
+def run_report(args: argparse.Namespace) -> int:
+    from luffy.reporting.page import write_report
+    from luffy.reporting.rules import findings
+    from luffy.reporting.runs import load
+
+    if args.watch and args.out:
+        raise UserError("report: --watch serves the page and --out writes it; choose one")
+    if len({Path(name).resolve() for name in args.runs}) < len(args.runs):
+        raise UserError("report: a run is named twice")
+    if args.watch:
+        return watch(args.runs, args.port)
+    runs = [load(name) for name in args.runs]
+    out = Path(args.out or Path(args.runs[0], "report.html"))
+    write_report(out, runs)
+    for run in runs:
+        for found in findings(run):
+            print(f"{run.name}: {found.cause}: {found.seen}; {found.remedy}", file=sys.stderr)
+    print(f"report: {out}")
+    return 0
+
+
+def watch(names: list[str], port: int) -> int:
+    """Until Ctrl-C."""
+    from luffy.reporting.page import render
+    from luffy.reporting.runs import load
+
+    for name in names:
+        load(name)  # one that does not exist is better known now
+
+    class Page(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if self.path != "/":
+                self.send_error(404)
+                return
+            try:
+                text = render([load(name) for name in names], REFRESH_S)
+            except UserError as error:
+                self.send_error(503, str(error))
+                return
+            data = text.encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html; charset=utf-8")
+            self.send_header("Content-Length", str(len(data)))
+            self.send_header("Cache-Control", "no-store")
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    try:
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", port), Page)
+    except OSError as error:
+        raise UserError(f"report: port {port} cannot be had ({error.strerror}); take another --port") from error
+    with server:
+        print(f"report: http://127.0.0.1:{server.server_port}/   (Ctrl-C ends it)", flush=True)
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            print("report: ended", file=sys.stderr)
+    return 0

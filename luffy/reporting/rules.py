@@ -1,0 +1,149 @@
+"""What is wrong with a run, by rules: the causes that explain most come first.
+
+A rule says what it saw, with numbers, and what to do. Rules look at the first and last fifth of a run's steps, so they
+say little about runs of a few steps.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from luffy.reporting.runs import Run
+
+FEW = 5
+"""Steps below which trends are none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    cause: str
+    seen: str
+    remedy: str
+
+
+def findings(run: Run) -> list[Finding]:
+    """Of what would explain the others first."""
+    return [found for rule in RULES for found in rule(run)]
+
+
+def broken_numbers(run: Run) -> Iterator[Finding]:
+    bad = [one["step"] for one in run.steps if one.get("actor/bad_updates") or one.get("actor/loss", 0) is None]
+    if bad:
+        yield Finding(
+            "numbers that are not finite",
+            f"{len(bad)} of {len(run.steps)} steps had a loss or gradient that is no number, first step {bad[0]}",
+            "lower optim.lr; if it happens from the first step on, look for bad weights or data",
+        )
+
+
+def verifier(run: Run) -> Iterator[Finding]:
+    """Traces are right by construction: whoever grades them wrong is broken."""
+    score = run.last("on_off_metrics/off_score")
+    if score is not None and score < 0.5:
+        yield Finding(
+            "a verifier that turns down verified traces",
+            f"traces got a reward of {score:.2f} in the last steps, where 1 is right",
+            "run `luffy data check` on the data, and compare reward.grader with the form of the answers",
+        )
+    rows = run.total("batch/rows") or 1
+    failed = run.total("verify/timeouts") + run.total("verify/crashes")
+    if failed / rows > 0.05:
+        yield Finding(
+            "verifier timeouts",
+            f"{failed:.0f} of {rows:.0f} answers were not graded in time, and got no reward",
+            "raise reward.timeout_s or reward.workers; a grader of your own may be slow",
+        )
+
+
+def old_weights(run: Run) -> Iterator[Finding]:
+    first, last = run.first("rollout/kl_k3"), run.last("rollout/kl_k3")
+    if first is None or last is None or len(run.steps) < FEW:
+        return
+    if last > 0.02 and last > 5 * first:
+        yield Finding(
+            "a sampler whose weights fall behind",
+            f"the divergence of trainer and sampler grew from {first:.1g} to {last:.1g} nats per token",
+            "look at timing_s/sync and rollout.staleness; with servers, whether they take new weights",
+        )
+
+
+def too_fast(run: Run) -> Iterator[Finding]:
+    held = [accuracy for _, accuracy, *_ in run.accuracy()]
+    fell = len(held) > 1 and held[-1] < 0.5 * max(held) and max(held) > 0.05
+    probability = run.series("actor/off_policy_prob")
+    best = max((value for _, value in probability), default=0.0)
+    forgot = len(probability) >= FEW and best > 0.05 and (run.last("actor/off_policy_prob") or 0) < 0.5 * best
+    if fell or forgot:
+        seen = f"held-out accuracy fell from {max(held):.0%} to {held[-1]:.0%}" if fell else (
+            f"the probability of traces fell from {best:.2f} to {run.last('actor/off_policy_prob'):.2f}"
+        )  # fmt: skip
+        yield Finding(
+            "updates that are too large", seen, "lower optim.lr, or clip gradients harder (optim.max_grad_norm)"
+        )
+
+
+def template(run: Run) -> Iterator[Finding]:
+    """A model that never ends its answers has not understood what it was asked in."""
+    cut, score = run.last("response_length/clip_ratio"), run.last("on_off_metrics/on_score")
+    if cut is not None and score is not None and cut > 0.5 and score < 0.02 and len(run.steps) >= FEW:
+        yield Finding(
+            "prompts in a form that the model does not know",
+            f"{cut:.0%} of answers never ended, and {score:.0%} were right",
+            "compare model.prompt_style and model.chat_template with what the model was trained on",
+        )
+    elif cut is not None and cut > 0.5:
+        yield Finding(
+            "truncated answers",
+            f"{cut:.0%} of the last answers reached the limit",
+            "raise rollout.max_tokens, or look whether answers repeat themselves",
+        )
+
+
+def no_signal(run: Run) -> Iterator[Finding]:
+    zero, rows = run.last("batch/zero_rows"), run.last("batch/rows")
+    if zero is not None and rows and zero / rows > 0.8 and len(run.steps) >= FEW:
+        none, every = run.last("batch/solve_none") or 0, run.last("batch/solve_all") or 0
+        yield Finding(
+            "groups without signal",
+            f"{zero / rows:.0%} of the last rows had no gradient: {'none' if none > every else 'all'} of a group right",
+            "choose problems of another difficulty, or sample others in their place (rollout.refill)",
+        )
+
+
+def collapse(run: Run) -> Iterator[Finding]:
+    first, last = run.first("actor/entropy_loss"), run.last("actor/entropy_loss")
+    held = [accuracy for _, accuracy, *_ in run.accuracy()]
+    learned = len(held) > 1 and held[-1] > held[0] + 0.1
+    if first and last is not None and last < min(0.05, 0.1 * first) and len(run.steps) >= FEW and not learned:
+        yield Finding(
+            "entropy collapse",
+            f"entropy fell from {first:.2g} to {last:.2g} nats per token, and held-out accuracy did not rise",
+            "add an entropy term (objective.entropy_coef), more or other traces, or a lower optim.lr",
+        )
+
+
+def hacking(run: Run) -> Iterator[Finding]:
+    before, after = (f("on_off_metrics/on_response_length_mean") for f in (run.first, run.last))
+    reward = [f("on_off_metrics/on_score") for f in (run.first, run.last)]
+    held = [accuracy for _, accuracy, *_ in run.accuracy()]
+    if None in (before, after, *reward) or len(held) < 2 or len(run.steps) < FEW:
+        return
+    assert before is not None
+    assert after is not None
+    if after > 2 * before and (reward[1] or 0) > (reward[0] or 0) + 0.1 and held[-1] <= held[0]:
+        yield Finding(
+            "reward that comes from length",
+            f"answers grew from {before:.0f} to {after:.0f} tokens and the reward with them, held-out accuracy did not",
+            "read samples of the last evaluation; make the grader stricter",
+        )
+
+
+RULES: tuple[Callable[[Run], Iterator[Finding]], ...] = (
+    broken_numbers,
+    verifier,
+    old_weights,
+    template,
+    too_fast,
+    no_signal,
+    collapse,
+    hacking,
+)

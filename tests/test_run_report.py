@@ -1,0 +1,243 @@
+"""`luffy report`: what it reads, what it warns of, and the page in a browser."""
+
+import json
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+from tiny import luffy
+
+from luffy.errors import UserError
+from luffy.reporting.charts import CHARTS
+from luffy.reporting.page import POINTS, render, thinned, write_report
+from luffy.reporting.rules import RULES, findings
+from luffy.reporting.runs import SAMPLES, load
+
+HOSTILE = "</script><script>document.title='run'</script><img src=x onerror=\"document.title='run'\">"
+HEALTHY = {
+    "batch/rows": (32, 32),
+    "batch/zero_rows": (0, 8),
+    "batch/solve_none": (3, 0),
+    "batch/solve_all": (0, 1),
+    "on_off_metrics/on_score": (0.05, 0.6),
+    "on_off_metrics/off_score": (1.0, 1.0),
+    "on_off_metrics/on_response_length_mean": (30.0, 32.0),
+    "response_length/clip_ratio": (0.3, 0.02),
+    "actor/entropy_loss": (0.6, 0.2),
+    "actor/off_policy_prob": (0.6, 0.9),
+    "actor/loss": (0.01, 0.01),
+    "actor/bad_updates": (0, 0),
+    "rollout/kl_k3": (0.001, 0.001),
+    "verify/timeouts": (0, 0),
+    "verify/crashes": (0, 0),
+    "timing_s/rollout": (2.0, 2.0),
+    "timing_s/update": (3.0, 3.0),
+    "perf/train_minutes": (0.1, 2.0),
+}
+ACCURACY = (0.05, 0.4, 0.6)
+
+
+def make_run(path: Path, changes: dict | None = None, accuracy=ACCURACY, steps: int = 20) -> Path:
+    """A run folder whose metrics go from the first value to the second."""
+    (path / "samples").mkdir(parents=True)
+    (path / "config.toml").write_text(
+        '[objective]\nname = "luffy"\n[model]\nname = "tiny"\n[data]\npath = "sums.jsonl"\n[train]\nsteps = 20\n'
+    )
+    (path / "environment.json").write_text(json.dumps({"packages": {"torch": "2.13.0"}, "machine": {"cores": 2}}))
+    numbers = HEALTHY | (changes or {})
+    lines = []
+    for at in range(steps):
+        share = at / max(1, steps - 1)
+        ends = {key: value for key, value in numbers.items() if value is not None}
+        lines.append({"step": at + 1} | {key: a + (b - a) * share for key, (a, b) in ends.items()})
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    evals = [
+        {"step": 10 * at, "name": "heldout", "accuracy": value, "interval": [max(0, value - 0.1), value + 0.1]}
+        for at, value in enumerate(accuracy)
+    ]
+    (path / "evals.jsonl").write_text("".join(json.dumps(line) + "\n" for line in evals))
+    answers = [
+        {"id": f"a/{at}", "question": "What is $1+1$?", "response": HOSTILE if at == 3 else f"It is $\\boxed{{{at}}}$",
+         "answer": "2", "reward": float(at == 2), "verdict": "ok", "tokens": 100 - at, "finished": at != 4}
+        for at in range(6)
+    ]  # fmt: skip
+    for step in (0, 20):
+        text = "".join(json.dumps(line | {"response": f"{line['response']} {step}"}) + "\n" for line in answers)
+        (path / "samples" / f"heldout-step-{step:06d}.jsonl").write_text(text)
+    return path
+
+
+def test_a_healthy_run_has_nothing_said_against_it(tmp_path):
+    assert findings(load(str(make_run(tmp_path / "run")))) == []
+
+
+CAUSES = {
+    "numbers that are not finite": ({"actor/bad_updates": (1, 1)}, ACCURACY),
+    "a verifier that turns down verified traces": ({"on_off_metrics/off_score": (0.0, 0.0)}, ACCURACY),
+    "verifier timeouts": ({"verify/timeouts": (4, 4)}, ACCURACY),
+    "a sampler whose weights fall behind": ({"rollout/kl_k3": (0.001, 0.2)}, ACCURACY),
+    "prompts in a form that the model does not know": (
+        {"response_length/clip_ratio": (1.0, 1.0), "on_off_metrics/on_score": (0.0, 0.0)},
+        (0.0, 0.0),
+    ),
+    "truncated answers": ({"response_length/clip_ratio": (0.1, 0.9)}, ACCURACY),
+    "updates that are too large": ({}, (0.1, 0.4, 0.02)),
+    "groups without signal": ({"batch/zero_rows": (32, 32)}, ACCURACY),
+    "entropy collapse": ({"actor/entropy_loss": (0.6, 0.001)}, (0.3, 0.3)),
+    "reward that comes from length": (
+        {"on_off_metrics/on_response_length_mean": (30, 200)},
+        (0.4, 0.4),
+    ),
+}
+
+
+@pytest.mark.parametrize("cause", CAUSES)
+def test_the_first_warning_names_the_cause(cause, tmp_path):
+    changes, accuracy = CAUSES[cause]
+    found = findings(load(str(make_run(tmp_path / "run", changes, accuracy))))
+    assert found[0].cause == cause
+    assert found[0].seen
+    assert found[0].remedy
+
+
+def test_every_rule_is_seen_at_work():
+    assert len(RULES) <= len(CAUSES)
+
+
+def test_a_run_of_two_steps_has_no_trends(tmp_path):
+    changes = {"rollout/kl_k3": (0.001, 0.2), "actor/entropy_loss": (0.6, 0.001), "batch/zero_rows": (32, 32)}
+    assert findings(load(str(make_run(tmp_path / "run", changes, (0.3, 0.3), steps=2)))) == []
+
+
+def test_what_is_drawn_is_logged():
+    """Keys of charts and rules are ones that a run writes."""
+    source = "".join(path.read_text() for path in (Path(__file__).parents[1] / "luffy").rglob("*.py"))
+    for _, key in (line for chart in CHARTS for line in chart.lines):
+        section, name = key.split("/")
+        parts = [key, name, name.removeprefix("on_").removeprefix("off_"), f"{section}/"]
+        assert any(f'"{part}"' in source or f"{part}" in source.replace("reporting", "") for part in parts), key
+
+
+def test_a_long_run_is_thinned_and_ends_where_it_ended():
+    points = [(at, at / 7) for at in range(10_000)]
+    found = thinned(points)
+    assert len(found) <= POINTS + 1
+    assert found[0][0] == 0
+    assert found[-1][0] == 9999
+
+
+def test_what_cannot_be_reported(tmp_path):
+    with pytest.raises(UserError, match="is no run folder"):
+        load(str(tmp_path))
+    run = make_run(tmp_path / "run")
+    (run / "metrics.jsonl").write_text("")
+    with pytest.raises(UserError, match="no step yet"):
+        load(str(run))
+
+
+def test_the_command(tmp_path):
+    make_run(tmp_path / "one", {"verify/timeouts": (4, 4)})
+    make_run(tmp_path / "two")
+    done = luffy("report", "one", "two", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "one: verifier timeouts" in done.stderr
+    assert "two:" not in done.stderr
+    page = tmp_path / "one" / "report.html"
+    assert page.stat().st_size < 5 << 20
+    assert "verifier timeouts" in page.read_text()
+    for options, words in [
+        (("none",), "none is no run folder"),
+        (("one", "one"), "named twice"),
+        (("one", "--watch", "--out", "x.html"), "choose one"),
+    ]:
+        done = luffy("report", *options, cwd=tmp_path)
+        assert done.returncode == 2
+        assert words in done.stderr
+
+
+def test_a_run_is_watched_while_it_trains(tmp_path):
+    run = make_run(tmp_path / "run", steps=10)
+    command = [sys.executable, "-m", "luffy", "report", str(run), "--watch", "--port", "18642"]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert "http://127.0.0.1:18642/" in server.stdout.readline()
+        first = urllib.request.urlopen("http://127.0.0.1:18642/").read().decode()
+        assert "10 of 20" in first
+        assert "location.reload" in first
+        with (run / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"step": 11, "actor/loss": 0.5}) + "\n")
+        assert "11 of 20" in urllib.request.urlopen("http://127.0.0.1:18642/").read().decode()
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            urllib.request.urlopen("http://127.0.0.1:18642/../etc/passwd")
+        other = luffy("report", run, "--watch", "--port", "18642", cwd=tmp_path)
+        assert other.returncode == 2
+        assert "--port" in other.stderr
+    finally:
+        server.send_signal(2)
+        began = time.monotonic()
+        server.wait(10)
+    assert time.monotonic() - began < 5
+    assert server.returncode in (0, -2, 130)
+
+
+def test_nothing_of_a_run_becomes_part_of_the_page(tmp_path):
+    run = load(str(make_run(tmp_path / "run")))
+    run.name = HOSTILE
+    text = render([run])
+    assert text.count("<script>") == text.count("</script>") == 1
+    assert 'onerror="document' not in text
+    assert len(run.samples) == 6 <= SAMPLES
+    assert {line["step"] for line in run.samples} == {20}
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_in_a_browser_without_a_network(browser, tmp_path, width):
+    runs = [
+        load(str(make_run(tmp_path / name, changes)))
+        for name, changes in [("one", None), ("two", {"batch/zero_rows": (32, 32)})]
+    ]
+    page = tmp_path / "report.html"
+    write_report(page, runs)
+    context = browser.new_context(viewport={"width": width, "height": 900}, offline=True)
+    tab, said, asked = context.new_page(), [], []
+    tab.on("console", lambda message: said.append(message.text))
+    tab.on("pageerror", lambda error: said.append(str(error)))
+    tab.on("request", lambda request: asked.append(request.url))
+    tab.goto(page.as_uri())
+    assert tab.title() == f"Runs: {runs[0].name}, {runs[1].name}"
+    assert (said, asked) == ([], [page.as_uri()])
+    assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    assert "groups without signal" in tab.locator(".warn").first.text_content()
+
+    drawn = "[...document.querySelectorAll('.chart svg.plot')].map(svg => svg.querySelectorAll('path.curve').length)"
+    counts = tab.evaluate(drawn)
+    assert len(counts) >= 8
+    assert min(counts) >= 2  # a line for each run
+    chart = tab.locator(".chart", has_text="Reward").first
+    before = chart.locator("path.curve:not(.faint)").first.get_attribute("d")
+    tab.locator("#smooth").fill("0")
+    assert chart.locator("path.curve:not(.faint)").first.get_attribute("d") != before
+    plot = chart.locator("svg.plot")
+    plot.hover()
+    assert "step " in chart.locator("output").text_content()
+    assert "traces 1" in chart.locator("output").text_content()
+    plot.press("End")
+    assert chart.locator("output").text_content().startswith("step 20: ")
+    plot.press("ArrowLeft")
+    assert chart.locator("output").text_content().startswith("step 19: ")
+
+    tokens = tab.locator("#samples th").last.locator("button")
+    tokens.click()
+    order = (
+        "[...document.querySelectorAll('#samples tbody tr td:last-child')].map(cell => parseInt(cell.dataset.value))"
+    )
+    assert tab.evaluate(order) == sorted(tab.evaluate(order), reverse=True)
+    tokens.press("Enter")
+    assert tab.evaluate(order) == sorted(tab.evaluate(order))
+    tab.locator("#which").select_option("1")
+    assert tab.locator("#count").text_content() == "2 of 12"
+    context.close()
