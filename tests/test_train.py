@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_metrics_table import is_documented
 from tiny import luffy, make_model
+
+from luffy.reporting.charts import CHARTS
 
 OPTIONS = {
     "data.problems.train": 24,
@@ -118,6 +121,15 @@ def test_a_run_leaves_everything_behind(whole):
     samples = [json.loads(line) for line in (whole / "samples" / "heldout-step-000004.jsonl").read_text().splitlines()]
     assert len(samples) == 6
     assert {"question", "response", "answer", "reward"} <= samples[0].keys()
+
+
+def test_what_it_logs_is_documented_and_drawn(whole):
+    logged = {key for r in records(whole) for key in r}
+    assert [key for key in logged if not is_documented(key)] == []
+    assert {key for chart in CHARTS for _, key in chart.lines} <= logged
+    done = luffy("report", whole, cwd=whole)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Held-out accuracy" in (whole / "report.html").read_text()
 
 
 def test_groups_hold_rollouts_and_verified_traces(whole):
