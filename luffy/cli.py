@@ -16,6 +16,7 @@ from luffy.launch import add_options
 from luffy.opening import STYLES, TEMPLATES
 from luffy.prepare.command import add_prepare, run_prepare
 from luffy.problems.gym import add_gym, run_gym
+from luffy.recipe_book import add_recipes, run_recipes
 from luffy.reporting.command import add_report, run_report
 
 
@@ -32,6 +33,7 @@ def main(argv: list[str] | None = None) -> int:
             "plan": run_plan,
             "grade": run_grade,
             "report": lambda args, _: run_report(args),
+            "recipes": lambda args, _: run_recipes(args),
         }
         return (commands | {"doctor": run_doctor, "data": run_data})[args.command](args, rest)
     except UserError as error:
@@ -104,6 +106,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     add_generate(commands, _add_model_options, _positive, _share)
     add_report(commands, _positive)
+    add_recipes(commands)
 
     data = commands.add_parser("data", help="look at problems before a run is spent on them, prepare or score them")
     whats = data.add_subparsers(dest="what", required=True, metavar="check|gym|prepare|score")

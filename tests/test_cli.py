@@ -150,7 +150,8 @@ def test_vllm_that_is_not_installed(home):
     (home / "shadow" / "vllm").mkdir(parents=True)
     for failure in ("ImportError('No module named vllm')", "RuntimeError('built for another torch')"):
         (home / "shadow" / "vllm" / "__init__.py").write_text(f"raise {failure}")
-        done = luffy("generate", "?", "--model", home / "model", cwd=home, PYTHONPATH=str(home / "shadow"))
+        asked = ("generate", "?", "--max-tokens", "8", "--model", home / "model")
+        done = luffy(*asked, cwd=home, PYTHONPATH=str(home / "shadow"))
         refused(done, "vLLM cannot be imported", "setup.sh", failure.split("'")[1])
 
 

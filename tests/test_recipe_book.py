@@ -1,0 +1,37 @@
+"""`luffy recipes`."""
+
+import pytest
+from tiny import luffy
+
+from luffy.config import load_stages
+from luffy.recipe_book import differing, spelled_out
+
+
+def test_the_list_names_every_recipe(tmp_path):
+    done = luffy("recipes", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == luffy("recipes", "list", cwd=tmp_path).stdout
+    for name, objective in [("quickstart", "luffy"), ("sft-then-rl-qwen2.5-math-7b", "dr_grpo")]:
+        [line] = [line for line in done.stdout.splitlines() if line.startswith(f"{name} ")]
+        assert objective in line.split()
+
+
+@pytest.mark.parametrize("name", ["quickstart", "luffy-qwen2.5-math-7b", "sft-then-rl-qwen2.5-math-7b"])
+def test_what_is_shown_trains_the_same(name, tmp_path):
+    done = luffy("recipes", "show", name, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "copy.toml").write_text(done.stdout)
+    assert load_stages(str(tmp_path / "copy.toml")) == load_stages(name)
+    same = luffy("recipes", "diff", name, "copy.toml", cwd=tmp_path)
+    assert same.stdout.strip() == f"{name}  copy.toml"
+    assert ("first" in spelled_out(name)) == (len(load_stages(name)) == 2)
+
+
+def test_what_differs(tmp_path):
+    found = {key: (one, other) for key, one, other in differing("luffy-qwen2.5-math-7b", "on-policy-qwen2.5-math-7b")}
+    assert found["objective.name"] == ("luffy", "dr_grpo")
+    assert found["objective.gamma"] == ("0.1", "-")
+    assert "model.name" not in found
+    done = luffy("recipes", "diff", "quickstart", "nope", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "no recipe named 'nope'" in done.stderr
