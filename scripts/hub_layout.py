@@ -61,7 +61,7 @@ def metadata(backend: str, version: int, licence: str) -> dict:
 
 
 def write(out: Path, version: int, licence: str) -> None:
-    """Whole or not at all: made beside `out` and moved in."""
+    """Made beside `out`, then moved in."""
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out) as folder:
         made = Path(folder)
@@ -70,10 +70,10 @@ def write(out: Path, version: int, licence: str) -> None:
             variant = made / "build" / f"torch-{backend}"
             copy_to(variant)
             (variant / "metadata.json").write_text(json.dumps(metadata(backend, version, licence), indent=2) + "\n")
+        (out / "build.toml").write_text(build_toml(version, licence))
         for name in ("torch-ext", "build"):
             shutil.rmtree(out / name, ignore_errors=True)
             (made / name).rename(out / name)
-    (out / "build.toml").write_text(build_toml(version, licence))
 
 
 def main() -> int:
@@ -86,6 +86,10 @@ def main() -> int:
         parser.error(f"--license must be a name such as apache-2.0, got {args.license!r}")
     if args.folder.resolve() in (SOURCE, *SOURCE.parents):
         parser.error(f"{args.folder} holds the sources; choose another folder")
+    marker = args.folder / "build.toml"
+    ours = marker.exists() and f'name = "{NAME}"' in marker.read_text()
+    if not ours and any((args.folder / name).exists() for name in ("build", "torch-ext")):
+        parser.error(f"{args.folder} has a build or torch-ext that is none of these kernels'; choose another folder")
     write(args.folder, args.version, args.license)
     print(f"{args.folder}: torch-{', torch-'.join(BACKENDS)} of {len(files())} files, {digest()}")
     return 0

@@ -2,6 +2,7 @@
 
 import inspect
 import warnings
+from copy import deepcopy as copy_of
 from dataclasses import replace
 
 import pytest
@@ -120,7 +121,8 @@ def test_what_cannot_be_patched_is_named_and_left():
         patch(adapted)
 
     class Quantised(torch.nn.Linear):
-        pass
+        def forward(self, hidden):
+            return super().forward(hidden.round())
 
     model.lm_head.__class__ = Quantised
     with pytest.raises(ValueError, match=r"lm_head of LlamaForCausalLM must be a plain nn.Linear.*quantised"):
@@ -131,6 +133,120 @@ def test_what_cannot_be_patched_is_named_and_left():
     with pytest.raises(ValueError, match="logits of LlamaForCausalLM differ"):
         patch(strange)
     assert strange.forward.__func__ is forward
+
+
+def test_a_loss_that_is_another_is_refused():
+    """BART's decoder shifts no labels; and a model may have a loss function of its own."""
+    from transformers import BartConfig, BartForCausalLM
+
+    sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "decoder_attention_heads": 2, "vocab_size": 96}
+    bart = BartForCausalLM(BartConfig(**sizes, decoder_ffn_dim=48, is_decoder=True, is_encoder_decoder=False)).eval()
+    with torch.no_grad():
+        for parameter in bart.parameters():
+            parameter.mul_(3)
+    with pytest.raises(ValueError, match="loss of BartForCausalLM is .* shifts labels in another way"):
+        patch(bart)
+    own = make("llama")
+    own.loss_function = lambda *_, **__: torch.tensor(42.0)
+    with pytest.raises(ValueError, match=r"loss of LlamaForCausalLM is 42"):
+        patch(own)
+    assert type(own).__name__ == "LlamaForCausalLM"
+    assert patch(own, check=False) is own
+
+
+def test_copies_and_replicas_run_on_themselves():
+    model, inputs = patch(make("qwen2")), batch()
+    without = {"input_ids": inputs["input_ids"]}
+    copy = copy_of(model)
+    with torch.no_grad():
+        for parameter in copy.parameters():
+            parameter.zero_()
+    assert not copy(**without).logits.any()
+    assert model(**without).logits.any()
+    replica = model._replicate_for_data_parallel()
+    assert replica.forward.__self__ is replica
+    assert type(unpatch(copy)) is type(make("qwen2"))
+
+
+def test_a_model_is_patched_in_one_way_at_a_time():
+    model = patch(make("llama"))
+    with pytest.raises(ValueError, match="is patched for its loss"):
+        our_openrlhf.without_logits(model)
+    our_openrlhf.without_logits(unpatch(model))
+    with pytest.raises(ValueError, match="is patched for its logits"):
+        patch(model)
+
+
+def test_what_a_model_was_stays():
+    """Its modules' modes, its signature, and calls that want some logits."""
+    model = make("qwen2").train()
+    model.model.layers[0].eval()
+    names = list(inspect.signature(model.forward).parameters)
+    patch(model)
+    assert [module.training for module in model.model.layers] == [False, True]
+    assert list(inspect.signature(model.forward).parameters) == names
+    model.eval()
+    inputs = batch()
+    some = model(inputs["input_ids"], labels=inputs["labels"][:, -4:], logits_to_keep=4)
+    assert some.logits.shape[1] == 4
+    positional = model(inputs["input_ids"], inputs["attention_mask"], labels=inputs["labels"].int())
+    assert positional.logits is None
+    own = unpatch(model)(**inputs).loss
+    assert positional.loss.item() == pytest.approx(own.item(), rel=1e-5)
+
+
+def test_pictures_are_seen():
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    text = LlamaConfig(**SIZES)
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    seeing = CLIPVisionConfig(**vision, image_size=16, patch_size=8, projection_dim=32)
+    torch.manual_seed(0)
+    config = LlavaConfig(text_config=text, vision_config=seeing, image_token_id=3, image_seq_length=4)
+    model = LlavaForConditionalGeneration(config).float().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)
+    ids = torch.randint(5, 90, (2, 9))
+    ids[:, 1:5] = 3
+    asked = {"input_ids": ids, "pixel_values": torch.randn(2, 3, 16, 16) * 3}
+    own = model(**asked, labels=ids).loss.item()
+    assert patch(model)(**asked, labels=ids).loss.item() == pytest.approx(own, rel=1e-5)
+    pictures = asked.pop("pixel_values")
+    seen, blind = (token_logprobs(model, **asked, pixel_values=x).logp for x in (pictures, 0 * pictures))
+    assert not torch.allclose(seen, blind)
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2}, {"bf16": True}])
+def test_transformers_trainer_trains_a_patched_model(options, tmp_path):
+    pytest.importorskip("accelerate", reason="needs accelerate")
+    from datasets import Dataset
+    from transformers import Trainer, TrainingArguments
+
+    ids = torch.randint(3, SIZES["vocab_size"], (16, 9), generator=torch.Generator().manual_seed(1)).tolist()
+    rows = Dataset.from_list([{"input_ids": row, "labels": row, "more": "x"} for row in ids])
+
+    def losses(model) -> list[float]:
+        torch.manual_seed(0)
+        given = {"max_steps": 3, "per_device_train_batch_size": 2, "logging_steps": 1, "report_to": [], "use_cpu": True}
+        args = TrainingArguments(str(tmp_path), save_strategy="no", disable_tqdm=True, **given | options)
+        trainer = Trainer(model, args=args, train_dataset=rows, eval_dataset=rows)
+        trainer.train()
+        found = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        return [*found, trainer.evaluate()["eval_loss"]]
+
+    theirs, ours = losses(make("qwen2")), losses(patch(make("qwen2")))
+    assert ours == pytest.approx(theirs, rel=3e-2 if options.get("bf16") else 1e-4)
+
+
+def test_autocast_reaches_the_head():
+    model, inputs = make("llama"), batch()
+    exact = patch(model)(**inputs).loss
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = model(**inputs).loss
+        logp = token_logprobs(model, inputs["input_ids"].int()).logp
+    assert 0 < abs(rounded - exact) < 0.05 * exact
+    assert logp.dtype == torch.float32
 
 
 def test_lora_on_other_modules_is_trained_by_a_patched_model():
@@ -368,6 +484,16 @@ def test_an_actor_that_wants_logits_does_without(temperature):
     assert torch.is_tensor(actor(model))
 
 
+def test_an_actors_head_is_the_one_it_has_now_and_gradients_come_when_wanted():
+    model, ids = our_openrlhf.without_logits(make("llama")), batch()["input_ids"]
+    lazy = model(ids).logits
+    with torch.no_grad():
+        assert not lazy.entropy.requires_grad
+    assert lazy.log_probs(lazy.targets).requires_grad
+    model.resize_token_embeddings(120)
+    assert model(ids).logits.shape[-1] == 120
+
+
 def test_openrlhfs_functions_stay_for_real_logits():
     seen = []
     of_logits = our_openrlhf._log_probs(lambda *given: seen.append(given))
@@ -392,10 +518,16 @@ def test_a_patch_is_put_on_once_and_taken_off(monkeypatch):
     one.undo()
     one.undo()
     assert Theirs.work is original
+    assert one.apply()
+    Theirs.work = somebody = lambda self: "somebody's"
+    one.undo()
+    assert Theirs.work is somebody  # who came later stays
+    Theirs.work = original
     unknown = _patch.Patch("torch", ("1.",), lambda: [(Theirs, "work", None)])
     with pytest.warns(RuntimeWarning, match=r"is written for torch 1\.\*, not 2.*left as it is") as caught:
         assert not unknown.apply()
     assert len(caught) == 1
+    assert caught[0].filename == __file__  # it is whoever applies that is told
     changed = _patch.Patch("torch", ("2.",), lambda: [(Theirs, "work", None), (Theirs, "gone", None)])
     with pytest.warns(RuntimeWarning, match="does not find its way"):
         assert not changed.apply()
@@ -405,3 +537,27 @@ def test_a_patch_is_put_on_once_and_taken_off(monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         unknown.undo()
+
+
+def test_who_has_imported_it_already_gets_it_too(monkeypatch):
+    import sys
+    from types import ModuleType
+
+    home, early, other = ModuleType("somewhere"), ModuleType("somewhere.early"), ModuleType("somewhereelse")
+    for module in (home, early, other):
+        module.work = original = home.work if hasattr(home, "work") else object()
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    ours = object()
+    patch = _patch.Patch("torch", ("2.",), lambda: _patch.everywhere("somewhere", home, "work", ours))
+    assert patch.apply()
+    assert (home.work, early.work, other.work) == (ours, ours, original)
+    patch.undo()
+    assert home.work is early.work is original
+
+
+@pytest.mark.parametrize("module", [our_verl, our_openrlhf])
+def test_adapters_ask_for_their_package(module):
+    """By the name under which it is installed; none of these is."""
+    with pytest.raises(ImportError, match=f"{module.__name__.rpartition('.')[2]} is not installed"):
+        module.apply()
+    module.undo()

@@ -4,7 +4,7 @@ import pytest
 import ranks
 import torch
 import torch.distributed as dist
-from luffy_kernels.compat import prime_rl, skyrl
+from luffy_kernels.compat import prime_rl, skyrl, verl
 from luffy_kernels.compat.megatron import ChunkedDistributedHiddenStatesToLogprobs, linear_cross_entropy
 from torch import nn
 
@@ -56,25 +56,41 @@ def skyrls(rank, world):
     torch.testing.assert_close(share, dh.transpose(0, 1))
 
 
+def verls(rank, world):
+    """Its gradient of hidden is a share, which Megatron's gathering adds up."""
+    hidden, weight, target, upstream = case()
+    labels, up = target.T.contiguous(), upstream.T.reshape(-1)
+    logp, dh, dw = whole(hidden, weight, target, upstream)
+    mine, shard = hidden.clone().requires_grad_(), part(rank, world, weight)
+    found, entropy = verl.linear_cross_entropy(mine, shard, labels, 1.0, "none", dist.group.WORLD)
+    torch.testing.assert_close(found, logp.T.reshape(-1))
+    log_p = (hidden @ weight.T).log_softmax(-1)
+    torch.testing.assert_close(entropy, -(log_p.exp() * log_p).sum(-1).reshape(-1))
+    share, grad = torch.autograd.grad((found * up).sum(), (mine, shard))
+    torch.testing.assert_close(grad, dw.chunk(world)[rank])
+    dist.all_reduce(share)
+    torch.testing.assert_close(share, dh)
+
+
 def megatrons(rank, world):
     hidden, weight, target, _ = case()
     labels = target.T.clone()  # [S, B], as hidden lies
-    labels[2, 1] = -100
+    labels[2, 1] = 7
     for reduction in ("mean", "sum", "none"):
         for parallel in (False, True):
             full = [x.clone().requires_grad_() for x in (hidden, weight)]
             logits = (full[0] @ full[1].T).reshape(-1, V)
-            truth = nn.functional.cross_entropy(logits, labels.reshape(-1), reduction=reduction)
+            truth = nn.functional.cross_entropy(logits, labels.reshape(-1), reduction=reduction, ignore_index=7)
             dh, dw = torch.autograd.grad(truth.square().sum(), full)
             mine = part(rank, world, hidden) if parallel else hidden.clone().requires_grad_()
             shard = part(rank, world, weight)
-            found = linear_cross_entropy(mine, shard, labels, dist.group.WORLD, reduction, -100, parallel)
+            found = linear_cross_entropy(mine, shard, labels, dist.group.WORLD, reduction, 7, parallel)
             torch.testing.assert_close(found, truth)
             grads = torch.autograd.grad(found.square().sum(), (mine, shard))
             torch.testing.assert_close(grads, (dh.chunk(world)[rank] if parallel else dh, dw.chunk(world)[rank]))
 
 
-@pytest.mark.parametrize("semantics", [nemo, skyrls, megatrons], ids=lambda fn: fn.__name__)
+@pytest.mark.parametrize("semantics", [nemo, skyrls, verls, megatrons], ids=lambda fn: fn.__name__)
 @pytest.mark.parametrize("world", [1, 2])
 def test_ranks_have_what_one_would(semantics, world):
     ranks.run(world, semantics)

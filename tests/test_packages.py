@@ -78,6 +78,15 @@ def test_a_layout_replaces_no_sources():
     assert "--license" in layout("somewhere").stderr
 
 
+def test_a_layout_replaces_nobodys_build(tmp_path):
+    (tmp_path / "build").mkdir()
+    (tmp_path / "build" / "mine.txt").write_text("x")
+    done = layout(str(tmp_path), "--license", "mit")
+    assert done.returncode == 2
+    assert "none of these kernels'" in done.stderr
+    assert (tmp_path / "build" / "mine.txt").exists()
+
+
 @pytest.mark.parametrize(
     ("stamp", "says"), [("2.1.0", "built for torch 2.1.0 and this is 2."), (None, "does not load")]
 )

@@ -42,7 +42,7 @@ def _(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(x, dtype=dtype)
 
 
-BUILD = "pip install --no-build-isolation --no-deps --force-reinstall --no-binary luffy-rl luffy-rl"
+BUILD = "pip install --no-build-isolation --no-deps . in luffy-rl's sources, with scikit-build-core, cmake and GCC"
 
 
 def _load() -> str | None:

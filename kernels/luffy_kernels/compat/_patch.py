@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Iterable
 from importlib.metadata import PackageNotFoundError, version
@@ -23,6 +24,7 @@ class Patch:
         self.package, self.versions = package, versions
         self._replacements = replacements
         self._originals: list[Replacement] = []
+        self._ours: list[Any] = []
 
     def apply(self) -> bool:
         """Whether it is applied now. A second time changes nothing; an unknown version or one that lacks what would be
@@ -46,15 +48,26 @@ class Patch:
         except (ImportError, AttributeError) as error:
             self._refuse(f"does not find its way in {self.package} {found} ({error})")
             return False
-        self._originals = originals
+        self._originals, self._ours = originals, [ours for _, _, ours in replacements]
         for replacement in replacements:
             setattr(*replacement)
         return True
 
     def undo(self) -> None:
-        """Put back what was there; harmless where nothing is applied."""
+        """Put back what was there, but where somebody else has put something since; else harmless."""
         while self._originals:
-            setattr(*self._originals.pop())
+            (owner, name, theirs), ours = self._originals.pop(), self._ours.pop()
+            if vars(owner).get(name) is ours:
+                setattr(owner, name, theirs)
 
     def _refuse(self, why: str) -> None:
-        warnings.warn(f"luffy_kernels.compat {why}; {self.package} is left as it is", RuntimeWarning, stacklevel=4)
+        warnings.warn(f"luffy_kernels.compat {why}; {self.package} is left as it is", RuntimeWarning, stacklevel=3)
+
+
+def everywhere(package: str, owner: Any, name: str, ours: Any) -> Iterable[Replacement]:
+    """Where it is defined, and in every module of the package that has imported it by name already."""
+    theirs = getattr(owner, name)
+    yield owner, name, ours
+    for module in [module for key, module in sys.modules.items() if f"{key}.".startswith(f"{package}.")]:
+        if module is not owner and getattr(module, name, None) is theirs:
+            yield module, name, ours

@@ -67,7 +67,7 @@ class LigerFusedLinearCrossEntropyLoss(nn.Module):
         return linear_cross_entropy(
             _input,
             lin_weight,
-            target,
+            target.long(),
             bias=bias,
             reduction=self.reduction,  # type: ignore[arg-type]
             ignore_index=self.ignore_index,
@@ -125,7 +125,8 @@ class LigerFusedLinearGRPOLoss(nn.Module):
         }
         by_sequence = loss_type == "vespo" or importance_sampling_level != "token"
         low = (loss_type == "cispo" and epsilon_high <= 1) or (delta is not None and delta <= 1)
-        self.one_sweep = not (by_sequence or low or (use_bias_correction_kl and beta))
+        unclipped = loss_type != "sapo" and not (epsilon_low > 0 and epsilon_high > 0)
+        self.one_sweep = not (by_sequence or low or unclipped or (use_bias_correction_kl and beta))
 
     def forward(
         self,
@@ -156,8 +157,13 @@ class LigerFusedLinearGRPOLoss(nn.Module):
         """
         targets = selected_token_ids.long().masked_fill(attention_mask == 0, IGNORED)
         head: dict[str, Any] = {"bias": bias, "temperature": self.temperature}
-        ref = ref_per_token_logps
-        if ref is None and self.use_ref_model and self.beta and ref_input is not None and ref_weight is not None:
+        ref = ref_per_token_logps if self.use_ref_model and self.beta else None
+        if ref is None and self.use_ref_model and self.beta:
+            if ref_input is None or ref_weight is None:
+                raise ValueError(
+                    "LigerFusedLinearGRPOLoss: beta and use_ref_model ask for a KL term; give ref_per_token_logps, or "
+                    "ref_input and ref_weight"
+                )
             with torch.no_grad():
                 ref = linear_logprobs(ref_input, ref_weight, targets, **head | {"bias": ref_bias}).logp
         if not self.one_sweep:

@@ -110,3 +110,17 @@ class _Gathered(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad.chunk(ctx.ranks)[ctx.rank], None
+
+
+class Shared(torch.autograd.Function):
+    """hidden for an operator that sums its gradient over the ranks, where whoever gathered hidden adds shares up: each
+    rank's is the sum divided by their number."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, ranks: int) -> Tensor:
+        ctx.ranks = ranks
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad / ctx.ranks, None

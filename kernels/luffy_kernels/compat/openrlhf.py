@@ -12,7 +12,6 @@ the next tokens, and where they are others the log-probs are computed again.
 from __future__ import annotations
 
 import functools
-import types
 from collections.abc import Iterable
 from typing import Any
 
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 from ..logprobs import LogProbs, linear_logprobs
 from ._patch import Patch, Replacement
-from .transformers import backbone_of, compare, head_of, head_options
+from .transformers import backbone_of, compare, head_of, head_options, kind_of, operands, put_on, refuse_patched
 
 
 class Logits:
@@ -64,12 +63,14 @@ class Logits:
 
     @property
     def _swept(self) -> LogProbs:
-        if self._known is None:
+        wanted = torch.is_grad_enabled() and (self.hidden.requires_grad or self.head.weight.requires_grad)
+        if self._known is None or (wanted and not self._known.logp.requires_grad):
+            hidden, weight, bias = operands(self.hidden, self.head)
             self._known = linear_logprobs(
-                self.hidden,
-                self.head.weight,
+                hidden,
+                weight,
                 self.targets,
-                bias=self.head.bias,
+                bias=bias,
                 temperature=self.temperature,
                 return_entropy=True,
                 **self.options,
@@ -84,25 +85,22 @@ def without_logits(model: nn.Module, *, check: bool = True) -> nn.Module:
     Raises:
         ValueError: as `compat.transformers.patch`.
     """
-    if hasattr(model, "_luffy_original"):
+    if kind_of(model) == "logits":
         return model
-    head = head_of(model)
+    refuse_patched(model)
+    head_of(model)
     if check:
-        compare(model)
-    own, original = model.__dict__.get("forward"), model.forward
+        compare(model, loss_too=False)
 
-    @functools.wraps(original)
     def forward(self: Any, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
         from transformers.modeling_outputs import CausalLMOutputWithPast
 
         found = backbone_of(self)(input_ids, *args, **kwargs)
         options = head_options(self.config.get_text_config())
-        lazy: Any = Logits(found.last_hidden_state, head, options, input_ids.roll(-1, dims=1))
+        lazy: Any = Logits(found.last_hidden_state, head_of(self), options, input_ids.roll(-1, dims=1))
         return CausalLMOutputWithPast(logits=lazy)
 
-    model._luffy_original = own  # type: ignore[assignment]
-    model.forward = types.MethodType(forward, model)
-    return model
+    return put_on(model, "logits", forward)
 
 
 def _log_probs(theirs: Any) -> Any:

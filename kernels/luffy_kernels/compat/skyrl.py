@@ -10,14 +10,12 @@ as SkyRL's is: whoever gathered hidden adds the shares up.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ._patch import Patch, Replacement
-from .megatron import shard_logprobs, spread
+from .megatron import Shared, shard_logprobs, spread
 
 
 class FusedLinearChunkedDistributedLogprob:
@@ -38,21 +36,8 @@ class FusedLinearChunkedDistributedLogprob:
         [B, S], shifted already. chunk_size: taken and not needed.
         """
         if spread(tp_group) is not None:
-            hidden = _Shared.apply(hidden, dist.get_world_size(tp_group))
+            hidden = Shared.apply(hidden, dist.get_world_size(tp_group))
         return shard_logprobs(hidden, weight, target, vocab_start_index, tp_group, inference_only)
-
-
-class _Shared(torch.autograd.Function):
-    """Backward divides what the operator has summed over the ranks, so that shares add up to it."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, ranks: int) -> Tensor:
-        ctx.ranks = ranks
-        return hidden.view_as(hidden)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad / ctx.ranks, None
 
 
 def _replacements() -> Iterable[Replacement]:

@@ -11,7 +11,7 @@ Calls without labels, such as `generate`'s, go where they went. What a family do
 from __future__ import annotations
 
 import functools
-import types
+import inspect
 from typing import Any
 
 import torch
@@ -43,38 +43,71 @@ def head_options(config: Any) -> dict[str, Any]:
 def patch(model: nn.Module, *, check: bool = True) -> nn.Module:
     """Compute the loss of `model(..., labels=...)` from hidden states, in place; returns the model. Twice is once.
 
-    check: compare logits on a few tokens first; leave it out where the model cannot run yet (meta tensors, shards).
+    check: compare logits and a loss on a few tokens first; leave it out where the model cannot run yet (meta tensors,
+    shards).
 
     Raises:
-        ValueError: the model has no output embedding, one that is no plain nn.Linear (quantised, with an adapter), or
-            logits that are something else than its head and config say; the model is left as it is.
+        ValueError: the model has no output embedding, one that is no plain matrix (quantised, with an adapter), or
+            logits or a loss that are something else than its head and config say; the model is left as it is.
     """
-    if hasattr(model, "_luffy_original"):
+    if kind_of(model) == "loss":
         return model
+    refuse_patched(model)
     head_of(model)
     if check:
         compare(model)
-    own = model.__dict__.get("forward")
-    original = model.forward
+    names = list(inspect.signature(type(model).forward).parameters)[1:]
 
-    @functools.wraps(original)
-    def forward(self: Any, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
-        if labels is None or _wants_router_loss(self, kwargs):
-            return original(*args, **kwargs | ({} if labels is None else {"labels": labels}))
-        return _with_loss(self, args, kwargs, labels)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = dict(zip(names, args, strict=False)) | kwargs
+        labels = given.pop("labels", None)
+        if labels is None or given.get("logits_to_keep") or _wants_router_loss(self, given):
+            return own_forward(self)(*args, **kwargs)
+        return _with_loss(self, given, labels)
 
-    model._luffy_original = own  # type: ignore[assignment]
-    model.forward = types.MethodType(forward, model)
+    return put_on(model, "loss", forward)
+
+
+def put_on(model: nn.Module, kind: str, forward: Any) -> nn.Module:
+    """Give the model a class of the same name with this forward; so copies and replicas run it on themselves."""
+    theirs = type(model)
+    names = {name: getattr(theirs, name) for name in ("__module__", "__qualname__", "__doc__")}
+    forward = functools.wraps(theirs.forward)(forward)
+    model._luffy_forward = model.__dict__.pop("forward", None)
+    model.__class__ = type(theirs.__name__, (theirs,), names | {"forward": forward, "_luffy": kind, "_theirs": theirs})
     return model
 
 
+def kind_of(model: Any) -> str:
+    """What the model is patched for; "" for nothing."""
+    return getattr(type(model), "_luffy", "")
+
+
+def refuse_patched(model: Any) -> None:
+    """Raises ValueError where the model is patched in another way already."""
+    if kind := kind_of(model):
+        raise ValueError(f"luffy_kernels: {type(model).__name__} is patched for its {kind}; unpatch it first")
+
+
+def own_forward(model: Any) -> Any:
+    """As it was before the patch: its class's, or one that was put on this very object."""
+    return model._luffy_forward or functools.partial(type(model)._theirs.forward, model)
+
+
 def unpatch(model: nn.Module) -> nn.Module:
-    """Give the model its own forward back; harmless where it is not patched."""
-    if hasattr(model, "_luffy_original"):
-        own = model.__dict__.pop("_luffy_original")
-        del model.forward
-        if own is not None:
-            model.forward = own
+    """Give the model its own class and forward back; harmless where it is not patched.
+
+    Raises:
+        ValueError: it was wrapped meanwhile (`fully_shard`), and its class is another's.
+    """
+    if not kind_of(model):
+        return model
+    if "_theirs" not in vars(type(model)):
+        raise ValueError(f"luffy_kernels: {type(model).__name__} was wrapped after it was patched, and stays so")
+    own = model.__dict__.pop("_luffy_forward")
+    model.__class__ = type(model)._theirs  # type: ignore[attr-defined]
+    if own is not None:
+        model.forward = own
     return model
 
 
@@ -97,12 +130,13 @@ def token_logprobs(
     """
     head = head_of(model)
     hidden = backbone_of(model)(input_ids=input_ids, **kwargs).last_hidden_state[:, :-1]
-    targets = input_ids if ignore is None else input_ids.masked_fill(ignore, -100)
+    targets = input_ids.long() if ignore is None else input_ids.long().masked_fill(ignore, -100)
+    hidden, weight, bias = operands(hidden, head)
     return linear_logprobs(
         hidden,
-        head.weight,
+        weight,
         targets[:, 1:].contiguous(),
-        bias=head.bias,
+        bias=bias,
         temperature=temperature,
         return_entropy=return_entropy,
         **head_options(_text_config(model)),
@@ -116,29 +150,56 @@ def head_of(model: Any) -> nn.Linear:
         raise ValueError(
             f"luffy_kernels: {type(model).__name__} has no output embedding, and so no logits to do without"
         )
-    if type(head) is nn.Linear:
+    plain = isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward
+    if plain and head.weight.is_floating_point():
         return head
     name = next((name for name, module in model.named_modules() if module is head), "its output embedding")
     kind = f"{type(head).__module__}.{type(head).__name__}"
-    why = "an adapter, whose share of the logits would be lost: merge it" if hasattr(head, "base_layer") else (
-        "quantised, or computes something else than hidden W^T + b: load it in full precision"
-    )  # fmt: skip
+    if hasattr(head, "modules_to_save"):
+        why = "a copy that is trained beside the original: unwrap it"
+    elif hasattr(head, "base_layer"):
+        why = "an adapter, whose share of the logits would be lost: merge it"
+    else:
+        why = "quantised, or computes something else than hidden W^T + b: load it in full precision"
     raise ValueError(f"luffy_kernels: {name} of {type(model).__name__} must be a plain nn.Linear, and {kind} is {why}")
 
 
-def compare(model: Any) -> None:
-    """Raises ValueError where logits are not those of the head and the config's scale and cap."""
+def operands(hidden: Tensor, head: nn.Linear) -> tuple[Tensor, Tensor, Tensor | None]:
+    """hidden, weight and bias as the head itself would multiply them: whole, and in autocast's dtype.
+
+    Raises:
+        ValueError: DeepSpeed holds the weight in parts (ZeRO-3).
+    """
+    weight: Any = head.weight
+    bias: Any = head.bias
+    if hasattr(weight, "ds_id") and weight.ndim != 2:
+        raise ValueError("luffy_kernels: the head's weight is in parts (ZeRO-3), and the operators need all of it")
+    if hasattr(weight, "full_tensor"):  # FSDP2's shards; backward scatters the gradient
+        weight = weight.full_tensor()
+        bias = None if bias is None else bias.full_tensor()
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    return hidden, weight, bias
+
+
+def compare(model: Any, loss_too: bool = True) -> None:
+    """Raises ValueError where logits are not those of the head and its options, or the loss is another."""
     head, options = head_of(model), head_options(_text_config(model))
     ids = torch.arange(1, 1 + PROBE, device=head.weight.device)[None] % head.weight.shape[0]
-    mode = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         with torch.no_grad():
-            theirs = model(input_ids=ids).logits.double()
-            hidden = backbone_of(model)(input_ids=ids).last_hidden_state
+            found = model(input_ids=ids, labels=ids, return_dict=True)
+            theirs, loss = found.logits.double(), found.loss
+            hidden = backbone_of(model)(input_ids=ids, return_dict=True).last_hidden_state
             ours = head(hidden).double() * options["logit_scale"]
+            our_loss = _with_loss(model, {"input_ids": ids}, ids).loss
     finally:
-        model.train(mode)
+        for module, training in modes:
+            module.training = training
     if (cap := options["softcap"]) is not None:
         ours = cap * torch.tanh(ours / cap)
     bound = 0.05 if head.weight.dtype in (torch.bfloat16, torch.float16) else 1e-3
@@ -148,25 +209,32 @@ def compare(model: Any) -> None:
             f"luffy_kernels: logits of {type(model).__name__} differ ({apart}) from its head's with {options}: it does "
             f"something to them that this package does not know"
         )
+    comparable = loss_too and not _wants_router_loss(model, {})
+    if comparable and (loss is None or abs(loss - our_loss) > bound * max(1, abs(loss))):
+        raise ValueError(
+            f"luffy_kernels: the loss of {type(model).__name__} is {loss}, the mean over next tokens is {our_loss}: "
+            f"it shifts labels in another way, or has a loss_function of its own"
+        )
 
 
-def _with_loss(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], labels: Tensor) -> Any:
+def _with_loss(model: Any, given: dict[str, Any], labels: Tensor) -> Any:
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
-    items, ignore = kwargs.pop("num_items_in_batch", None), kwargs.pop("ignore_index", -100)
-    shifted = kwargs.pop("shift_labels", None)
-    kwargs.pop("logits_to_keep", None)
-    as_tuple = kwargs.pop("return_dict", True) is False
-    head, found = head_of(model), backbone_of(model)(*args, **kwargs)
-    hidden = found.last_hidden_state
+    given = dict(given)
+    items, ignore = given.pop("num_items_in_batch", None), given.pop("ignore_index", -100)
+    shifted = given.pop("shift_labels", None)
+    given.pop("logits_to_keep", None)
+    as_tuple = given.pop("return_dict", None) is False
+    found = backbone_of(model)(**given, return_dict=True)
+    hidden, weight, bias = operands(found.last_hidden_state, head_of(model))
     targets = shifted
     if targets is None:
         hidden, targets = hidden[:, :-1], labels[:, 1:]
     loss = linear_cross_entropy(
         hidden,
-        head.weight,
-        targets.to(hidden.device).contiguous(),
-        bias=head.bias,
+        weight,
+        targets.to(hidden.device).long().contiguous(),
+        bias=bias,
         normalizer=items,
         ignore_index=ignore,
         **head_options(_text_config(model)),
@@ -186,7 +254,8 @@ def _wants_router_loss(model: Any, kwargs: dict[str, Any]) -> bool:
 
 
 def backbone_of(model: Any) -> Any:
-    return model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+    """All of the model but its head, images and all."""
+    return model.base_model
 
 
 def _text_config(model: Any) -> Any:

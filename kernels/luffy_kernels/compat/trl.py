@@ -19,6 +19,8 @@ from torch import Tensor
 from ..logprobs import linear_logprobs
 from ._patch import Patch, Replacement
 
+OUTPUTS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+
 
 def chunked_logprobs(theirs: Any) -> type:
     """In place of `trl.kernels.ChunkedLogProbFunction`, which is `theirs`."""
@@ -34,21 +36,24 @@ def chunked_logprobs(theirs: Any) -> type:
             chunk_size: int,
             final_logit_softcapping: float | None = None,
             logit_scale: float = 1.0,
-            outputs: tuple[str, ...] = ("log_probs", "entropy"),
+            outputs: tuple[str, ...] = OUTPUTS,
         ) -> tuple[Tensor | None, ...]:
             """(log-probs, entropy, log of the sum of squared probabilities, mean logit, whether the target is the most
             likely token), [N] each, None for what is not among the outputs; hidden [N, H], weight [V, H], targets [N].
             """
-            if logit_scale <= 0 or ("mean_logits" in outputs and final_logit_softcapping is not None):
+            softcap = final_logit_softcapping or None
+            in_parts = hasattr(weight, "ds_id")  # ZeRO-3: theirs gathers it once more for the backward
+            if in_parts or logit_scale <= 0 or ("mean_logits" in outputs and softcap is not None):
                 rest = (temperature, chunk_size, final_logit_softcapping, logit_scale, outputs)
                 return theirs.apply(hidden, weight, bias, targets, *rest)
             if torch.is_autocast_enabled(hidden.device.type):
                 dtype = torch.get_autocast_dtype(hidden.device.type)
                 hidden, weight = hidden.to(dtype), weight.to(dtype)
-            head: dict[str, Any] = {"bias": bias, "softcap": final_logit_softcapping, "logit_scale": logit_scale}
+            head: dict[str, Any] = {"bias": bias, "softcap": softcap, "logit_scale": logit_scale}
+            targets = targets.long()
             found = linear_logprobs(hidden, weight, targets, temperature=temperature, return_entropy=True, **head)
             squares = mean = None
-            with torch.no_grad():
+            with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
                 if "log_sum_sq_probs" in outputs:  # sum_v exp(2 z_v) is that of half the temperature
                     twice = linear_logprobs(hidden, weight, targets, temperature=temperature / 2, **head)
                     squares = twice.lse - 2 * found.lse

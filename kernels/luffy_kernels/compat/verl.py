@@ -17,7 +17,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..logprobs import linear_logprobs
-from ._patch import Patch, Replacement
+from ._patch import Patch, Replacement, everywhere
+from .megatron import Shared, spread
 
 REDUCTIONS = ("none", "sum", "mean")
 
@@ -34,7 +35,8 @@ def linear_cross_entropy(
 
     Args:
         hidden: [..., H] float. labels: [...] integer, N in all; out come [N].
-        weight: [V, H]; with a group this rank's part of a vocabulary that ranks hold in order, equal parts each.
+        weight: [V, H]; with a group this rank's part of a vocabulary that ranks hold in order, equal parts each. The
+            gradient of hidden is then a rank's share, as verl's is: whoever gathered hidden adds the shares up.
         reduction: none, sum or mean, of the log-probs.
 
     Raises:
@@ -42,15 +44,17 @@ def linear_cross_entropy(
     """
     if reduction.lower() not in REDUCTIONS:
         raise ValueError(f"linear_cross_entropy: reduction must be among {', '.join(REDUCTIONS)}, got {reduction!r}")
-    start = 0 if dist_process_group is None else dist.get_rank(dist_process_group) * weight.shape[0]
+    group = spread(dist_process_group)
+    if group is not None:
+        hidden = Shared.apply(hidden, dist.get_world_size(group))
     found = linear_logprobs(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
         labels.reshape(-1).long(),
         temperature=temperature,
         return_entropy=True,
-        tp_group=dist_process_group,
-        vocab_start=start,
+        tp_group=group,
+        vocab_start=0 if group is None else dist.get_rank(group) * weight.shape[0],
     )
     assert found.entropy is not None
     logp = found.logp if reduction.lower() == "none" else getattr(found.logp, reduction.lower())()
@@ -79,8 +83,8 @@ def _replacements() -> Iterable[Replacement]:
     from verl.utils.experimental import torch_functional
     from verl.utils.kernel import linear_cross_entropy as kernel
 
-    yield kernel, "linear_cross_entropy", linear_cross_entropy
-    yield torch_functional, "FusedLinearForPPO", FusedLinearForPPO
+    yield from everywhere("verl", kernel, "linear_cross_entropy", linear_cross_entropy)
+    yield from everywhere("verl", torch_functional, "FusedLinearForPPO", FusedLinearForPPO)
 
 
 _patch = Patch("verl", ("0.9.",), _replacements)
