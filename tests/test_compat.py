@@ -394,15 +394,51 @@ def test_cross_entropy_as_liger_has_it():
     hidden, target = inputs["_input"].reshape(-1, H), inputs["selected_token_ids"].reshape(-1)
     target[3] = -100
     logits = hidden @ inputs["lin_weight"].T + inputs["bias"]
-    for options in ({}, {"reduction": "sum"}, {"reduction": "none"}, {"label_smoothing": 0.1, "softcap": 5.0}):
-        found = ours(**options)(inputs["lin_weight"], hidden, target, inputs["bias"])
+    every = ({}, {"reduction": "sum"}, {"reduction": "none"}, {"label_smoothing": 0.1, "softcap": 5.0})
+    for options in every:
+        found = ours(**options)(inputs["lin_weight"], hidden, target.int(), inputs["bias"])
         z = logits if "softcap" not in options else 5.0 * torch.tanh(logits / 5.0)
         reduction, smoothing = options.get("reduction", "mean"), options.get("label_smoothing", 0.0)
         expected = torch.nn.functional.cross_entropy(z, target, reduction=reduction, label_smoothing=smoothing)
         torch.testing.assert_close(found, expected)
+    found = ours(lse_square_scale=0.1)(inputs["lin_weight"], hidden, target, inputs["bias"])
+    valid = target != -100
+    penalty = 0.1 * logits.logsumexp(-1).square()[valid].mean()
+    torch.testing.assert_close(found, torch.nn.functional.cross_entropy(logits, target) + penalty)
     for name in ("return_z_loss", "return_token_accuracy", "use_token_scaling"):
         with pytest.raises(ValueError, match=name):
             ours(**{name: True})
+
+
+def test_a_reference_model_as_liger_has_it():
+    """By its own hidden states, weight and bias; left out where none is wanted; and never silently missing."""
+    grpo = pytest.importorskip("liger_kernel.chunked_loss.grpo_loss", reason="needs liger-kernel")
+    inputs, rng = grpo_inputs(), torch.Generator().manual_seed(8)
+    reference = {
+        "ref_input": torch.randn(B, T, H, generator=rng),
+        "ref_weight": inputs["lin_weight"] + 0.1 * torch.randn(inputs["lin_weight"].shape, generator=rng),
+        "ref_bias": torch.randn(inputs["bias"].shape, generator=rng),
+    }
+    for options in ({"beta": 0.3}, {"beta": 0.3, "use_ref_model": False}, {"beta": 0.0}):
+        ours = outcome(our_liger.LigerFusedLinearGRPOLoss(**options), inputs, **reference)
+        theirs = outcome(grpo.LigerFusedLinearGRPOLoss(compiled=False, **options), inputs, **reference)
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    given = {"ref_per_token_logps": torch.full((B, T), -4.5)}
+    without = our_liger.LigerFusedLinearGRPOLoss(beta=0.3, use_ref_model=False)
+    assert outcome(without, inputs, **given)[0] == outcome(without, inputs)[0]
+    with pytest.raises(ValueError, match="give ref_per_token_logps"):
+        our_liger.LigerFusedLinearGRPOLoss(beta=0.3)(**inputs)
+
+
+@pytest.mark.parametrize(
+    "options", [{"epsilon_low": 0.0}, {"epsilon_high": 0.0}, {"loss_type": "bnpo", "epsilon_low": 0.0}]
+)
+def test_no_room_for_the_ratio_as_liger_has_it(options):
+    grpo = pytest.importorskip("liger_kernel.chunked_loss.grpo_loss", reason="needs liger-kernel")
+    inputs, more = grpo_inputs(), {"old_per_token_logps": torch.full((B, T), -4.6)}
+    ours = outcome(our_liger.LigerFusedLinearGRPOLoss(beta=0.0, **options), inputs, **more)
+    theirs = outcome(grpo.LigerFusedLinearGRPOLoss(beta=0.0, compiled=False, **options), inputs, **more)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_grpo_has_ligers_signatures():

@@ -6,7 +6,11 @@ import torch
 import torch.distributed as dist
 from luffy_kernels.compat import prime_rl, skyrl, verl
 from luffy_kernels.compat.megatron import ChunkedDistributedHiddenStatesToLogprobs, linear_cross_entropy
+from luffy_kernels.compat.transformers import patch, unpatch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoConfig, AutoModelForCausalLM
 
 S, B, H, V = 6, 3, 16, 40
 
@@ -94,6 +98,35 @@ def megatrons(rank, world):
 @pytest.mark.parametrize("world", [1, 2])
 def test_ranks_have_what_one_would(semantics, world):
     ranks.run(world, semantics)
+
+
+def sharded(rank, world, own_unit):
+    """FSDP2 around a patched model, with a head of its own unit or not: one rank's loss and gradient."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = AutoConfig.for_model("qwen2", vocab_size=96, num_key_value_heads=1, tie_word_embeddings=False, **sizes)
+    model = AutoModelForCausalLM.from_config(config).float().eval()
+    ids = torch.randint(3, 96, (2, 9))
+    own = model(ids, labels=ids).loss
+    own.backward()
+    expected = model.lm_head.weight.grad.clone()
+    model.zero_grad()
+    mesh = init_device_mesh("cpu", (world,))
+    patch(model)
+    if own_unit:
+        fully_shard(model.lm_head, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    loss = model(ids, labels=ids).loss
+    loss.backward()
+    torch.testing.assert_close(loss, own)
+    torch.testing.assert_close(model.lm_head.weight.grad.full_tensor(), expected)
+    with pytest.raises(ValueError, match="wrapped after it was patched"):
+        unpatch(model)
+
+
+@pytest.mark.parametrize("own_unit", [False, True])
+def test_a_patched_model_under_fsdp(own_unit):
+    ranks.run(2, sharded, own_unit)
 
 
 def test_without_a_group():
