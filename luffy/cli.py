@@ -130,7 +130,10 @@ def build_parser() -> argparse.ArgumentParser:
     check.add_argument("--max-trace-tokens", type=_positive, default=8192, metavar="N", help="default: %(default)s")
     check.add_argument("--json", action="store_true", help="print what was found as JSON")
 
-    commands.add_parser("doctor", help="what this machine has, what it lacks, and what was never run")
+    doctor = commands.add_parser("doctor", help="what this machine has, what it lacks, and what was never run")
+    doctor.add_argument(
+        "--report", action="store_true", help="as Markdown for a bug report: no paths, no values of variables"
+    )
     return parser
 
 
@@ -321,10 +324,10 @@ def run_generation(args: argparse.Namespace, _: list[str]) -> int:
 
 
 def run_doctor(args: argparse.Namespace, _: list[str]) -> int:
-    from luffy.doctor import examine, print_findings
+    from luffy.doctor import examine, print_findings, print_report
 
     _quiet()
-    return print_findings(examine())
+    return (print_report if args.report else print_findings)(examine())
 
 
 def _quiet() -> None:

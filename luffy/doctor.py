@@ -1,9 +1,14 @@
 """`luffy doctor`: what this machine has, what is missing for training on it, and what we could not run ourselves."""
 
+import os
 import platform
 import shutil
+import subprocess
 import sys
 from dataclasses import dataclass
+from importlib.metadata import requires
+
+from packaging.requirements import Requirement
 
 from luffy.versions import installed
 
@@ -22,6 +27,10 @@ UNVERIFIED = (
 )
 
 
+RELEVANT = ("LUFFY_", "CUDA_", "HF_", "NCCL_", "TORCH", "TRITON_", "VLLM_", "OMP_", "MASTER_", "SLURM_")
+"""Beginnings of environment variables that change what happens."""
+
+
 @dataclass(frozen=True)
 class Finding:
     name: str
@@ -31,7 +40,7 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    return [_python(), _torch(), _device(), _vllm(), *_optional(), _disk()]
+    return [_python(), _torch(), _device(), _vllm(), _compiler(), *_optional(), _memory(), _disk(), _cache()]
 
 
 def print_findings(findings: list[Finding]) -> int:
@@ -49,14 +58,45 @@ def print_findings(findings: list[Finding]) -> int:
     return int(any(finding.lacks for finding in findings))
 
 
+def print_report(findings: list[Finding]) -> int:
+    """The same as Markdown for a bug report: versions and sizes, names of variables that are set and no value of one,
+    no paths and no user's name."""
+    import json
+    from pathlib import Path
+
+    import luffy_kernels
+
+    from luffy.run_folder import environment
+
+    lines = ["```", *(f"{finding.name}: {finding.found}" for finding in findings)]
+    lines += [f"! {finding.name}: {finding.lacks}" for finding in findings if finding.lacks]
+    lines += ["", luffy_kernels.status(), "", json.dumps(environment())]
+    lines += [
+        "set: " + (", ".join(sorted(name for name in os.environ if name.startswith(RELEVANT))) or "nothing"),
+        "```",
+    ]
+    print("\n".join(lines).replace(str(Path.home()), "~"))
+    return int(any(finding.lacks for finding in findings))
+
+
 def _python() -> Finding:
     lacks = "" if sys.version_info >= (3, 11) else "luffy needs Python 3.11 or newer"
     return Finding("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}", lacks)
 
 
 def _torch() -> Finding:
-    version = installed("torch")
-    return Finding("torch", version or "missing", "" if version else "run scripts/setup.sh")
+    version, wanted = installed("torch"), pinned("torch")
+    if version is None:
+        return Finding("torch", "missing", "run scripts/setup.sh")
+    apart = wanted and version.split("+")[0] != wanted
+    return Finding("torch", version, f"vLLM is built for torch {wanted}; install that one" if apart else "")
+
+
+def pinned(package: str) -> str | None:
+    """The version that the extras of luffy-rl name, and which vLLM must be given."""
+    found = [Requirement(line) for line in requires("luffy-rl") or ()] if installed("luffy-rl") else []
+    exact = (str(one.specifier) for one in found if one.name == package)
+    return next((text.removeprefix("==") for text in exact if text.startswith("==")), None)
 
 
 def _device() -> Finding:
@@ -84,6 +124,33 @@ def _optional() -> list[Finding]:
     names = {"peft": "model.lora", "liger-kernel": "model.body_kernels", "flash-attn": "faster attention"}
     names |= {"datasets": "data sets by their id"}
     return [Finding(name, installed(name) or f"not installed ({use})") for name, use in names.items()]
+
+
+def _compiler() -> Finding:
+    """torch.compile needs one, and so does building the CPU kernels."""
+    path = shutil.which("c++") or shutil.which("g++")
+    if path is None:
+        return Finding("compiler", "none (torch.compile and the CPU kernels' build need one)")
+    done = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=10)
+    return Finding("compiler", (done.stdout.splitlines() or ["of unknown version"])[0])
+
+
+def _memory() -> Finding:
+    try:
+        lines = dict(line.split(":", 1) for line in open("/proc/meminfo").read().splitlines())
+    except OSError:
+        return Finding("memory", "unknown")
+    total, free = (int(lines[name].split()[0]) / 2**20 for name in ("MemTotal", "MemAvailable"))
+    few = "" if free > 3 else "the quickstart takes some 10 GiB; close something"
+    return Finding("memory", f"{total:.0f} GiB, {free:.0f} available", few)
+
+
+def _cache() -> Finding:
+    """Where models from the Hub lie."""
+    folder = os.environ.get("HF_HOME") or os.path.join(os.path.expanduser("~"), ".cache", "huggingface")
+    while not os.path.exists(folder):
+        folder = os.path.dirname(folder) or "/"
+    return Finding("model cache", f"{shutil.disk_usage(folder).free / 2**30:.0f} GiB free")
 
 
 def _disk() -> Finding:
