@@ -2,13 +2,13 @@
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
 from importlib.metadata import requires
-
-from packaging.requirements import Requirement
+from pathlib import Path
 
 from luffy.versions import installed
 
@@ -62,7 +62,6 @@ def print_report(findings: list[Finding]) -> int:
     """The same as Markdown for a bug report: versions and sizes, names of variables that are set and no value of one,
     no paths and no user's name."""
     import json
-    from pathlib import Path
 
     import luffy_kernels
 
@@ -94,9 +93,9 @@ def _torch() -> Finding:
 
 def pinned(package: str) -> str | None:
     """The version that the extras of luffy-rl name, and which vLLM must be given."""
-    found = [Requirement(line) for line in requires("luffy-rl") or ()] if installed("luffy-rl") else []
-    exact = (str(one.specifier) for one in found if one.name == package)
-    return next((text.removeprefix("==") for text in exact if text.startswith("==")), None)
+    lines = (requires("luffy-rl") or ()) if installed("luffy-rl") else ()
+    found = (re.match(rf"{re.escape(package)}==([\w.]+)", line.replace(" ", "")) for line in lines)
+    return next((match.group(1) for match in found if match), None)
 
 
 def _device() -> Finding:
@@ -137,7 +136,7 @@ def _compiler() -> Finding:
 
 def _memory() -> Finding:
     try:
-        lines = dict(line.split(":", 1) for line in open("/proc/meminfo").read().splitlines())
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
     except OSError:
         return Finding("memory", "unknown")
     total, free = (int(lines[name].split()[0]) / 2**20 for name in ("MemTotal", "MemAvailable"))
