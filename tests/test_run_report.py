@@ -1,6 +1,7 @@
 """`luffy report`: what it reads, what it warns of, and the page in a browser."""
 
 import json
+import socket
 import subprocess
 import sys
 import time
@@ -151,19 +152,23 @@ def test_the_command(tmp_path):
 
 def test_a_run_is_watched_while_it_trains(tmp_path):
     run = make_run(tmp_path / "run", steps=10)
-    command = [sys.executable, "-m", "luffy", "report", str(run), "--watch", "--port", "18642"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    where = f"http://127.0.0.1:{port}/"
+    command = [sys.executable, "-m", "luffy", "report", str(run), "--watch", "--port", port]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
-        assert "http://127.0.0.1:18642/" in server.stdout.readline()
-        first = urllib.request.urlopen("http://127.0.0.1:18642/").read().decode()
+        assert where in server.stdout.readline()
+        first = urllib.request.urlopen(where).read().decode()
         assert "10 of 20" in first
         assert "location.reload" in first
         with (run / "metrics.jsonl").open("a") as file:
             file.write(json.dumps({"step": 11, "actor/loss": 0.5}) + "\n")
-        assert "11 of 20" in urllib.request.urlopen("http://127.0.0.1:18642/").read().decode()
+        assert "11 of 20" in urllib.request.urlopen(where).read().decode()
         with pytest.raises(urllib.error.HTTPError, match="404"):
-            urllib.request.urlopen("http://127.0.0.1:18642/../etc/passwd")
-        other = luffy("report", run, "--watch", "--port", "18642", cwd=tmp_path)
+            urllib.request.urlopen(f"{where}../etc/passwd")
+        other = luffy("report", run, "--watch", "--port", port, cwd=tmp_path)
         assert other.returncode == 2
         assert "--port" in other.stderr
     finally:
