@@ -110,7 +110,7 @@ def test_logprobs(size, backend, dtype):
     found, truth = against_reference(
         ours,
         reference.linear_logprobs,
-        lambda out: sum((up.to(x.dtype) * x).sum() for up, x in zip(upstream, out, strict=True)),
+        lambda out: sum((up.to(x.dtype) * x).sum() for up, x in zip(upstream, out[:3], strict=True)),
         make_head(dtype, size),
         options,
         backend=backend,

@@ -80,7 +80,7 @@ def forward(op, backend, hidden, weight, targets, *, token=None, **flags):
     if op == "logprobs":
         out = source.linear_logprobs(hidden, weight, targets, **flags, **({} if exact else {"return_entropy": True}))
         weights = (token.upstream, token.advantages, 0.1 * token.positive)
-        return sum((w * x).sum() for w, x in zip(weights, out, strict=True)), out._asdict()
+        return sum((w * x).sum() for w, x in zip(weights, out[:3], strict=True)), out._asdict()
     if op == "policy":
         flags = {
             "advantages": token.advantages,

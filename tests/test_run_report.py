@@ -1,6 +1,7 @@
 """`luffy report`: what it reads, what it warns of, and the page in a browser."""
 
 import json
+import signal
 import socket
 import subprocess
 import sys
@@ -157,7 +158,13 @@ def test_a_run_is_watched_while_it_trains(tmp_path):
         port = str(free.getsockname()[1])
     where = f"http://127.0.0.1:{port}/"
     command = [sys.executable, "-m", "luffy", "report", str(run), "--watch", "--port", port]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    server = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests in the background may ignore it
+    )
     try:
         assert where in server.stdout.readline()
         first = urllib.request.urlopen(where).read().decode()
@@ -172,7 +179,7 @@ def test_a_run_is_watched_while_it_trains(tmp_path):
         assert other.returncode == 2
         assert "--port" in other.stderr
     finally:
-        server.send_signal(2)
+        server.send_signal(signal.SIGINT)
         began = time.monotonic()
         server.wait(10)
     assert time.monotonic() - began < 5
