@@ -431,6 +431,7 @@ def test_a_models_folder_lies_in_out(tmp_path, monkeypatch):
     assert all(slug and slug not in (".", "..") and "/" not in slug for slug in slugs.values()), slugs
 
 
+@pytest.mark.slow
 def test_servers_answer_as_the_engine_in_this_process(home):
     """And what cannot be served is said before anything starts."""
     options = ["--model", home / "model", "--data", home / "sums.jsonl", "--n", "2", "--max-tokens", "12"]
