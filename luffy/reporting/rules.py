@@ -82,15 +82,22 @@ def too_fast(run: Run) -> Iterator[Finding]:
 
 
 def template(run: Run) -> Iterator[Finding]:
-    """A model that never ends its answers has not understood what it was asked in."""
-    cut, score = run.last("response_length/clip_ratio"), run.last("on_off_metrics/on_score")
-    if cut is not None and score is not None and cut > 0.5 and score < 0.02 and len(run.steps) >= FEW:
+    """A model that never ended its answers, from the first steps on, has not understood what it was asked in."""
+    cut = [f("response_length/clip_ratio") for f in (run.first, run.last)]
+    score = [f("on_off_metrics/on_score") for f in (run.first, run.last)]
+    if None in (*cut, *score) or len(run.steps) < FEW:
+        return
+    if min(one or 0 for one in cut) > 0.5 and max(one or 0 for one in score) < 0.02:
         yield Finding(
             "prompts in a form that the model does not know",
-            f"{cut:.0%} of answers never ended, and {score:.0%} were right",
+            f"{cut[1]:.0%} of answers never ended, and {score[1]:.0%} were right, from the first steps on",
             "compare model.prompt_style and model.chat_template with what the model was trained on",
         )
-    elif cut is not None and cut > 0.5:
+
+
+def truncated(run: Run) -> Iterator[Finding]:
+    cut = run.last("response_length/clip_ratio")
+    if cut is not None and cut > 0.5 and not any(template(run)):
         yield Finding(
             "truncated answers",
             f"{cut:.0%} of the last answers reached the limit",
@@ -143,6 +150,7 @@ RULES: tuple[Callable[[Run], Iterator[Finding]], ...] = (
     old_weights,
     template,
     too_fast,
+    truncated,
     no_signal,
     collapse,
     hacking,
