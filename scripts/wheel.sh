@@ -40,7 +40,7 @@ mkdir "$made/tests"
 cp "$root"/tests/{conftest,bits,ranks,test_logprobs,test_policy_loss,test_cross_entropy,test_cpp_rows}.py \
     "$root"/tests/{test_token_losses,test_library,test_triton,test_vocab_parallel,test_poison}.py "$made/tests"
 cd "$made"
-"$made/empty/bin/python" - "$LUFFY_VENV" <<'PYTHON'
+"$made/empty/bin/python" - <<'PYTHON'
 import sys, time
 
 began = time.perf_counter()

@@ -179,3 +179,9 @@ def test_a_head_of_another_kind_is_left():
 
     with pytest.raises(AttributeError, match="Older.forward takes self, hidden_states, labels"):
         prime_rl.output_linear(Older, dict)
+
+
+@pytest.mark.parametrize(("module", "package"), [(skyrl, "skyrl"), (prime_rl, "prime-rl")])
+def test_adapters_ask_for_their_package(module, package):
+    with pytest.raises(ImportError, match=f"{package} is not installed"):
+        module.apply()

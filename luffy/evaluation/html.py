@@ -53,10 +53,16 @@ def write_report(path: Path, models: Sequence[Evaluated], settings: dict[str, An
         limits={"problems": PROBLEMS},
         markdown=markdown(models),
         latex=latex(models),
+        sorting=sorting(),
     )
     write_text(path, text)
     write_text(path.with_suffix(".md"), markdown(models))
     write_text(path.with_suffix(".tex"), latex(models))
+
+
+def sorting() -> str:
+    """The script by which a page's tables are sorted."""
+    return (files("luffy.evaluation") / "sorting.js").read_text(encoding="utf-8")
 
 
 def row(model: Evaluated) -> dict[str, Any]:

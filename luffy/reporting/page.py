@@ -6,12 +6,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from luffy.evaluation.html import shortened
+from luffy.evaluation.html import shortened, sorting
 from luffy.evaluation.mathml import typeset
 from luffy.files import write_text
 from luffy.reporting.charts import CHARTS, HELD_OUT, PHASES, Chart
 from luffy.reporting.rules import findings
-from luffy.reporting.runs import Run
+from luffy.reporting.runs import SAMPLES, Run
 
 POINTS = 1500
 """Of a line; a longer one keeps every n-th."""
@@ -39,6 +39,8 @@ def render(runs: Sequence[Run], refresh_s: int | None = None) -> str:
         names=in_script([run.name for run in runs]),
         samples=[sample(run, line) for run in runs for line in run.samples],
         refresh_s=refresh_s,
+        most=SAMPLES,
+        sorting=sorting(),
     )
 
 

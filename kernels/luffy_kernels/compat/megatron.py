@@ -49,7 +49,7 @@ def linear_cross_entropy(
         reduction=reduction,
         ignore_index=ignore_index,
         tp_group=group,
-        vocab_start=0 if group is None else dist.get_rank(group) * weight.shape[0],
+        vocab_start=first_entry(group, weight),
     )
 
 
@@ -90,6 +90,11 @@ def shard_logprobs(
 def spread(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
     """A group of one spreads nothing, and has the faster backends."""
     return None if group is None or dist.get_world_size(group) == 1 else group
+
+
+def first_entry(group: dist.ProcessGroup | None, weight: Tensor) -> int:
+    """Of this rank, where ranks hold equal parts of the vocabulary in their order."""
+    return 0 if group is None else dist.get_rank(group) * weight.shape[0]
 
 
 def gathered(part: Tensor, group: dist.ProcessGroup | None) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..logprobs import linear_logprobs
 from ._patch import Patch, Replacement, everywhere
-from .megatron import Shared, spread
+from .megatron import Shared, first_entry, spread
 
 REDUCTIONS = ("none", "sum", "mean")
 
@@ -54,7 +54,7 @@ def linear_cross_entropy(
         temperature=temperature,
         return_entropy=True,
         tp_group=group,
-        vocab_start=0 if group is None else dist.get_rank(group) * weight.shape[0],
+        vocab_start=first_entry(group, weight),
     )
     assert found.entropy is not None
     logp = found.logp if reduction.lower() == "none" else getattr(found.logp, reduction.lower())()
