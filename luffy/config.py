@@ -263,6 +263,8 @@ class EvalConfig(Section):
     """0 is greedy."""
     max_tokens: PositiveInt | None = None
     """Longest answer; null: `rollout.max_tokens`."""
+    token_groups: Annotated[int, Field(ge=0)] = 2
+    """Groups whose tokens are looked at one by one at every evaluation, for `luffy report`; 0: none."""
 
 
 class CheckpointConfig(Section):

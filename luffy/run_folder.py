@@ -4,6 +4,7 @@ config.toml        the resolved configuration; `luffy train config.toml` repeats
 environment.json   versions, git state, machine
 metrics.jsonl      one record a step           evals.jsonl   one record an evaluation
 samples/           what was answered in each evaluation, JSON lines
+tokens/            what the policy said of the tokens of a few groups at each evaluation (`luffy.token_records`)
 checkpoints/       step-000040/: a Hugging Face model folder plus optimizer and loop state
 tensorboard/       the same metrics            curves.png    learning curves
 result.json        written when the run is complete
@@ -32,6 +33,7 @@ HARMLESS = (
     "train.max_minutes",
     "train.hang_minutes",
     "eval.every",
+    "eval.token_groups",
     "checkpoint.",
     "mesh.",
     # where and when things are computed; the run goes on to rounding, no longer bit for bit
@@ -82,6 +84,10 @@ class RunFolder:
     @property
     def samples(self) -> Path:
         return self.path / "samples"
+
+    @property
+    def tokens(self) -> Path:
+        return self.path / "tokens"
 
     @property
     def result(self) -> dict[str, Any] | None:

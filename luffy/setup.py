@@ -38,6 +38,7 @@ from luffy.sources import (
     resolve,
     training_source,
 )
+from luffy.token_records import TokenRecords
 from luffy.watchdog import Watchdog
 
 
@@ -66,6 +67,7 @@ class Trainer:
     stop: StopOnInterrupt
     log: MetricsLog | NoLog
     evals: MetricsLog | NoLog
+    tokens: TokenRecords
     resources: ExitStack
     """Closes the folder's lock, the logs, the verifier, the engine and the process group, newest first."""
     version: int = 0
@@ -233,9 +235,11 @@ def _set_up(
         stop=stop,
         log=open_log(run.metrics, run.path / "tensorboard", loop["step"], world, resources),
         evals=open_log(run.evals, run.path / "tensorboard" / "evals", loop["step"], world, resources),
+        tokens=TokenRecords(run.tokens, config.eval.token_groups),
         resources=resources,
         version=loop["updates"],
     )
+    trainer.tokens.resume(trainer, loop["step"])
     return trainer, loop, ledger
 
 

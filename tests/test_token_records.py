@@ -1,0 +1,120 @@
+"""Records of single tokens, of a real run: against the checkpoints' own weights in float64, and over a resume."""
+
+import math
+import shutil
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from test_train import arguments
+from tiny import luffy, make_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from luffy.config import load_config
+from luffy.sources import load_template, resolve
+from luffy.token_records import read
+
+GAMMA = 0.2  # of the quickstart recipe
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    home = tmp_path_factory.mktemp("tokens")
+    make_model(home / "model")
+    done = luffy(*arguments(home / "whole", home / "model", train__steps=4, reward__grader="number"), cwd=home)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return home
+
+
+def lines(run: Path, step: int) -> list[dict]:
+    return read(run / "tokens" / f"step-{step:06d}.parquet")
+
+
+def key(line: dict) -> tuple:
+    return line["group"], line["is_trace"], tuple(line["token_ids"])
+
+
+def test_a_file_an_evaluation(home):
+    names = sorted(path.name for path in (home / "whole" / "tokens").iterdir())
+    assert names == ["step-000000.parquet", "step-000002.parquet", "step-000004.parquet"]
+    file = pq.ParquetFile(home / "whole" / "tokens" / names[1])
+    assert file.metadata.row_group(0).column(0).compression == "ZSTD"
+
+
+def test_the_same_groups_are_watched_and_fresh_ones_join(home):
+    first, *later = (lines(home / "whole", step) for step in (0, 2, 4))
+    assert len({line["group"] for line in first}) == 2
+    assert all(line["watched"] and line["sampled"] == 1 for line in first)
+    assert any(line["is_trace"] for line in first), "groups with a trace are taken where there are any"
+    for step, found in zip((2, 4), later, strict=True):
+        watched = [line for line in found if line["watched"]]
+        assert [key(line) for line in watched] == [key(line) for line in first]
+        fresh = [line for line in found if not line["watched"]]
+        assert {line["sampled"] for line in fresh} == {step}
+        assert len({line["group"] for line in fresh}) == 2
+
+
+@pytest.mark.parametrize("step", [0, 2, 4])
+def test_numbers_are_those_of_the_weights_at_that_step(home, step):
+    """An independent pass of transformers in float64 over prompt and answer, and LUFFY's formulas."""
+    run = home / "whole"
+    folder = run / "checkpoints" / f"step-{step:06d}" if step else home / "model"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+    config = load_config(str(run / "config.toml"))
+    template = load_template(resolve(config.model), config.model)
+    compared = 0
+    for line in lines(run, step):
+        prompt = template.encode_prompt([{"role": "user", "content": line["question"]}])
+        ids = torch.tensor([[*prompt, *line["token_ids"]]])
+        with torch.no_grad():
+            logits = model(ids).logits[0, len(prompt) - 1 : -1] / config.rollout.temperature
+        logp = logits.log_softmax(-1)
+        mine = logp.gather(1, ids[0, len(prompt) :, None])[:, 0]
+        entropy = -(logp.exp() * logp).sum(-1)
+        torch.testing.assert_close(torch.tensor(line["logp"]), mine.float(), atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(torch.tensor(line["entropy"]), entropy.float(), atol=2e-5, rtol=1e-5)
+        p, advantage = mine.exp(), torch.tensor(line["advantage"], dtype=torch.float64)
+        shaping = GAMMA * p / (p + GAMMA) ** 2 if line["is_trace"] else torch.ones_like(p)
+        torch.testing.assert_close(torch.tensor(line["slope"]), (-advantage * shaping).float(), atol=1e-5, rtol=1e-4)
+        compared += line["is_trace"]
+    assert compared, "no trace was compared"
+
+
+def test_what_is_stored_of_a_row(home):
+    tokenizer = AutoTokenizer.from_pretrained(home / "model")
+    for line in lines(home / "whole", 2):
+        text = tokenizer.decode(line["token_ids"])  # where bytes are no text, how many stand for them is up to it
+        assert "".join(line["tokens"]).replace("\ufffd", "") == text.replace("\ufffd", "")
+        assert line["is_trace"] <= ("\ufffd" not in text)
+        numbers = [len(line[name]) for name in ("tokens", "logp", "entropy", "advantage", "slope")]
+        assert numbers == [line["length"]] * 5
+        assert len(line["sampler_logp"]) == (0 if line["is_trace"] else line["length"])
+        assert all(map(math.isfinite, line["logp"]))
+    by_group: dict = {}
+    for line in lines(home / "whole", 2):
+        by_group.setdefault(line["group"], []).append(line)
+    for rows in by_group.values():
+        assert abs(sum(row["advantage"][0] for row in rows)) < 1e-4, "advantages of a group add up to nothing"
+
+
+def test_a_resumed_run_goes_on_with_the_same_records(home, tmp_path):
+    """Taken back to step 2, with a file of a step that never was: what follows is written again, bit for bit."""
+    run = tmp_path / "resumed"
+    shutil.copytree(home / "whole", run)
+    (run / "result.json").unlink()
+    shutil.rmtree(run / "checkpoints" / "step-000004")
+    shutil.copy(run / "tokens" / "step-000004.parquet", run / "tokens" / "step-000009.parquet")
+    (run / "tokens" / "step-000004.parquet").unlink()
+    done = luffy(*arguments(run, home / "model", "--resume", train__steps=4, reward__grader="number"), cwd=home)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert not (run / "tokens" / "step-000009.parquet").exists()
+    assert lines(run, 4) == lines(home / "whole", 4)
+
+
+def test_none_are_kept_where_none_are_asked_for(home, tmp_path):
+    run = tmp_path / "none"
+    options = {"eval__token_groups": 0, "train__steps": 1, "reward__grader": "number"}
+    done = luffy(*arguments(run, home / "model", **options), cwd=home)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert not (run / "tokens").exists()
