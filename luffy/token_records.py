@@ -10,7 +10,6 @@ update on its group would begin with then: its advantage, and the slope of its l
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,11 +19,12 @@ from luffy_kernels.token_losses import encode, evaluate
 from torch import Tensor
 
 from luffy.correction import correct
-from luffy.files import disk_errors, new_file
+from luffy.files import disk_errors
 from luffy.groups import Group, Row
 from luffy.objectives.looking import Seen
 from luffy.packing import MicroBatch
 from luffy.share import said_of
+from luffy.token_file import NUMBERS, name_of, read, step_of, write
 
 if TYPE_CHECKING:
     from luffy.setup import Trainer
@@ -33,7 +33,6 @@ MOST_TOKENS = 2048
 """Of a row; what follows is counted and not kept."""
 MOST_TEXT = 2000
 """Characters of a question."""
-NUMBERS = ("logp", "entropy", "advantage", "slope")
 
 
 class TokenRecords:
@@ -157,35 +156,6 @@ def telling(groups: Sequence[Group], count: int) -> list[Group]:
         return not group.traces, len({row.reward for row in group.rows}) < 2
 
     return sorted((group for group in groups if group.rows), key=dullness)[:count]
-
-
-def name_of(step: int) -> str:
-    return f"step-{step:06d}.parquet"
-
-
-def step_of(path: Path) -> int:
-    found = re.fullmatch(r"step-(\d+)\.parquet", path.name)
-    return int(found[1]) if found else -1
-
-
-def write(path: Path, lines: list[dict[str, Any]]) -> None:
-    """Whole or not at all; compressed."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    numbers = pa.list_(pa.float32())
-    fields = dict.fromkeys((*NUMBERS, "row_advantages", "sampler_logp", "behaviour"), numbers)
-    fields |= {"token_ids": pa.list_(pa.int32()), "tokens": pa.list_(pa.string())}
-    columns = {name: pa.array([line[name] for line in lines], fields.get(name)) for name in lines[0]}
-    with new_file(path) as temporary:
-        pq.write_table(pa.table(columns), temporary, compression="zstd")
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    """Lines of a file, as they were written."""
-    import pyarrow.parquet as pq
-
-    return pq.read_table(path).to_pylist()
 
 
 def read_groups(path: Path, t: Trainer) -> list[tuple[int, Group]]:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from luffy.config import load_config
 from luffy.sources import load_template, resolve
-from luffy.token_records import read
+from luffy.token_file import read
 
 GAMMA = 0.2  # of the quickstart recipe
 
