@@ -33,6 +33,8 @@ MOST_TOKENS = 2048
 """Of a row; what follows is counted and not kept."""
 MOST_TEXT = 2000
 """Characters of a question."""
+MOST_BYTES = 4
+"""Of a character in UTF-8."""
 
 
 class TokenRecords:
@@ -52,7 +54,6 @@ class TokenRecords:
         self._latest: list[Group] = []
         self._step = 0
         self._written = -1
-        self._pieces: dict[int, str] = {}
 
     def resume(self, t: Trainer, step: int) -> None:
         """Go on after `step`: later files go, watched groups are those of the first file. Collective."""
@@ -118,23 +119,27 @@ class TokenRecords:
             "row_advantages": [] if row.advantages is None else row.advantages[:MOST_TOKENS].tolist(),
             "length": len(row.token_ids),
             "token_ids": ids,
-            "tokens": [self._piece(t, token) for token in ids],
+            "tokens": pieces(t.template.tokenizer, ids),
             "sampler_logp": row.sampler_logp[:MOST_TOKENS],
             "behaviour": row.behaviour[:MOST_TOKENS],
             **of_tokens,
         }
 
-    def _piece(self, t: Trainer, token: int) -> str:
-        """Text of a token within a text: alone, some tokenizers leave out the space it begins with."""
-        if token not in self._pieces:
-            tokenizer = t.template.tokenizer
-            [before, *_] = tokenizer.encode("a", add_special_tokens=False)
 
-            def text(ids: list[int]) -> str:
-                return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """The text of each token within the text of all; where several make up one character the last of them has it."""
+    [before, *_] = tokenizer.encode("a", add_special_tokens=False)  # alone, some tokens lose the space they begin with
 
-            self._pieces[token] = text([before, token]).removeprefix(text([before]))
-        return self._pieces[token]
+    def text(more: Sequence[int]) -> str:
+        return str(tokenizer.decode([before, *more], skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    lead, found, begin = text([]), [], 0
+    for end in range(1, len(ids) + 1):
+        piece = text(ids[begin:end]).removeprefix(lead)
+        whole = not piece.endswith("\ufffd") or end - begin == MOST_BYTES
+        found.append(piece if whole else "")
+        begin = end if whole else begin
+    return found
 
 
 def numbers(t: Trainer, micro: MicroBatch) -> Tensor:

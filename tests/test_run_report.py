@@ -106,7 +106,7 @@ def test_tokens_of_a_group_over_its_evaluations(tmp_path):
     [watched, fresh], left = token_groups([load(str(run))])
     assert left == 0
     assert (watched["steps"], watched["sampled"], fresh["steps"]) == ([0, 10, 20], 1, [20])
-    rollout, trace = watched["rows"]
+    trace, rollout = watched["rows"]  # whatever the order in the file
     assert (rollout["trace"], trace["trace"], trace["teacher"]) == (False, True, "T")
     assert [values[0] for values in trace["logp"]] == pytest.approx([math.log(p) for p in (0.05, 0.25, 0.45)], abs=1e-3)
     assert len(fresh["rows"][0]["logp"]) == 1
@@ -378,5 +378,5 @@ _LUMINANCE = """const lum = text => { const [r, g, b] = text.match(/[0-9.]+/g).m
 CONTRASTS = f"""() => {{ {_LUMINANCE} return spans.map(one => {{
     const [a, b] = [getComputedStyle(one).color, getComputedStyle(one).backgroundColor].map(lum);
     return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05); }}); }}"""
-LIGHTNESS = f"""() => {{ {_LUMINANCE} const row = [...document.querySelectorAll('.row')].at(-1);
+LIGHTNESS = f"""() => {{ {_LUMINANCE} const row = [...document.querySelectorAll('.row')].at(0);
     return spans.filter(one => row.contains(one)).map(one => lum(getComputedStyle(one).backgroundColor)); }}"""

@@ -8,12 +8,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from test_train import arguments
-from tiny import luffy, make_model
+from tiny import ROOT, luffy, make_model, make_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from luffy.config import load_config
 from luffy.sources import load_template, resolve
 from luffy.token_file import read
+from luffy.token_records import pieces
 
 GAMMA = 0.2  # of the quickstart recipe
 
@@ -98,6 +99,13 @@ def test_what_is_stored_of_a_row(home):
         assert abs(sum(row["advantage"][0] for row in rows)) < 1e-4, "advantages of a group add up to nothing"
 
 
+def test_characters_of_several_tokens_are_whole():
+    tokenizer = make_tokenizer()  # of bytes
+    ids = tokenizer.encode("n\u00e4 \u4e2d!", add_special_tokens=False)
+    assert pieces(tokenizer, ids) == ["n", "", "\u00e4", " ", "", "", "\u4e2d", "!"]
+    assert "".join(pieces(tokenizer, ids[:2] + ids[:1])) == "n\ufffdn"
+
+
 def test_a_resumed_run_goes_on_with_the_same_records(home, tmp_path):
     """Taken back to step 2, with a file of a step that never was: what follows is written again, bit for bit."""
     run = tmp_path / "resumed"
@@ -110,6 +118,47 @@ def test_a_resumed_run_goes_on_with_the_same_records(home, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert not (run / "tokens" / "step-000009.parquet").exists()
     assert lines(run, 4) == lines(home / "whole", 4)
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_report_of_a_real_run_in_a_browser(home, browser, tmp_path, width):
+    """Of the quickstart that is here, where there is one with records, and of this file's run of its recipe."""
+    runs = [home / "whole"] + [path for path in [ROOT / "runs" / "quickstart"] if (path / "tokens").is_dir()]
+    for number, run in enumerate(runs):
+        page = tmp_path / f"{number}.html"
+        done = luffy("report", run, "--out", page, cwd=home)
+        assert done.returncode == 0, done.stderr
+        assert page.stat().st_size <= 5e6
+        context = browser.new_context(viewport={"width": width, "height": 900}, offline=True)
+        tab, said, asked = context.new_page(), [], []
+        tab.on("console", lambda message, said=said: said.append(message.text))
+        tab.on("pageerror", lambda error, said=said: said.append(str(error)))
+        tab.on("request", lambda request, asked=asked: asked.append(request.url))
+        tab.goto(page.as_uri())
+        assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        plots = "[...document.querySelectorAll('svg.plot')].map(svg => svg.querySelectorAll('path').length)"
+        drawn = tab.evaluate(plots)
+        assert len(drawn) >= 8
+        assert all(drawn)
+
+        look = "[...document.querySelectorAll('.row span')].map(one => one.style.background).join()"
+        newest = tab.evaluate(look)
+        spans = tab.locator(".row", has_text="trace").first.locator(".text span")
+        spans.first.hover()
+        assert "token 1 of" in tab.locator("#told").text_content()
+        tab.locator("#step").press("Home")
+        assert tab.locator("#after").text_content() == "0"
+        assert tab.evaluate(look) != newest, "the slider goes back to the weights before the first step"
+        tab.locator("#group").select_option(index=tab.locator("#group option").count() - 1)
+        assert tab.locator(".row").count() >= 2
+
+        for _ in range(200):  # by the keyboard alone, from the top
+            tab.keyboard.press("Tab")
+            if tab.evaluate("document.activeElement.closest('#samples') !== null"):
+                break
+        tab.keyboard.press("Enter")
+        assert tab.locator("#samples th[aria-sort]").count() == 1
+        assert (said, asked) == ([], [page.as_uri()])
 
 
 def test_none_are_kept_where_none_are_asked_for(home, tmp_path):

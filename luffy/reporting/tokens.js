@@ -122,6 +122,7 @@ function drawShape(tokens, gamma) {
   };
   curve(p => 4 * gamma * p / (p + gamma) ** 2, "--c0", "", "shaped (scaled)", 4 * gamma / (1 + gamma) ** 2);
   curve(p => p, "--c1", "6 4", "unshaped: p", 1);
+  tag("figcaption", {textContent: "What a trace's token weighs, by its probability; ticks are the tokens of this group's first trace."}, box);
   for (const token of tokens) if (known(token.p)) made("line", {x1: x(token.p), x2: x(token.p), y1: height - 14, y2: height, style: "stroke:var(--text)", opacity: 0.45}, svg);
 }
 

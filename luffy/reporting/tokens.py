@@ -59,6 +59,7 @@ def shown(run: Run, number: int, by_step: dict[int, list[dict[str, Any]]]) -> di
     """by_step: the group's rows, the same ones, by the weights after each of these steps."""
     newest = by_step[max(by_step)]
     line, objective = newest[0], run.config.get("objective", {})
+    traces_first = sorted(range(len(newest)), key=lambda at: not newest[at]["is_trace"])
     return {
         "run": number,
         "id": line["id"],
@@ -79,7 +80,7 @@ def shown(run: Run, number: int, by_step: dict[int, list[dict[str, Any]]]) -> di
                 "wrote": rounded(row["behaviour"] if row["is_trace"] else row["sampler_logp"]),
                 **{name: [rounded(rows[at][name]) for rows in by_step.values()] for name in NUMBERS},
             }
-            for at, row in enumerate(newest)
+            for at, row in ((at, newest[at]) for at in traces_first)
         ],
     }
 
