@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 
 from markupsafe import Markup
 
-LONGEST = 2000
+LONGEST_FORMULA = 2000
 """Of a formula, characters; a longer one stays as it is written."""
 ELEMENTS = """
     math mrow mi mn mo ms mtext mspace mfrac msqrt mroot msup msub msubsup munder mover munderover mtable mtr mtd mstyle
@@ -52,7 +52,7 @@ def formula(latex: str, block: bool = False) -> str:
     """MathML; "" where the LaTeX cannot be read."""
     from latex2mathml.converter import convert
 
-    if len(latex) > LONGEST:
+    if len(latex) > LONGEST_FORMULA:
         return ""
     try:
         tree = _clean(ElementTree.fromstring(convert(latex, display="block" if block else "inline")))

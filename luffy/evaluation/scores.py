@@ -12,7 +12,7 @@ from luffy.evaluation.statistics import difference, interval, majority, pass_at_
 from luffy.rewards import Verdict, VerifierPool, label
 from luffy.rewards.graders import THINK_END
 from luffy.rewards.latex import normal
-from luffy.rewards.strict import LONGEST, box_of
+from luffy.rewards.strict import LONGEST_ANSWER, box_of
 from luffy.rewards.texts import choice_of, final_answer
 
 OWN_THINKING = ("train", "deepscaler", "deepscaler_v0", "deepscaler_v1")
@@ -105,7 +105,7 @@ def said(text: str, grader: str) -> str:
         return choice_of(text)
     found = (box_of(text) or "") if grader in BOXES else final_answer(text)
     try:
-        return normal(found) if len(found) <= LONGEST else ""
+        return normal(found) if len(found) <= LONGEST_ANSWER else ""
     except RecursionError:
         return ""
 

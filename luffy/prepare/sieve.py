@@ -10,7 +10,7 @@ from luffy.errors import UserError, user_errors
 from luffy.prepare.options import Options
 from luffy.prepare.sift import Sieve, question_key
 from luffy.rewards import VerifierPool
-from luffy.rewards.graders import Answer
+from luffy.rewards.golds import Answer
 
 BATCH = 64
 

@@ -18,7 +18,7 @@ from luffy.data.think import think_fault
 from luffy.prepare.options import Options
 from luffy.prepare.tally import Tally
 from luffy.prompts import LUFFY_SYSTEM
-from luffy.rewards.graders import Answer
+from luffy.rewards.golds import Answer
 
 Turns = Sequence[Mapping[str, str]]
 

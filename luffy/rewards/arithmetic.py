@@ -7,7 +7,8 @@ powers, roots and letters.
 import re
 from typing import Any
 
-LONGEST, DEEPEST, LARGEST_POWER, LONGEST_BITS = 300, 40, 99, 4096
+LONGEST_EXPRESSION, DEEPEST, LARGEST_POWER, MOST_BITS = 300, 40, 99, 4096
+"""Characters of the text, sums within sums, an exponent, and bits of a power of numbers: more is not read."""
 
 _TOKEN = re.compile(r"\s*(?:(\d+(?:\.\d*)?|\.\d+)|(sqrt|pi|[a-zA-Z])|([-+*/^()]))")
 
@@ -16,7 +17,7 @@ def read(text: str) -> Any | None:
     """The expression, or None: it is none, it is too long or nested too deep, or a power in it is too large."""
     from sympy import SympifyError
 
-    if len(text) > LONGEST:
+    if len(text) > LONGEST_EXPRESSION:
         return None
     reader = _Reader(text)
     try:
@@ -95,7 +96,7 @@ class _Reader:
         exponent = self.signed()
         towers = self.next == "^" or (exponent.is_number and not abs(exponent) <= LARGEST_POWER)
         bits = max(abs(base.p), base.q).bit_length() if base.is_Rational and exponent.is_number else 0
-        if towers or (bits and bits * abs(exponent) > LONGEST_BITS) or (base == 0 and not exponent.is_positive):
+        if towers or (bits and bits * abs(exponent) > MOST_BITS) or (base == 0 and not exponent.is_positive):
             raise _Unreadable
         return base**exponent
 

@@ -17,9 +17,10 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+
+from luffy.rewards.golds import Answer
 
 SANDBOX = Path(__file__).with_name("sandbox.py")
 SECONDS = 5
@@ -29,7 +30,7 @@ OUTPUT_BYTES = 1 << 20
 _FENCED = re.compile(r"```(?:python|py|python3)?[ \t]*\n(.*?)```", re.DOTALL | re.IGNORECASE)
 
 
-def grade_code(response: str, answer: str | Sequence[str]) -> float:
+def grade_code(response: str, answer: Answer) -> float:
     """1.0 when the last fenced program passes every test of the answer, else 0.0.
 
     Raises:

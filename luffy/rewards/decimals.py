@@ -7,7 +7,7 @@ import re
 from decimal import Decimal
 from fractions import Fraction
 
-LONGEST = 128
+LONGEST_DECIMAL = 128
 """Digits, and signs, of a repeating decimal."""
 
 _WORDS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
@@ -28,7 +28,7 @@ def large(text: str) -> str:
 
 def repeated(text: str) -> str:
     """0.1\\overline{6}, 0.1\\dot6, 0.1(6) and 0.1666\\ldots -> 1/6; any other text as it is."""
-    if "." not in text or len(text) > LONGEST:
+    if "." not in text or len(text) > LONGEST_DECIMAL:
         return text
     tight = "".join(text.split())
     tight = _BAR.sub(lambda found: f"({found.group(1) or found.group(2)})", tight)

@@ -26,12 +26,12 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from luffy.rewards.code import grade_code
+from luffy.rewards.golds import Answer, golds_of
 from luffy.rewards.gym import MISSING, grade_gym
 from luffy.rewards.latex import last_boxed
 from luffy.rewards.strict import THINK_END, grade_boxed, grade_deepscaler, grade_deepscaler_v0, grade_deepscaler_v1
 from luffy.rewards.texts import grade_choice, grade_exact, grade_regex
 
-Answer = str | Sequence[str]
 Grader = Callable[[str, Answer], float]
 
 _INTEGER = re.compile(r"0|-?[1-9][0-9]{0,11}")
@@ -50,7 +50,7 @@ def grade_train(response: str, answer: Answer) -> float:
 
 def grade_answer(response: str, answer: Answer) -> float:
     """1.0 when math-verify finds an accepted answer in the response, else 0.0."""
-    golds = (answer,) if isinstance(answer, str) else tuple(answer)
+    golds = golds_of(answer)
     verdict = shortcut(response, golds)
     if verdict is None:
         verdict = echoes(response, golds) or symbolic(response, golds)
@@ -63,7 +63,7 @@ def grade_number(response: str, answer: Answer) -> float:
     math-verify takes an expression that equals the answer for the answer: asked for the sum of the digits of 6067, the
     unfinished "6 + 0 + 6 + 7 =" scores 1. Where the question is to work an expression out, that is no answer.
     """
-    golds = (answer,) if isinstance(answer, str) else tuple(answer)
+    golds = golds_of(answer)
     if "\\boxed{" in response:
         boxed = (last_boxed(response) or "").strip()  # a box that never closes is no answer
         given = boxed if _NUMBER.fullmatch(boxed) else None

@@ -9,24 +9,23 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Sequence
 from typing import Any
 
+from luffy.rewards.golds import Answer, golds_of
 from luffy.rewards.texts import final_answer
 
 MISSING = "reasoning-gym is not installed; install the `gym` extra of luffy-rl, or the package itself"
 _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
 
-def grade_gym(response: str, answer: str | Sequence[str]) -> float:
+def grade_gym(response: str, answer: Answer) -> float:
     """The verifier's score, 0 to 1, of what stands in the last `<answer>` tags, or else of the final answer.
 
     Raises ValueError where the installed package makes another problem of the place than the one that was asked.
     """
-    golds = (answer,) if isinstance(answer, str) else tuple(answer)
     tagged = _TAGGED.findall(response)
     said = tagged[-1].strip() if tagged else final_answer(response)
-    return max(_score(said, json.loads(gold)) for gold in golds)
+    return max(_score(said, json.loads(gold)) for gold in golds_of(answer))
 
 
 def _score(said: str, place: dict[str, Any]) -> float:

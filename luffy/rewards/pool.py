@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 from luffy.errors import UserError
-from luffy.rewards.graders import Answer, find_grader
+from luffy.rewards.golds import Answer, hashable
+from luffy.rewards.graders import find_grader
 from luffy.rewards.slot import Slot
 
 CACHE_ENTRIES = 100_000
@@ -189,14 +190,14 @@ class Waiting:
         self._by_gold: OrderedDict[Answer, deque[int]] = OrderedDict()
         self._begun: set[Answer] = set()
         for number, (_, gold) in sorted(enumerate(jobs), key=lambda job: -len(str(job[1][1]))):
-            self._by_gold.setdefault(_hashable(gold), deque()).append(number)
+            self._by_gold.setdefault(hashable(gold), deque()).append(number)
 
     def __bool__(self) -> bool:
         return bool(self._by_gold)
 
     def take(self, gold: Answer | None) -> int:
         """One of `gold` if there are any, else of a gold that no other worker has begun, else any."""
-        key = "" if gold is None else _hashable(gold)
+        key = "" if gold is None else hashable(gold)
         if gold is None or key not in self._by_gold:
             key = next((one for one in self._by_gold if one not in self._begun), next(reversed(self._by_gold)))
         self._begun.add(key)
@@ -207,13 +208,9 @@ class Waiting:
         return number
 
     def put_back(self, number: int) -> None:
-        key = _hashable(self._jobs[number][1])
+        key = hashable(self._jobs[number][1])
         self._by_gold.setdefault(key, deque()).appendleft(number)
         self._by_gold.move_to_end(key, last=False)
-
-
-def _hashable(gold: Answer) -> Answer:
-    return gold if isinstance(gold, str) else tuple(gold)
 
 
 def _has_reply(slot: Slot) -> bool:
@@ -224,7 +221,7 @@ def _has_reply(slot: Slot) -> bool:
 
 def _key(response: str, answer: Answer) -> bytes:
     # A digest, so that the cache does not hold every long response; surrogatepass because sampled text is any text.
-    text = repr((response, answer if isinstance(answer, str) else tuple(answer)))
+    text = repr((response, hashable(answer)))
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 

@@ -12,7 +12,7 @@ import sys
 import time
 from typing import Any
 
-from luffy.rewards.graders import Answer
+from luffy.rewards.golds import Answer
 
 START_LIMIT_S = 120.0
 

@@ -10,7 +10,6 @@ Written after their description; where they differ from the originals the docstr
 import re
 import string
 import zlib
-from collections.abc import Sequence
 from dataclasses import replace
 from decimal import Decimal
 from functools import cache, lru_cache
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING
 from luffy.rewards.arithmetic import read
 from luffy.rewards.beside import contradict, is_word, other_line
 from luffy.rewards.decimals import large, repeated, written_out
+from luffy.rewards.golds import Answer, golds_of
 from luffy.rewards.intervals import as_interval, is_interval
 from luffy.rewards.latex import (
     bare,
@@ -41,7 +41,6 @@ from luffy.rewards.latex import (
 if TYPE_CHECKING:
     from latex2sympy2_extended import NormalizationConfig
 
-Answer = str | Sequence[str]
 THINK_END = "</think>"
 
 _MIXED = re.compile(r"(?<![\d.])(\d+)\s*\\frac\{(\d+)\}\{(\d+)\}|(?<![\d.])(\d+)\s+(\d+)/(\d+)")
@@ -54,7 +53,7 @@ _OR_LETTER = re.compile(rf"{_WHOLE_WORD.pattern}|[A-Z]")
 OPENING, CLOSING = "([", ")]"
 MOST_LETTERS = 2
 LONG, REPETITIVE = 128, 0.3
-LONGEST = 2000
+LONGEST_ANSWER = 2000
 """Of an answer that is more than a text, characters; the longest gold of the benchmarks has 300."""
 
 
@@ -88,11 +87,7 @@ def _solved(response: str, answer: Answer) -> bool | None:
     if said is None or not golds:
         return None
     said = unboxed(said)
-    return any(same_text(said, gold) or (len(said) <= LONGEST and same_expression(said, gold)) for gold in golds)
-
-
-def golds_of(answer: Answer) -> tuple[str, ...]:
-    return (answer,) if isinstance(answer, str) else tuple(answer)
+    return any(same_text(said, gold) or (len(said) <= LONGEST_ANSWER and same_expression(said, gold)) for gold in golds)
 
 
 def box_of(response: str) -> str | None:
@@ -112,7 +107,7 @@ def unboxed(gold: str) -> str:
 def same(said: str, gold: str) -> bool:
     """By one of the three tests. Remembered by answer and gold: samples of a question agree often."""
     said, gold = unboxed(said), unboxed(gold)
-    if max(len(said), len(gold)) > LONGEST:
+    if max(len(said), len(gold)) > LONGEST_ANSWER:
         return same_text(said, gold)
     return _same(said, gold)
 
@@ -141,7 +136,7 @@ def same_expression(said: str, gold: str) -> bool:
     """
     word, fold = is_word(said) or is_word(gold), not (both_cases(said) or both_cases(gold))
     said, gold = plain(said, fold), plain(gold, fold)
-    if said == gold or word or max(len(said), len(gold)) > LONGEST:
+    if said == gold or word or max(len(said), len(gold)) > LONGEST_ANSWER:
         return said == gold != ""
     ours, theirs = parts(said), parts(gold)
     if len(ours) != len(theirs) or (len(theirs) > 1 and (said[0], said[-1]) != (gold[0], gold[-1])):

@@ -5,8 +5,8 @@ last line. A response without any of it scores 0.
 """
 
 import re
-from collections.abc import Sequence
 
+from luffy.rewards.golds import Answer, golds_of
 from luffy.rewards.latex import last_boxed
 
 _ANNOUNCED = re.compile(r"answer\s*+(?:is\b(?:\s*+:)?|[:=])\s*+(?=\S)", re.IGNORECASE)
@@ -36,14 +36,14 @@ def final_answer(response: str) -> str:
     return lines[-1] if lines else ""
 
 
-def grade_choice(response: str, answer: str | Sequence[str]) -> float:
+def grade_choice(response: str, answer: Answer) -> float:
     """1.0 when the final answer names the letter (or digit) of an accepted option, else 0.0.
 
     `(B)`, `B.`, `B) because`, `B, because`, `\\boxed{\\text{B}}` and "the answer is B" name B; several letters name
     none. A and I before a word in small letters are words.
     """
-    golds = (answer,) if isinstance(answer, str) else tuple(answer)
-    return float(choice_of(response) in {_WRAPPED.sub(r"\1", gold).strip("$(). ").upper() for gold in golds} - {""})
+    golds = {_WRAPPED.sub(r"\1", gold).strip("$(). ").upper() for gold in golds_of(answer)}
+    return float(choice_of(response) in golds - {""})
 
 
 def choice_of(response: str) -> str:
@@ -56,16 +56,14 @@ def choice_of(response: str) -> str:
     return letters.pop() if len(letters) == 1 else ""
 
 
-def grade_exact(response: str, answer: str | Sequence[str]) -> float:
+def grade_exact(response: str, answer: Answer) -> float:
     """1.0 when the final answer is an accepted one, letter by letter, less case, spaces and a full stop; else 0.0."""
-    golds = (answer,) if isinstance(answer, str) else tuple(answer)
-    return float(_plain(final_answer(response)) in {_plain(gold) for gold in golds})
+    return float(_plain(final_answer(response)) in {_plain(gold) for gold in golds_of(answer)})
 
 
-def grade_regex(response: str, answer: str | Sequence[str]) -> float:
+def grade_regex(response: str, answer: Answer) -> float:
     """1.0 when the whole of the final answer matches an accepted pattern (Python's `re`), else 0.0."""
-    golds = (answer,) if isinstance(answer, str) else tuple(answer)
-    return float(any(re.fullmatch(gold, final_answer(response)) for gold in golds))
+    return float(any(re.fullmatch(gold, final_answer(response)) for gold in golds_of(answer)))
 
 
 def _plain(text: str) -> str:

@@ -15,6 +15,8 @@ import signal
 import sys
 from typing import Any, TextIO
 
+from luffy.rewards.golds import hashable
+
 MEMORY_LIMIT_BYTES = 4 << 30
 BACKSTOP_S = 2.0
 PARSES_KEPT = 4096
@@ -53,7 +55,7 @@ def main(argv: list[str]) -> int:
 
 def _reply(grader: Any, response: str, answer: Any) -> dict[str, Any]:
     try:
-        reward = float(grader(response, answer if isinstance(answer, str) else tuple(answer)))
+        reward = float(grader(response, hashable(answer)))
     except Exception as error:  # whatever a grader raises is a counted crash of this answer, not of the pool
         return {"crash": f"{type(error).__name__}: {error}"[:500]}
     return {"reward": reward} if reward == reward else {"crash": "the grader returned NaN"}
