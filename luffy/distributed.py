@@ -27,6 +27,8 @@ TIMEOUT = timedelta(days=1)  # of a collective: the watchdog speaks long before
 
 @dataclass(frozen=True, kw_only=True)
 class World:
+    """What one rank knows of itself and the others. Whatever takes something from all of them is collective."""
+
     rank: int
     size: int
     device: torch.device
@@ -43,14 +45,17 @@ class World:
 
     @property
     def data_rank(self) -> int:
+        """Which of the ranks that get micro-batches of their own, or share them with this one."""
         return self.data.get_local_rank("data")
 
     @property
     def data_ranks(self) -> int:
+        """replicate x shard."""
         return self.data.size(0)
 
     @property
     def sequence_rank(self) -> int:
+        """Which of those that share this one's tokens."""
         return self.data.get_local_rank("sequence")
 
     @property
@@ -87,9 +92,11 @@ class World:
         return self._reduce(values, dist.ReduceOp.SUM)
 
     def largest(self, values: list[float]) -> list[float]:
+        """The same of the largest."""
         return self._reduce(values, dist.ReduceOp.MAX)
 
     def barrier(self) -> None:
+        """Until every rank is here."""
         self.sum([0.0])
 
     def _reduce(self, values: list[float], op: Any) -> list[float]:

@@ -8,16 +8,18 @@ class UserError(ValueError):
     """Something the user can mend: bad input, a missing file, a full disk. The CLI prints it and exits with code 2."""
 
 
+def first_line(error: BaseException) -> str:
+    """Of what an exception says, or its name where it says nothing; libraries add advice for programmers below it."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 @contextmanager
 def user_errors(what: str) -> Iterator[None]:
-    """Around code that is fed by the user's configuration alone: its ValueError or OSError becomes a UserError.
-
-    Only the first line is kept; libraries add advice for programmers below it.
-    """
+    """Around code that is fed by the user's configuration alone: its ValueError or OSError becomes a UserError of
+    its first line."""
     try:
         yield
     except UserError:
         raise
     except (ValueError, OSError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{what}: {first}") from error
+        raise UserError(f"{what}: {first_line(error)}") from error

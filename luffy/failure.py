@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-from luffy.errors import UserError
+from luffy.errors import UserError, first_line
 from luffy.files import write_json
 
 
@@ -29,7 +29,7 @@ class Failure:
     @classmethod
     def of(cls, error: BaseException, rank: int) -> Self:
         """Of the exception that ends `rank`."""
-        text = (str(error).strip() or type(error).__name__).splitlines()[0]
+        text = first_line(error)
         if isinstance(error, UserError):
             return cls(rank=rank, message=text, code=2)
         if isinstance(error, KeyboardInterrupt):

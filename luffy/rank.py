@@ -11,12 +11,16 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 def become_rank() -> None:
     """At the start of a rank: end with the launcher, whatever ends it."""
-    launcher = os.environ.get("LUFFY_LAUNCHER")
-    if launcher is None or not sys.platform.startswith("linux"):
-        return
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != int(launcher):  # it ended before the line above
-        os._exit(1)
+    if launcher := os.environ.get("LUFFY_LAUNCHER"):
+        end_with_parent(int(launcher))
+
+
+def end_with_parent(parent: int) -> None:
+    """Be killed when the process that started this one ends, whatever ends it. Linux; elsewhere nothing happens."""
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it ended before the line above
+            os._exit(1)
 
 
 def restarted() -> bool:

@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from luffy.errors import UserError
+from luffy.errors import UserError, first_line
 
 
 @dataclass(frozen=True)
@@ -216,5 +216,4 @@ def _download(model: str) -> Path:
     try:
         return Path(huggingface_hub.hf_hub_download(model, "config.json"))
     except (OSError, ValueError) as error:
-        why = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"plan: the config of {model!r} cannot be had from the hub: {why}") from None
+        raise UserError(f"plan: the config of {model!r} cannot be had from the hub: {first_line(error)}") from None

@@ -6,7 +6,7 @@ from typing import Any
 
 from luffy.data.load import load_problems
 from luffy.embedded import resolve_model
-from luffy.errors import UserError, user_errors
+from luffy.errors import UserError, first_line, user_errors
 from luffy.prepare.options import Options
 from luffy.prepare.sift import Sieve, question_key
 from luffy.rewards import VerifierPool
@@ -58,7 +58,7 @@ def _load(name: str) -> Any:
         # a tokenizer may lie in a folder without a model, which resolve_model refuses
         return AutoTokenizer.from_pretrained(resolve_model(name) if name.startswith("embedded:") else name)
     except (ValueError, OSError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        reason = first_line(error).rstrip(".")
         raise UserError(
             f"prepare: the tokenizer {name} that counts tokens could not be loaded ({reason}); name another with "
             "--tokenizer, a folder or embedded:smollm2-135m-instruct"

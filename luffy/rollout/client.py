@@ -4,6 +4,7 @@ from typing import Any
 
 import httpx
 
+from luffy.errors import first_line
 from luffy.rollout.engine import Completion, Ids, Span
 
 Params = dict[str, Any]
@@ -67,8 +68,9 @@ class Client:
         pairs = zip(sequence[1:], entries[1:], strict=True)
         return [entry[str(token)]["logprob"] for token, entry in pairs]
 
-    def describe(self, timeout: float = 60) -> dict[str, Any]:
-        return self._call("luffy_describe", {}, timeout)[0]
+    def describe(self) -> dict[str, Any]:
+        """What `luffy.rollout.worker` says of its model and versions."""
+        return self._call("luffy_describe", {}, 60)[0]
 
     def version(self, timeout: float = 30) -> int | None:
         """Of its weights, asked of its engine; None where nobody has said yet.
@@ -79,7 +81,7 @@ class Client:
         try:
             said = self._http.get("/weight_info", timeout=timeout).json()["weight_version"]
         except (httpx.HTTPError, ValueError, KeyError) as error:
-            raise Unreachable(f"{self.url}: {_short(error)}") from error
+            raise Unreachable(f"{self.url}: {first_line(error)}") from error
         return int(said) if said.lstrip("-").isdecimal() else None
 
     def update(self, folder: str, version: int, timeout: float, silence: float) -> list[str]:
@@ -95,7 +97,7 @@ class Client:
         self.resume()
         return _missing(found)
 
-    def pause(self, timeout: float = 60) -> None:
+    def pause(self, timeout: float) -> None:
         """Requests in flight wait."""
         self._post("/pause", {}, timeout, params={"mode": "keep"})
 
@@ -141,7 +143,7 @@ class Client:
         try:
             answer = self._http.post(path, json=body, timeout=timeout, **options)
         except httpx.HTTPError as error:
-            raise Unreachable(f"{self.url}: {_short(error)}") from error
+            raise Unreachable(f"{self.url}: {first_line(error)}") from error
         if 400 <= answer.status_code < 500:
             raise Refused(f"{self.url}{path}: {_reason(answer)}")
         if answer.status_code >= 500:
@@ -170,7 +172,3 @@ def _reason(answer: httpx.Response) -> str:
     except ValueError:
         text = answer.text
     return f"{answer.status_code} {str(text).strip().splitlines()[0] if str(text).strip() else ''}".strip()
-
-
-def _short(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

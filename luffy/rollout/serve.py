@@ -9,8 +9,9 @@ network. VLLM_API_KEY in its environment guards the generating endpoint alone.
 
 import os
 import runpy
-import signal
 import sys
+
+from luffy.rank import end_with_parent
 
 OURS = (
     *("--tokens-only", "--worker-extension-cls", "luffy.rollout.worker.WorkerExtension"),
@@ -32,20 +33,10 @@ def main() -> None:
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if parent := os.environ.pop("LUFFY_SERVER_OF", None):
-        end_with(int(parent))
+        end_with_parent(int(parent))
     os.environ["LUFFY_SERVER_PID"] = str(os.getpid())  # vLLM's other processes would outlive it (luffy.rollout.worker)
     sys.argv[1:] = arguments(sys.argv[1:])
     runpy.run_module("vllm.entrypoints.openai.api_server", run_name="__main__")
-
-
-def end_with(parent: int) -> None:
-    """Be killed when the process that started this one ends, whatever ends it. Linux."""
-    import ctypes
-
-    if sys.platform.startswith("linux"):
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if os.getppid() != parent:  # it ended before the line above
-            os._exit(1)
 
 
 if __name__ == "__main__":

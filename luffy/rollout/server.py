@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -77,7 +76,7 @@ class Server:
         assert self._process is not None
         return self._process.pid
 
-    def wait_ready(self, stop: Callable[[], bool] = lambda: False) -> None:
+    def wait_ready(self) -> None:
         """
         Raises:
             UserError: it ended, with its last error, or does not answer in time.
@@ -87,8 +86,6 @@ class Server:
                 raise UserError(f"rollout: server {self.number} did not start: {self.last_error()}; see {self.log}")
             if time.monotonic() - self.started > START_S:
                 raise UserError(f"rollout: server {self.number} does not answer after {START_S:.0f} s; see {self.log}")
-            if stop():
-                return
             time.sleep(0.2)
 
     def last_error(self) -> str:

@@ -69,7 +69,7 @@ def read_folder(folder: Path) -> Iterator[tuple[str, Tensor]]:
                 yield name, file.get_tensor(name)
 
 
-def end_with(server: int) -> None:
+def end_with_server(server: int) -> None:
     """End vLLM's engine and this worker of it when the server's process has ended: vLLM 0.32 leaves both behind, with
     the GPU's memory, where a server is killed. Linux."""
     parent, died = os.getppid(), os.pidfd_open(server)
@@ -95,7 +95,7 @@ def register() -> None:
 if _server := os.environ.get("LUFFY_SERVER_PID"):  # this process belongs to a server
     register()
     if int(_server) != os.getpid() and sys.platform == "linux":
-        end_with(int(_server))
+        end_with_server(int(_server))
 
 
 class WorkerExtension:
