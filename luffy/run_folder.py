@@ -5,7 +5,8 @@ environment.json   versions, git state, machine
 metrics.jsonl      one record a step           evals.jsonl   one record an evaluation
 samples/           what was answered in each evaluation, JSON lines
 checkpoints/       step-000040/: a Hugging Face model folder plus optimizer and loop state
-tensorboard/       the same metrics            curves.png    learning curves
+tensorboard/       the same metrics; wandb/, mlflow/, trackio/ likewise, as `log.to` says
+loggers/           how far these are           curves.png    learning curves
 result.json        written when the run is complete
 first/             the first stage of a recipe of two, a run folder of its own
 """
@@ -33,6 +34,7 @@ HARMLESS = (
     "train.hang_minutes",
     "eval.every",
     "checkpoint.",
+    "log.",
     "mesh.",
     # where and when things are computed; the run goes on to rounding, no longer bit for bit
     "model.gradient_checkpointing",
