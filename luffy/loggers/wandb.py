@@ -11,6 +11,7 @@ class Wandb:
     def __init__(self, opening: Opening) -> None:
         os.environ["WANDB_MODE"] = "online" if opening.online else "offline"
         os.environ["WANDB_ERROR_REPORTING"] = "false"  # read when the package is imported
+        os.environ.setdefault("WANDB_CACHE_DIR", str(opening.folder / "cache"))
         import wandb
 
         settings = wandb.Settings(
