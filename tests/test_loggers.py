@@ -14,6 +14,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -120,41 +121,44 @@ def of_wandb(run: Path) -> Points:
     return found
 
 
-def of_mlflow(run: Path) -> Points:
-    from mlflow import MlflowClient
-
-    client = MlflowClient(f"sqlite:///{run / 'mlflow' / 'mlflow.db'}")
-    experiment = client.get_experiment_by_name("luffy")
-    [only] = client.search_runs([experiment.experiment_id])
-    assert (only.info.run_name, only.info.status) == ("run", "FINISHED")
-    assert only.data.params["objective.name"] == "luffy"
-    found: Points = defaultdict(list)
-    for key in only.data.metrics:
-        for point in client.get_metric_history(only.info.run_id, key):
-            found[key, point.step].append(point.value)
-    return found
-
-
-def of_trackio(run: Path) -> Points:
-    """In a process of its own: the library looks for its folder when it is imported."""
-    code = """
-import json
+MLFLOW = """
+from mlflow import MlflowClient
+client = MlflowClient("sqlite:///mlflow/mlflow.db")
+[run] = client.search_runs([client.get_experiment_by_name("luffy").experiment_id])
+assert (run.info.run_name, run.info.status) == ("run", "FINISHED")
+assert run.data.params["objective.name"] == "luffy"
+points = [point for key in run.data.metrics for point in client.get_metric_history(run.info.run_id, key)]
+found = [(point.key, point.step, point.value) for point in points]
+"""
+TRACKIO = """
+import os
+os.environ["TRACKIO_DIR"] = os.path.abspath("trackio")
 from trackio.sqlite_storage import SQLiteStorage
 [run] = SQLiteStorage.get_runs("luffy")
 assert SQLiteStorage.get_run_config("luffy", run)["objective"]["name"] == "luffy"
-print("\\n" + json.dumps(SQLiteStorage.get_logs("luffy", run)))
+records = SQLiteStorage.get_logs("luffy", run)
+found = [(key, r["step"], r[key]) for r in records for key in r.keys() - {"step", "timestamp"}]
 """
-    env = os.environ | {"TRACKIO_DIR": str(run / "trackio")}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+
+
+def read_by(code: str, run: Path) -> Points:
+    """In a process of its own: these libraries keep a database open, and look for it once."""
+    code += "\nimport json\nprint('\\n' + json.dumps(found))"
+    env = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=run, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found: Points = defaultdict(list)
-    for record in json.loads(done.stdout.splitlines()[-1]):
-        for key in record.keys() - {"step", "timestamp"}:
-            found[key, record["step"]].append(record[key])
+    for key, step, value in json.loads(done.stdout.splitlines()[-1]):
+        found[key, step].append(value)
     return found
 
 
-READERS = {"tensorboard": of_tensorboard, "wandb": of_wandb, "mlflow": of_mlflow, "trackio": of_trackio}
+READERS = {
+    "tensorboard": of_tensorboard,
+    "wandb": of_wandb,
+    "mlflow": partial(read_by, MLFLOW),
+    "trackio": partial(read_by, TRACKIO),
+}
 
 
 def assert_has_everything(run: Path, name: str) -> None:
