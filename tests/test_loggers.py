@@ -352,15 +352,14 @@ print([name for name in ("wandb", "mlflow", "trackio", "tensorboard") if name in
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(580)
 def test_a_real_training_with_all_of_them(tmp_path):
     make_model(tmp_path / "model")
-    options = arguments(tmp_path / "run", tmp_path / "model", log__to=",".join(INSTALLED))
-    done = luffy(*options, "--train.steps=2", "--name=run", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "warning" not in done.stdout
-    for name in INSTALLED:
-        assert_has_everything(tmp_path / "run", name)
-    done = luffy(*options, "--resume", "--train.steps=4", "--name=run", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
-    for name in INSTALLED:
-        assert_has_everything(tmp_path / "run", name)
+    for minutes, more, last in ((1e-6, [], 1), (1000, ["--resume"], 2)):  # as a run is stopped by its time
+        options = {"log__to": ",".join(INSTALLED), "train__steps": 2, "train__max_minutes": minutes, "name": "run"}
+        done = luffy(*arguments(tmp_path / "run", tmp_path / "model", *more, **options), cwd=tmp_path)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert "warning" not in done.stdout
+        for name in INSTALLED:
+            assert_has_everything(tmp_path / "run", name)
+        assert expected(tmp_path / "run")["log/lost", last] == [0.0]
