@@ -32,7 +32,11 @@ from luffy.run_folder import RunFolder
 
 EVERY = [
     pytest.param(
-        name, marks=pytest.mark.skipif(find_spec(name) is None, reason=f'needs the package: pip install "{name}"')
+        name,
+        marks=[
+            pytest.mark.skipif(find_spec(name) is None, reason=f'needs the package: pip install "{name}"'),
+            *([pytest.mark.slow] if name == "mlflow" else []),  # takes half a minute to import, each time
+        ],
     )
     for name in SINKS
 ]
