@@ -6,7 +6,8 @@ metrics.jsonl      one record a step           evals.jsonl   one record an evalu
 samples/           what was answered in each evaluation, JSON lines
 tokens/            what the policy said of the tokens of a few groups at each evaluation (`luffy.token_records`)
 checkpoints/       step-000040/: a Hugging Face model folder plus optimizer and loop state
-tensorboard/       the same metrics            curves.png    learning curves
+tensorboard/       the same metrics; wandb/, mlflow/, trackio/ likewise, as `log.to` says
+loggers/           how far these are           curves.png    learning curves
 result.json        written when the run is complete
 first/             the first stage of a recipe of two, a run folder of its own
 """
@@ -35,6 +36,7 @@ HARMLESS = (
     "eval.every",
     "eval.token_groups",
     "checkpoint.",
+    "log.",
     "mesh.",
     # where and when things are computed; the run goes on to rounding, no longer bit for bit
     "model.gradient_checkpointing",

@@ -18,6 +18,7 @@ from luffy.dtypes import dtype_of
 from luffy.errors import UserError, user_errors
 from luffy.interrupt import StopOnInterrupt
 from luffy.load import empty_lm, identity, load_weights, read_config
+from luffy.loggers.started import Loggers, check
 from luffy.metrics import MetricsLog, NoLog
 from luffy.model import Policy, shard
 from luffy.networks import Network, make_networks
@@ -68,6 +69,8 @@ class Trainer:
     log: MetricsLog | NoLog
     evals: MetricsLog | NoLog
     tokens: TokenRecords
+    loggers: Loggers
+    """Of the rank that writes; the others have none."""
     resources: ExitStack
     """Closes the folder's lock, the logs, the verifier, the engine and the process group, newest first."""
     version: int = 0
@@ -122,6 +125,7 @@ def _set_up(
 ) -> tuple[Trainer, dict[str, Any], Ledger]:
     if world.is_main:
         run.check(config, resume)
+        check(config.log)
     path = base = resolve(config.model)
     template = load_template(path, config.model)
     training = load_examples(
@@ -233,9 +237,10 @@ def _set_up(
         checkpoints=resources.enter_context(closing(checkpoints)),
         watch=watch,
         stop=stop,
-        log=open_log(run.metrics, run.path / "tensorboard", loop["step"], world, resources),
-        evals=open_log(run.evals, run.path / "tensorboard" / "evals", loop["step"], world, resources),
+        log=open_log(run.metrics, loop["step"], world, resources),
+        evals=open_log(run.evals, loop["step"], world, resources),
         tokens=TokenRecords(run.tokens, config.eval.token_groups),
+        loggers=resources.enter_context(closing(Loggers(run.path, config.log.to if world.is_main else []))),
         resources=resources,
         version=loop["updates"],
     )
@@ -250,5 +255,5 @@ def from_batches(state: dict[str, Any]) -> dict[str, Any]:
     return {name: state[name] for name in ("n", "batch_size", "seed")} | {"low": low, "beyond": []}
 
 
-def open_log(path: Path, tensorboard: Path, step: int, world: World, resources: ExitStack) -> MetricsLog | NoLog:
-    return resources.enter_context(closing(MetricsLog(path, tensorboard, step))) if world.is_main else NoLog()
+def open_log(path: Path, step: int, world: World, resources: ExitStack) -> MetricsLog | NoLog:
+    return resources.enter_context(closing(MetricsLog(path, step))) if world.is_main else NoLog()
