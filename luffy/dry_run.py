@@ -151,7 +151,8 @@ def _step(config: Config, objective: Objective, examples: list[Example]) -> dict
         "updates": config.train.updates_per_step,
         "tokens_per_micro": config.train.tokens_per_micro,
         "mean_prompt_tokens": prompt,
-        "mean_answer_tokens": (fmean(rollouts) * assumed + fmean(trace_tokens)) / max(fmean(rollouts) + fmean(traces), 1),
+        "mean_answer_tokens": (fmean(rollouts) * assumed + fmean(trace_tokens))
+        / max(fmean(rollouts) + fmean(traces), 1),
         "longest_prompt_tokens": max(len(example.prompt_ids) for example in examples),
         "longest_trace_tokens": max((len(trace) for example in examples for trace in example.traces), default=0),
     }
