@@ -99,9 +99,7 @@ def shared_memory(folder: str = "/dev/shm") -> Finding:
         return Finding("shared mem", "none")
     size = shutil.disk_usage(folder).total / GIB
     few = (
-        ""
-        if size >= LEAST_SHARED
-        else "ranks and vLLM talk through it: start the container with --ipc=host, or --shm-size=8g"
+        "" if size >= LEAST_SHARED else "ranks and vLLM talk through it: give the container --ipc=host or --shm-size=8g"
     )
     return Finding("shared mem", f"{size:.1f} GiB (/dev/shm)", few)
 
