@@ -22,7 +22,7 @@ from luffy.reporting.command import add_report
 
 EXIT_CODES = {
     0: "done",
-    1: "data check or doctor found something wrong, or a command failed for want of something that nobody foresaw",
+    1: "data check or doctor found something wrong; or a bug of ours, with a traceback",
     2: "something to mend, said in one sentence on stderr",
     130: "interrupted by Ctrl-C; training has saved, unless it was pressed twice",
 }

@@ -139,6 +139,7 @@ def _step(config: Config, objective: Objective, examples: list[Example]) -> dict
         trace_tokens.append(shown * fmean(may) if may else 0.0)
         most = max(most, len(example.prompt_ids) + rollouts[-1] * longest + sum(sorted(may)[-shown:] if shown else []))
     prompt = fmean(len(example.prompt_ids) for example in examples)
+    rows = fmean(rollouts) + fmean(traces) or 1
     tokens = prompts * (prompt + fmean(rollouts) * assumed + fmean(trace_tokens))
     return {
         "groups": prompts,
@@ -151,8 +152,7 @@ def _step(config: Config, objective: Objective, examples: list[Example]) -> dict
         "updates": config.train.updates_per_step,
         "tokens_per_micro": config.train.tokens_per_micro,
         "mean_prompt_tokens": prompt,
-        "mean_answer_tokens": (fmean(rollouts) * assumed + fmean(trace_tokens))
-        / max(fmean(rollouts) + fmean(traces), 1),
+        "mean_answer_tokens": (fmean(rollouts) * assumed + fmean(trace_tokens)) / rows,
         "longest_prompt_tokens": max(len(example.prompt_ids) for example in examples),
         "longest_trace_tokens": max((len(trace) for example in examples for trace in example.traces), default=0),
     }

@@ -14,7 +14,7 @@ PAGE = 13
 def lines(found: dict[str, Any]) -> Iterator[str]:
     """found: of `luffy.dry_run.plan`."""
     stages = found["stages"]
-    yield f"dry run of {found['recipe']}: nothing is trained, no weights are loaded, nothing is written to the run folder"
+    yield f"dry run of {found['recipe']}: nothing is trained, no weights are loaded, the run folder stays as it is"
     for number, stage in enumerate(stages, 1):
         of = f"stage {number} of {len(stages)}: " if len(stages) > 1 else ""
         yield ""

@@ -74,7 +74,7 @@ def open_model(
 
 
 def set_template(model: "ModelConfig", template: str | None) -> None:
-    """Let its prompts be written as one of `STYLES`, or as the recipe of one of `TEMPLATES` has them; None: as it is."""
+    """How its prompts are written: as one of `STYLES`, or as the recipe of one of `TEMPLATES` says; None: as it is."""
     from luffy.config import load_config
 
     if template in TEMPLATES:

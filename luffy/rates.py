@@ -30,8 +30,8 @@ def machine_here(dtype: str) -> tuple[Machine, str]:
         f"{flops / 1e9:,.0f} GFLOP/s of products, {bandwidth / 1e9:.1f} GB/s of copies"
     )
     # ranks of one CPU talk through its memory
-    there = {"flops": flops, "bandwidth": bandwidth, "link": bandwidth, "network": bandwidth, "host": bandwidth}
-    return replace(find_machine("cpu"), **there), said
+    machine = replace(find_machine("cpu"), flops=flops, bandwidth=bandwidth)
+    return replace(machine, link=bandwidth, network=bandwidth, host=bandwidth), said
 
 
 def cpu_rates(dtype: str) -> tuple[float, float]:

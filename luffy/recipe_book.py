@@ -135,7 +135,7 @@ def _shown(value: Any, most: int = 48) -> str:
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
-def _print_table(head: list[str], rows: list[tuple[str, ...]]) -> None:
+def _print_table(head: list[str], rows: Sequence[tuple[str, ...]]) -> None:
     widths = [max(len(row[at]) for row in [tuple(head), *rows]) for at in range(len(head))]
     for row in [tuple(head), *rows]:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

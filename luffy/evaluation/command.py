@@ -47,7 +47,7 @@ def add_eval(commands: Any) -> None:
     add_problems(parser, "rows of each")
     add_sampling(parser, models=True)
     parser.add_argument(
-        "--pass-at", type=positive, nargs="+", default=[], metavar="K", help="unbiased pass@k (at most --n)"
+        "--pass-at", type=positive, nargs="+", default=[], metavar="K", help="unbiased pass@k, k up to --n"
     )
     parser.add_argument("--servers", type=positive, metavar="N", help="start so many vLLM servers and ask them all")
     parser.add_argument("--devices", nargs="+", default=[], metavar="D", help="CUDA_VISIBLE_DEVICES of each: 0,1 2,3")
