@@ -83,4 +83,5 @@ class Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         from luffy.versions import installed
 
-        parser.exit(message=f"luffy-rl {installed('luffy-rl') or 'of a source tree that is not installed'}\n")
+        print(f"luffy-rl {installed('luffy-rl') or 'of a source tree that is not installed'}")
+        parser.exit()

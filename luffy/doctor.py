@@ -26,7 +26,7 @@ UNVERIFIED = (
 
 RELEVANT = ("LUFFY_", "CUDA_", "HF_", "NCCL_", "TORCH", "TRITON_", "VLLM_", "OMP_", "MASTER_", "SLURM_")
 """Beginnings of environment variables that change what happens."""
-_PATH = re.compile(r"(?<![\w.:])(?!/dev/shm)~?(?:/[\w.@+-]+){2,}/?")
+_PATH = re.compile(r"(?<![\w.:/])(?!/dev/shm)~?(?:/[\w.@+-]+){2,}/?")
 
 
 def examine() -> list[Finding]:
