@@ -76,7 +76,6 @@ def test_nothing_is_trained_or_written(home, said):
         "new, training begins with step 1",
         "kept 2000 of 2000 problems",
         "8 groups, 32 rows",
-        "before and after",
     ):
         assert words in done.stdout
     assert done.stderr == ""

@@ -1,4 +1,4 @@
-"""What commands print: results on stdout, the rest on stderr, JSON that is one document, colours where they are wanted."""
+"""What commands print: results on stdout, the rest on stderr, JSON as one document, colours where they are wanted."""
 
 import json
 import os
@@ -48,7 +48,7 @@ def home(tmp_path_factory) -> Path:
         (("doctor", "--json"), "findings"),
         (("data", "check", "sums.jsonl", "--model", "model", "--json"), "wrong"),
         (
-            ("data", "prepare", "sums.jsonl", "--traces", "0", "--out", "made", "--tokenizer", "model", "--json"),
+            ("data", "prepare", "sums.jsonl", "--traces=0", "--out=made", "--tokenizer=model", "--json"),
             "problems",
         ),
         (("train", "quickstart", "--run-dir", "run", "--resume", "--json"), "run_folder"),
