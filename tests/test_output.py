@@ -31,8 +31,8 @@ def home(tmp_path_factory) -> Path:
     write_json(
         run / "result.json", result | {"before": [score], "after": [score], "checkpoint": "checkpoints/step-000044"}
     )
-    for name in ("metrics.jsonl", "evals.jsonl"):
-        (run / name).write_text("")
+    (run / "metrics.jsonl").write_text(json.dumps({"step": 1, "on_off_metrics/off_score": 0.0}) + "\n")
+    (run / "evals.jsonl").write_text("")
     return home
 
 
@@ -60,6 +60,8 @@ def test_json_is_one_document(home, command, key):
     assert done.returncode in (0, 1), done.stderr[-2000:]
     found = json.loads(done.stdout)
     assert found
+    if command[0] == "report":
+        assert found["findings"]["run"][0]["cause"] == "a verifier that turns down verified traces"
     if key:
         assert key in found
     else:
