@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from tiny import ROOT, luffy, make_model
 
+from luffy.cli import main
 from luffy.run_folder import RunFolder
 
 
@@ -98,36 +99,56 @@ def test_other_machines(home):
     assert "--dry-run" in refused.stderr
 
 
-def test_what_training_would_refuse(home):
+@pytest.fixture
+def here(home, monkeypatch, capsys):
+    """A command in this process, as starting ten takes long: (exit code, stdout, last line of stderr)."""
+    monkeypatch.chdir(home)
+    monkeypatch.setenv("LUFFY_CACHE", str(home / "cache"))
+
+    def run(*more: str, folder: str = "run") -> tuple[int, str, str]:
+        code = main(["train", "quickstart", "--run-dir", folder, "--model.name", str(home / "model"), *more])
+        said = capsys.readouterr()
+        return code, said.out, (said.err.splitlines() or [""])[-1]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--data.max_prompt_tokens", "5"],
+        ["--optim.lrr", "1"],
+        ["--data.problems.train", "3"],
+        ["--reward.grader", "oracle"],
+        ["--train.tokens_per_micro", "20"],
+    ],
+)
+def test_what_training_would_refuse(here, options):
     """In the same words."""
-    for options in (["--data.max_prompt_tokens", "5"], ["--optim.lrr", "1"], ["--data.problems.train", "3"],
-                    ["--reward.grader", "oracle"], ["--train.tokens_per_micro", "20"]):  # fmt: skip
-        planned, trained = (
-            dry(home, *options),
-            luffy("train", "quickstart", "--run-dir", "run", "--model.name", home / "model", *options, cwd=home),
-        )
-        assert planned.returncode == trained.returncode == 2
-        assert planned.stderr == trained.stderr.splitlines(keepends=True)[-1]
+    planned, trained = here(*options, "--dry-run"), here(*options)
+    assert planned == trained
+    assert planned[0] == 2
+    assert planned[2].startswith("luffy: ")
 
 
-def test_the_state_of_the_run_folder(home):
+def test_the_state_of_the_run_folder(home, here):
     shown = luffy("recipes", "show", "quickstart", cwd=home).stdout
     run = home / "held"
     run.mkdir()
     (run / "config.toml").write_text(shown.replace("embedded:smollm2-135m-instruct", str(home / "model")))
-    refused = dry(home, run="held")
-    assert refused.returncode == 2
-    assert "already holds a run; pass --resume" in refused.stderr
+    code, _, refused = here("--dry-run", folder="held")
+    assert code == 2
+    assert "already holds a run; pass --resume" in refused
     lines = [json.dumps({"step": n, "timing_s/step": s}) + "\n" for n, s in enumerate((90.0, 50.0, 8.0, 9.0, 10.0), 1)]
     (run / "metrics.jsonl").write_text("".join(lines))
-    begun = dry(home, "--resume", run="held")
-    assert "holds a run without a checkpoint; --resume begins with step 1" in begun.stdout
-    assert "a step took 9 s so far (measured, median of this run)" in begun.stdout
+    _, begun, _ = here("--dry-run", "--resume", folder="held")
+    assert "holds a run without a checkpoint; --resume begins with step 1" in begun
+    assert "a step took 9 s so far (measured, median of this run)" in begun
     with RunFolder(run).lock():
-        assert "another process is training" in dry(home, "--resume", run="held").stderr
+        assert "another process is training" in here("--dry-run", "--resume", folder="held")[2]
     asked = {"steps": 44, "max_minutes": 11.5}
     (run / "result.json").write_text(json.dumps({"asked": asked}))
-    stage = json.loads(dry(home, "--resume", "--json", run="held").stdout)["stages"][0]
+    stage = json.loads(here("--dry-run", "--resume", "--json", folder="held")[1])["stages"][0]
     assert stage["state"]["state"] == "complete"
     assert stage["seconds"]["steps_left"] == 0
 
