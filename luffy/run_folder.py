@@ -134,8 +134,27 @@ class RunFolder:
             held.close()
             if error.errno not in (errno.EAGAIN, errno.EACCES):
                 raise
-            raise UserError(f"train: another process is training in {self.path}; wait for it, or stop it") from error
+            raise UserError(self._busy) from error
         return held
+
+    def refuse_other_process(self) -> None:
+        """As `lock`, without holding or writing anything.
+
+        Raises:
+            UserError: another process trains in it.
+        """
+        file = self.path / ".lock"
+        if not file.exists():
+            return
+        with file.open() as held:
+            try:
+                fcntl.flock(held, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError as error:
+                raise UserError(self._busy) from error
+
+    @property
+    def _busy(self) -> str:
+        return f"train: another process is training in {self.path}; wait for it, or stop it"
 
     def recover(self) -> None:
         """Tidy up what a kill left half written; only in the locked folder."""

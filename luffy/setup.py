@@ -9,7 +9,7 @@ import torch
 from torch.optim import Optimizer
 
 from luffy import checkpoint, distributed, lora, optim
-from luffy.checks import check_body, check_lengths
+from luffy.checks import check_model
 from luffy.config import Config
 from luffy.console import say
 from luffy.data import Example, Ledger, Stream
@@ -29,16 +29,7 @@ from luffy.rewards import VerifierPool
 from luffy.rollout import make_engine
 from luffy.rollout.engine import Engine
 from luffy.run_folder import RunFolder
-from luffy.sequence import check_heads
-from luffy.sources import (
-    check_overlap,
-    evaluation_sources,
-    load_examples,
-    load_template,
-    load_validation,
-    resolve,
-    training_source,
-)
+from luffy.sources import load_sets, load_template, resolve
 from luffy.token_records import TokenRecords
 from luffy.watchdog import Watchdog
 
@@ -128,22 +119,11 @@ def _set_up(
         check(config.log)
     path = base = resolve(config.model)
     template = load_template(path, config.model)
-    training = load_examples(
-        training_source(config), template, config, split=config.data.split, limit=config.data.limit
-    )
-    say(f"problems: {training.report}")
-    heldout = {}
-    for name, source in evaluation_sources(config).items():
-        loaded = load_examples(source, template, config, split=config.eval.split)
-        heldout[name] = loaded.examples
-        if loaded.report.prompts_too_long:
-            say(f"{name}: {loaded.report}")
-    validation = load_validation(config, template, heldout)
-    judged = heldout | ({"eval.validation": validation} if validation else {})
-    if said := check_overlap(config, training.examples, judged):
-        say(f"warning: {said}")
-    if not heldout and not validation:
-        say("no held-out problems: set eval.path to measure accuracy before, during and after")
+    sets = load_sets(config, template)
+    say(f"problems: {sets.training.report}")
+    for note in sets.notes:
+        say(note)
+    training, validation = sets.training, sets.validation
     with user_errors("train"):
         ledger = Ledger(Stream(len(training.examples), config.train.prompts_per_step, config.train.seed))
         verifier = resources.enter_context(
@@ -162,11 +142,7 @@ def _set_up(
 
     watch.phase("load")
     described = read_config(path, config.model)
-    check_heads(described, world.sequence_ranks)
-    check_body(described)
-    objective = make_objective(config.objective)
-    objective.prepare(training.examples)
-    max_model_len = check_lengths(config, objective, training.examples, described)
+    objective, max_model_len = check_model(config, described, training.examples)
     keep_freed_memory()
     torch.manual_seed(config.train.seed)
     adapts = config.model.lora.rank is not None
@@ -226,7 +202,7 @@ def _set_up(
         device=world.device,
         template=template,
         examples=training.examples,
-        heldout=heldout,
+        heldout=sets.heldout,
         validation=validation,
         objective=objective,
         policy=policy,

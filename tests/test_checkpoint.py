@@ -80,7 +80,7 @@ def names(folder: Path) -> list[str]:
 
 
 def one_line(capsys) -> str:
-    return " ".join(capsys.readouterr().out.split())
+    return " ".join(capsys.readouterr().err.split())
 
 
 def test_a_checkpoint_is_a_model_folder_and_restores_the_optimizer(trained, write):
