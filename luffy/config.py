@@ -274,6 +274,18 @@ class CheckpointConfig(Section):
     """Newest checkpoints to keep, one of them to fall back to; with `eval.validation` the best one stays too."""
 
 
+class LogConfig(Section):
+    """Where metrics go besides metrics.jsonl; see docs/metrics.md."""
+
+    to: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = ["tensorboard"]
+    """Loggers; each writes into the run folder. All but TensorBoard need the extra of their name."""
+    online: list[Literal["wandb", "mlflow", "trackio"]] = []
+    """Those of them that send to where the environment says (WANDB_*, MLFLOW_TRACKING_URI, TRACKIO_SPACE_ID, ...)
+    instead. Of the others nothing leaves the machine, whatever the environment says."""
+    project: Annotated[str, Field(pattern=r"^[\w.-]+$")] = "luffy"
+    """What the loggers call the runs that belong together; the run's own name is `name`."""
+
+
 class Config(BaseSettings):
     model_config = SettingsConfigDict(extra="forbid", use_attribute_docstrings=True)
 
@@ -291,6 +303,7 @@ class Config(BaseSettings):
     mesh: MeshConfig = MeshConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
 
     @model_validator(mode="after")
     def _consistent(self) -> "Config":
@@ -331,6 +344,8 @@ class Config(BaseSettings):
                 f'correction.kind must be "none" with {self.objective.name}, which itself weighs by the same ratio, '
                 f'got "{self.correction.kind}"'
             )
+        if stray := sorted(set(self.log.online) - set(self.log.to)):
+            raise ValueError(f"log.online must be among log.to, got {', '.join(stray)}")
         low, high = self.correction.bounds
         if not low < high:
             raise ValueError(f"correction.low must be below correction.high, got {low} and {high}")

@@ -90,6 +90,7 @@ def train_steps(t: Trainer, loop: dict[str, Any], ledger: Ledger) -> dict[str, A
                 record = record_step(t, loop, parts, metrics, phases) | behind | counts | taught | t.objective.metrics()
                 if config.rollout.engine != "replay":
                     check_engine(record)
+                record |= t.loggers.counts()
                 if t.world.is_main:
                     timeline.append(t.run.timeline, step, phases.events)
                 t.log.write(step, record)

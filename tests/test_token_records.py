@@ -56,11 +56,9 @@ def test_the_same_groups_are_watched_and_fresh_ones_join(home):
         assert len({line["group"] for line in fresh}) == 2
 
 
-@pytest.mark.parametrize("step", [0, 2, 4])
-def test_numbers_are_those_of_the_weights_at_that_step(home, step):
-    """An independent pass of transformers in float64 over prompt and answer, and LUFFY's formulas."""
-    run = home / "whole"
-    folder = run / "checkpoints" / f"step-{step:06d}" if step else home / "model"
+def assert_true(run: Path, step: int, folder: Path) -> None:
+    """What was recorded at a step, against an independent pass of transformers in float64 over prompt and answer by the
+    weights in `folder`, and against LUFFY's formulas."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
     config = load_config(str(run / "config.toml"))
     template = load_template(resolve(config.model), config.model)
@@ -80,6 +78,23 @@ def test_numbers_are_those_of_the_weights_at_that_step(home, step):
         torch.testing.assert_close(torch.tensor(line["slope"]), (-advantage * shaping).float(), atol=1e-5, rtol=1e-4)
         compared += line["is_trace"]
     assert compared, "no trace was compared"
+
+
+@pytest.mark.parametrize("step", [0, 2, 4])
+def test_numbers_are_those_of_the_weights_at_that_step(home, step):
+    run = home / "whole"
+    assert_true(run, step, run / "checkpoints" / f"step-{step:06d}" if step else home / "model")
+
+
+def test_two_ranks_that_share_sequences_record_the_same(home, tmp_path):
+    options = {"train__steps": 1, "mesh__sequence": 2, "reward__grader": "number"}
+    done = luffy(*arguments(tmp_path / "two", home / "model", "--nproc-per-node", "2", **options), cwd=home)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for step, folder in ((0, home / "model"), (1, tmp_path / "two" / "checkpoints" / "step-000001")):
+        assert_true(tmp_path / "two", step, folder)
+    assert [line["example"] for line in lines(tmp_path / "two", 0)] == [
+        line["example"] for line in lines(home / "whole", 0)
+    ]
 
 
 def test_what_is_stored_of_a_row(home):
