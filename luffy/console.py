@@ -11,7 +11,9 @@ import warnings
 from typing import Any, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn
+
+from luffy.rank import speaks
 
 console = Console(highlight=False, soft_wrap=True)
 """Of results."""
@@ -55,7 +57,7 @@ def quiet_libraries() -> None:
 
 def say(text: str) -> None:
     """Progress, or a warning; once for all ranks."""
-    if os.environ.get("RANK", "0") == "0":
+    if speaks():
         progress.print(text, markup=False)
 
 
@@ -64,22 +66,39 @@ def tell(text: str) -> None:
     console.print(text, markup=False)
 
 
-class StepProgress:
+class Bar:
+    """A bar that is drawn inside the `with`, where progress may be drawn; elsewhere whoever has it says lines.
+
+    more: columns behind the count, before the words of `draw`.
+    """
+
+    def __init__(self, name: str, total: int, done: int, *more: ProgressColumn) -> None:
+        self.live = is_live() and speaks()
+        counted = (TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn())
+        self._drawn = Progress(*counted, *more, TextColumn("{task.fields[info]}"), console=progress)
+        self._task = self._drawn.add_task(name, total=total, completed=done, info="")
+
+    def draw(self, done: int, info: str) -> None:
+        """So much of the total, and words behind it."""
+        self._drawn.update(self._task, completed=done, info=info)
+
+    def __enter__(self) -> Self:
+        if self.live:
+            self._drawn.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.live:
+            self._drawn.stop()
+
+
+class StepProgress(Bar):
     """Progress over training steps: step, reward, held-out accuracy, tokens/s, time left."""
 
     def __init__(self, total: int, start: int) -> None:
-        self._live = is_live() and os.environ.get("RANK", "0") == "0"
+        super().__init__("training", total, start, TimeElapsedColumn())
         self._total, self._first, self._began = total, start, time.monotonic()
         self._accuracy: float | None = None
-        self._progress = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[info]}"),
-            console=progress,
-        )
-        self._task = self._progress.add_task("training", total=total, completed=start, info="")
 
     def accuracy(self, value: float) -> None:
         self._accuracy = value
@@ -97,19 +116,10 @@ class StepProgress:
             f"{record.get('timing_s/step', 0):.1f} s",
             f"left {left / 60:.1f} min",
         ]
-        if self._live:
-            self._progress.update(self._task, completed=step, info="  ".join(parts))
+        if self.live:
+            self.draw(step, "  ".join(parts))
         else:
             say(f"step {step}/{self._total}  " + "  ".join(parts))
-
-    def __enter__(self) -> Self:
-        if self._live:
-            self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._live:
-            self._progress.stop()
 
 
 def _number(value: float | None) -> str:

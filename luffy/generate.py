@@ -183,7 +183,7 @@ def run_file(args: argparse.Namespace) -> int:
 
     from luffy.console import print_json
     from luffy.evaluation.answers import Sampling, Store, sample
-    from luffy.evaluation.progress import Asking
+    from luffy.evaluation.progress import QuestionProgress
     from luffy.evaluation.questions import Question
     from luffy.files import disk_errors, new_file
     from luffy.load import identity
@@ -201,7 +201,7 @@ def run_file(args: argparse.Namespace) -> int:
     with Store(partial, about) as store:
         if left := sum(question not in store for question in questions):
             context = max(len(question.prompt_ids) for question in questions) + args.max_tokens
-            with start_engine(opened, context) as engine, Asking("answers", len(questions), left) as progress:
+            with start_engine(opened, context) as engine, QuestionProgress("answers", len(questions), left) as progress:
                 try:
                     sample(engine, opened.template, questions, sampling, store, lambda *_: progress.add(None))
                 except KeyboardInterrupt:

@@ -4,6 +4,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,29 @@ def test_nothing_imports_tests_or_bench_or_scripts():
     assert offenders({"tests", "bench", "scripts"}, "luffy/") == []
 
 
+def needs() -> dict[str, set[str]]:
+    """Module of luffy -> those that it imports before anything of it can be used."""
+    paths = [path.relative_to(ROOT).with_suffix("") for path in SOURCES if path.is_relative_to(ROOT / "luffy")]
+    files = {".".join(path.parts).removesuffix(".__init__"): ROOT / f"{path}.py" for path in paths}
+    found: dict[str, set[str]] = {name: set() for name in files}
+    for name, path in files.items():
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ImportFrom) and node.module:
+                inner = {f"{node.module}.{alias.name}" for alias in node.names}
+                found[name] |= {one if one in files else node.module for one in inner} & files.keys()
+    return found
+
+
+def test_the_modules_of_luffy_import_each_other_in_one_direction():
+    assert sum(map(len, needs().values())) > len(needs())
+    TopologicalSorter(needs()).prepare()  # raises CycleError, with the modules in a row
+
+
+def test_answers_are_judged_without_another_room():
+    others = {one for name, all_of in needs().items() if name.startswith("luffy.rewards") for one in all_of}
+    assert {one for one in others if not one.startswith("luffy.rewards.")} == {"luffy.errors"}
+
+
 def test_nothing_can_be_taken_for_the_package_called_kernels():
     """transformers imports names from a module `kernels` if one looks installed: ours must never look like it."""
     assert not (ROOT / "kernels" / "__init__.py").exists()
@@ -79,6 +103,9 @@ def test_sources_are_ascii():
     [
         ("luffy_kernels", ("transformers", "vllm", "triton", "luffy")),
         ("luffy.config", ("torch", "transformers", "vllm", "luffy_kernels")),
+        ("luffy.data", ("torch", "transformers", "vllm", "luffy_kernels")),
+        ("luffy.problems", ("torch", "transformers", "vllm", "luffy_kernels")),
+        ("luffy.rewards", ("torch", "transformers", "vllm", "luffy_kernels")),
         ("luffy.embedded", ("torch", "transformers", "vllm", "gguf")),
     ],
 )

@@ -262,7 +262,7 @@ def evaluate_model(
     """Scores of each benchmark, and the graded answers that they are made of."""
     from luffy.console import say
     from luffy.evaluation.answers import Store, sample
-    from luffy.evaluation.progress import Asking
+    from luffy.evaluation.progress import QuestionProgress
     from luffy.evaluation.scores import grade, scores
     from luffy.load import identity
 
@@ -287,7 +287,7 @@ def evaluate_model(
             grader = graders[name]
             asked = [pools[grader], *(pools[other] for other in dict.fromkeys(args.compare) if other != grader)]
             if engine is not None and left[name]:
-                with ThreadPoolExecutor(1) as grading, Asking(name, len(questions), left[name]) as progress:
+                with ThreadPoolExecutor(1) as grading, QuestionProgress(name, len(questions), left[name]) as progress:
 
                     def answered(question: Any, answers: Any, progress: Any = progress, pool: Any = asked[0]) -> None:
                         grading.submit(lambda: progress.add(grade([question], [answers], [pool], opened)[0].accuracy))
