@@ -78,9 +78,8 @@ def catalogue() -> str:
     for module, names in modules.items():
         lines += [f"## {', '.join(names)}", "", (import_module(module).__doc__ or "").strip(), ""]
         for name in names:
-            lines += (
-                [f"Options of `{name}`, with `objective.` before them:", ""] if len(names) > 1 else ["Options:", ""]
-            )
+            whose = f"Options of `{name}`" if len(names) > 1 else "Options"
+            lines += [f"{whose}, with `objective.` before them:", ""]
             lines += [*_table(find(name).Options.model_fields, without=("name",)), ""]
     return "\n".join(lines)
 

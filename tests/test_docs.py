@@ -1,4 +1,4 @@
-"""README and docs: their code runs, their commands are ones, their links lead somewhere, their pages need no network."""
+"""README and docs: code runs, commands are ones, links lead somewhere, and the site's pages need no network."""
 
 import argparse
 import ast
@@ -198,11 +198,10 @@ def parse_only(given: list[str], monkeypatch) -> None:
         patch.setattr(argparse.ArgumentParser, "parse_args", parse)
         patch.setattr(sys, "argv", ["", *given[2 if given[0] == "-m" else 1 :]])
         patch.syspath_prepend(str(ROOT))
+        module = given[0] == "-m"
+        run, what = (runpy.run_module, given[1]) if module else (runpy.run_path, str(ROOT / given[0]))
         with pytest.raises(Parsed):
-            if given[0] == "-m":
-                runpy.run_module(given[1], run_name="__main__")
-            else:
-                runpy.run_path(str(ROOT / given[0]), run_name="__main__")
+            run(what, run_name="__main__")
 
 
 def check_script(given: list[str]) -> None:
@@ -220,6 +219,55 @@ def check_pip(given: list[str]) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     for name, extras in re.findall(r"(\S*luffy-rl|\.)\[([\w,-]+)\]", " ".join(given)):
         assert set(extras.split(",")) <= project["optional-dependencies"].keys(), name
+
+
+# ---------------------------------------------------------------- what pages show of the code
+
+
+def test_an_objective_and_a_grader_of_ones_own(place, monkeypatch):
+    """What docs/objectives.md and docs/architecture.md show is found where they say."""
+    from luffy.objectives import find
+    from luffy.rewards.graders import find_grader
+
+    folder = place(ROOT / "docs/objectives.md")
+    place(ROOT / "docs/architecture.md")
+    monkeypatch.syspath_prepend(str(folder))
+    assert find("mine:Brief").Options().halves_after == 512.0
+    lenient = find_grader("mine_too:lenient")
+    assert [lenient(said, "4") for said in ("\\boxed{4}", "\\boxed{5}", "4")] == [1.0, 0.5, 0.0]
+
+
+def test_files_that_are_named_are_there():
+    others = ("kernels/__init__.py", "docs/algo/rollout_corr.md")  # one that must not be, and verl's
+    named = re.compile(r"`((?:luffy|kernels|tests|bench|scripts|docs|examples)/[\w./-]+)`")
+    for page in PAGES:
+        for name in named.findall(page.read_text(encoding="utf-8")):
+            made_up = "NAME" in name or "FILE" in name or name in others
+            assert made_up or (ROOT / name).exists(), f"{page.name}: {name}"
+
+
+def test_plans_of_the_recipes_are_as_they_are_now():
+    from bench.recipe_plans import table
+
+    page = (ROOT / "docs/recipes.md").read_text(encoding="utf-8")
+    assert "\n".join(table()) == page.split("<!-- plans -->\n")[1].split("\n<!-- /plans -->")[0]
+
+
+def test_figures_of_shaping_are_of_the_formula():
+    """The numbers of docs/concepts.md's table, too."""
+    import numpy as np
+    from luffy_kernels import power, shaped
+
+    from bench.concepts import GAMMAS, of_token, with_signal
+
+    p = np.array([0.001, 0.01, 0.1, 0.5, 1.0])
+    for gamma in GAMMAS:
+        np.testing.assert_allclose(of_token(shaped(gamma), p), (p / (p + gamma), gamma * p / (p + gamma) ** 2))
+    page = (ROOT / "docs/concepts.md").read_text(encoding="utf-8")
+    rows = [[float(cell) for cell in row.split("|")[1:-1]] for row in re.findall(r"(?m)^\| [\d.]+ \|.*$", page)]
+    plain, bent = of_token(power(1.0, "prob"), p)[1], of_token(shaped(0.1), p)[1]
+    np.testing.assert_allclose(rows, np.stack([p, plain, bent, plain * (1 - p), bent * (1 - p)], 1), atol=5.1e-4)
+    assert round(100 * with_signal(np.array(0.01), 8, False)) == 8
 
 
 # ---------------------------------------------------------------- other blocks
@@ -353,7 +401,7 @@ def test_pages_in_a_browser_fetch_from_here_alone(site, browser):
             wider = tab.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
             assert wider <= 0, f"{name} is {wider} px wider than a telephone"
         tab.goto(f"{here}/concepts.html")
-        assert tab.locator("math").count() > 3
+        assert tab.locator("math").count() >= 3
         assert not [url for url in asked if not url.startswith((here, "data:", "blob:"))]
         assert not said
     finally:
