@@ -4,6 +4,7 @@ README.md, CONTRIBUTING.md and others are pages under names of their own, the ca
 keys are written from the code, and any other file of the repository that a page links to is copied to source/.
 """
 
+import copy
 import posixpath
 import re
 from collections.abc import Callable, Iterator
@@ -80,7 +81,7 @@ def catalogue() -> str:
         for name in names:
             whose = f"Options of `{name}`" if len(names) > 1 else "Options"
             lines += [f"{whose}, with `objective.` before them:", ""]
-            lines += [*_table(find(name).Options.model_fields, without=("name",)), ""]
+            lines += [*_table(_described(find(name).Options)), ""]
     return "\n".join(lines)
 
 
@@ -97,22 +98,33 @@ def keys() -> str:
     return "\n".join(lines)
 
 
-def _table(fields: dict[str, Any], without: tuple[str, ...] = ()) -> Iterator[str]:
+def _described(options: Any) -> dict[str, Any]:
+    """Fields of a class of options, less its name; one that only changes a default has its base's description."""
+    found = {}
+    for name, field in options.model_fields.items():
+        bases = (base.model_fields for base in options.__mro__ if hasattr(base, "model_fields"))
+        said = (fields[name].description for fields in bases if name in fields)
+        found[name] = copy.copy(field)
+        found[name].description = next(filter(None, said), None)
+    return {name: field for name, field in found.items() if name != "name"}
+
+
+def _table(fields: dict[str, Any]) -> Iterator[str]:
     yield "| key | default | meaning |"
     yield "|---|---|---|"
     for name, field in fields.items():
-        if name not in without:
-            default = "" if field.is_required() else _default(field.get_default(call_default_factory=True))
-            yield f"| `{name}` | {default} | {_cell(field.description or '')} |"
+        default = "" if field.is_required() else _default(field.get_default(call_default_factory=True))
+        yield f"| `{name}` | {default} | {_cell(field.description or '')} |"
 
 
 def _default(value: object) -> str:
     said = "null" if value is None else str(value).lower() if isinstance(value, bool) else f"{value}"
-    return f"`{said}`".replace("|", "\\|") if said else ""
+    return f"`{said}`" if said else ""
 
 
 def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
+    """A text as a cell, where a bar outside code would be the next one."""
+    return re.sub(r"`[^`]*`|\|", lambda found: found[0] if found[0] != "|" else "\\|", " ".join(text.split()))
 
 
 def _moved(text: str, origin: str) -> str:
