@@ -44,16 +44,16 @@ def planned(command: str) -> dict[str, Any]:
 
 
 def table() -> Iterator[str]:
-    yield "| where | `luffy plan ...` | fits as it is | GiB a rank | else, with | step, s |"
-    yield "|---|---|---|---:|---|---|"
+    yield "| where | `luffy plan ...` | fits | GiB a rank | step, s |"
+    yield "|---|---|---|---:|---:|"
     for title, command in CASES.items():
         found = planned(command)
-        chosen = found["configured"] if found["configured"]["fits"] else found["suggested"]
+        as_it_is = found["configured"]["fits"]
+        chosen = found["configured" if as_it_is else "suggested"]
         seconds = [sum(phase[side] for phase in chosen["seconds"].values()) for side in (0, 1)]
         step = f"{seconds[0]:,.0f} - {seconds[1]:,.0f}" if chosen["seconds"] else ""
-        changed = "" if chosen is found["configured"] else changes(found)
-        fits = "yes" if not changed else "no"
-        yield f"| {title} | `{command}` | {fits} | {chosen['needed_bytes'] / GIB:.1f} | {changed} | {step} |"
+        fits = "as it is" if as_it_is else f"with {changes(found)}"
+        yield f"| {title} | `{command}` | {fits} | {chosen['needed_bytes'] / GIB:.1f} | {step} |"
 
 
 def changes(found: dict[str, Any]) -> str:

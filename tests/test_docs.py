@@ -98,6 +98,7 @@ def place(tmp_path, monkeypatch):
     return at
 
 
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")  # of what another test has imported
 @pytest.mark.parametrize("block", [b for b in every("bash", "indented") if b.is_commands], ids=block_id)
 def test_commands_are_ones(block: Block, place, monkeypatch, capsys):
     place(block.page)
