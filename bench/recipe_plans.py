@@ -36,7 +36,7 @@ SAID = ("--train.tokens_per_micro", "--model.gradient_checkpointing", "--rollout
 def planned(command: str) -> dict[str, Any]:
     """What `luffy plan COMMAND --json` prints."""
     args, overrides = build_parser().parse_known_args(["plan", *command.split()])
-    config, machine = load_config(args.source, overrides), find_machine(args.gpu)
+    config, machine = load_config(args.source, overrides), find_machine(args.gpu or "h100")
     gpus = (1 if machine.name == "cpu" else 8) if args.gpus is None else args.gpus
     shape = find_shape(args.model or config.model.name)
     asked = plan.ask(config, shape, machine, gpus, args.context, args.answer_tokens)

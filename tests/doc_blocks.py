@@ -110,8 +110,8 @@ def is_synopsis(command: str) -> bool:
 
 
 def words(command: str) -> list[str]:
-    """Of a command, without variables before it."""
-    found = shlex.split(command)
+    """Of a command, without variables before it and a file that it writes to."""
+    found = shlex.split(command.partition(" > ")[0])
     while found and re.match(r"[A-Z_]+=", found[0]):
         found = found[1:]
     return found
