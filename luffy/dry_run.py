@@ -18,6 +18,7 @@ from luffy.data import Example, Stream
 from luffy.errors import UserError, user_errors
 from luffy.files import read_jsonl
 from luffy.load import read_config
+from luffy.loggers import started as loggers
 from luffy.machines import Machine, find_machine
 from luffy.objectives import Objective
 from luffy.plan import Asked, Plan
@@ -68,6 +69,7 @@ def _changed(source: str, overrides: list[str]) -> list[dict[str, Any]]:
 def _stage(config: Config, run: RunFolder, resume: bool, size: int, gpu: str | None) -> dict[str, Any]:
     run.check(config, resume)
     run.refuse_other_process()
+    loggers.check(config.log)
     path = resolve(config.model)
     template = load_template(path, config.model)
     sets = load_sets(config, template)

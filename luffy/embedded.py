@@ -73,10 +73,13 @@ def resolve_model(name: str) -> str:
     path = Path(name).expanduser()
     if path.is_dir():
         if lacking := _lacking(path):
-            raise UserError(f"model: the folder {path} is not a checkpoint, it lacks {lacking}")
+            raise UserError(
+                f"model: the folder {path} is not a checkpoint, it lacks {lacking}; copy what is missing, or "
+                f"name another model"
+            )
         return str(path)
     if name.startswith((".", "/", "~")):
-        raise UserError(f"model: there is no folder {path}")
+        raise UserError(f"model: there is no folder {path}; mend its name, or give the id of a model of Hugging Face's")
     return name
 
 

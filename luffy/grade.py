@@ -136,7 +136,10 @@ def read_lines(file: TextIO, path: Path) -> Iterator[Line]:
             raise UserError(f"{where}: expected an object with `response` and `answer`, got {type(row).__name__}")
         for name in ("response", "answer"):
             if name not in row:
-                raise UserError(f"{where}: no field `{name}`; the line has {', '.join(row) or 'none'}")
+                raise UserError(
+                    f"{where}: no field `{name}`; the line has {', '.join(row) or 'none'}, and each needs "
+                    f"`response` and `answer`: add it, or rename one"
+                )
         if not isinstance(row["response"], str):
             raise UserError(f"{where}: `response` must be a text, got {type(row['response']).__name__}")
         if (id := row.get("id")) is not None:

@@ -138,6 +138,7 @@ def _set_up(
     found = checkpoint.resumable(run.checkpoints) if resume else None
     if found:
         path = str(found)
+        checkpoint.refuse_other_sizes(found, read_config(path, config.model), read_config(base, config.model))
         say(f"resuming from {found}")
 
     watch.phase("load")

@@ -234,7 +234,7 @@ def test_one_that_cannot_open_is_told_once_and_counted(tmp_path, capsys):
     loggers._loggers[0]._process.wait(60)
     assert [loggers.counts()["log/lost"] for _ in range(3)] == [1.0, 2.0, 3.0]
     loggers.close()
-    said = capsys.readouterr().out
+    said = capsys.readouterr().err
     assert said.count("warning: tensorboard does not take all metrics (") == 2  # one a run
     assert "FileExistsError" in said or "NotADirectoryError" in said
     (run / "tensorboard").unlink()
@@ -249,7 +249,7 @@ def test_what_trackio_only_warns_of_is_a_failure(tmp_path, capsys):
     run.mkdir()
     (run / "trackio").write_text("in the way")
     train(run, ["trackio"], 1, 2)
-    assert "warning: trackio does not take all metrics (" in capsys.readouterr().out
+    assert "warning: trackio does not take all metrics (" in capsys.readouterr().err
 
 
 def test_one_that_is_killed_is_counted_and_started_anew_by_the_next_run(tmp_path, capsys):
@@ -261,7 +261,7 @@ def test_one_that_is_killed_is_counted_and_started_anew_by_the_next_run(tmp_path
     loggers._loggers[0]._process.wait()
     assert loggers.counts() == {"log/lost": 1.0}
     loggers.close()
-    assert capsys.readouterr().out.count("ended with code -9") == 1
+    assert capsys.readouterr().err.count("ended with code -9") == 1
     train(run, ["tensorboard"], 3, 4)
     assert_has_everything(run, "tensorboard")
 
@@ -281,7 +281,7 @@ def test_a_full_disk_is_counted(tmp_path, capsys):
     loggers.close()
     evals.close()
     log.close()
-    assert "File too large" in capsys.readouterr().out
+    assert "File too large" in capsys.readouterr().err
     note = json.loads((run.path / "loggers" / "tensorboard.json").read_text())
     assert note["lost"] >= 1
     assert note["read"] is None
