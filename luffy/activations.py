@@ -26,7 +26,7 @@ ATTENTION = frozenset(
 
 
 def apply(lm: PreTrainedModel, config: ModelConfig) -> None:
-    """Set up what `config` asks for, in place."""
+    """Set up what `config` asks for, in place. Raises UserError where the blocks have no MLP to cut."""
     if config.gradient_checkpointing:
         options: dict[str, Any] = {"use_reentrant": False}
         if config.gradient_checkpointing == "selective":

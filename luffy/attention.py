@@ -83,6 +83,7 @@ class Layout:
         )
 
     def bounds(self, device: torch.device) -> varlen.Bounds:
+        """Where sequences begin and end, for `varlen`; of one device."""
         if self._bounds is None:
             self._bounds = varlen.Bounds.of(self, device)
         return self._bounds
@@ -98,6 +99,7 @@ class Layout:
         return segment.to(device), row.to(device)
 
     def block_mask(self, device: torch.device):
+        """The rule of this module as flex_attention's [T, T] mask in blocks; of one device."""
         from torch.nn.attention.flex_attention import create_block_mask
 
         if self._block_mask is None:
@@ -173,7 +175,8 @@ def on_cpu(query: Tensor) -> bool:
 
 
 def refuse_unknown(layout: Layout, *, sliding_window: int | None = None, softcap=None, s_aux=None, **_) -> None:
-    """Plain causal attention is all there is here; anything else would be trained wrongly without a word."""
+    """Raises UserError where a model wants more than plain causal attention, for it would be trained wrongly without a
+    word."""
     if sliding_window is not None and layout.longest > sliding_window:
         raise UserError(
             f"model: its attention window is {sliding_window} tokens and a sequence here has {layout.longest}; windows "

@@ -239,6 +239,7 @@ class _Work:
 
 
 def name_of(step: int) -> str:
+    """Of the folder of its checkpoint."""
     return f"step-{step:06d}"
 
 

@@ -181,7 +181,8 @@ def read_tensors(tensors: Mapping[str, Tensor], files: list[Path], what: str) ->
 
 @contextmanager
 def dcp_errors(what: str) -> Iterator[None]:
-    """DCP's exception of all ranks as one sentence where the user can mend it, and as an Exception elsewhere."""
+    """DCP's exception of all ranks as one sentence (UserError) where the user can mend it, elsewhere as RuntimeError:
+    its own is no Exception."""
     try:
         yield
     except CheckpointException as error:

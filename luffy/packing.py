@@ -22,6 +22,8 @@ from luffy.groups import Group, Row
 
 @dataclass(slots=True, kw_only=True)
 class MicroBatch:
+    """One forward and backward pass of a rank: a packed stream, and of each target in it what its loss is made of."""
+
     token_ids: Tensor  # [T] int64
     positions: Tensor  # [T] int64, as if each row stood alone behind its prompt
     layout: Layout
@@ -58,6 +60,7 @@ class MicroBatch:
         return torch.where(self.behaviour.isnan(), self.old_logp, self.behaviour)
 
     def to(self, device: torch.device) -> "MicroBatch":
+        """Move its tensors, in place."""
         for name in self.__slots__:
             value = getattr(self, name)
             if isinstance(value, Tensor):

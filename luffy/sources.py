@@ -22,7 +22,11 @@ class Loaded:
 
 
 def load_template(path: str, config: ModelConfig) -> PromptTemplate:
-    """The tokenizer at `path` and how prompts are written for it."""
+    """The tokenizer at `path` and how prompts are written for it.
+
+    Raises:
+        UserError: there is none, or it lacks an EOS or a chat template that the configuration counts on.
+    """
     from transformers import AutoTokenizer
 
     with user_errors(f"model {path}"):

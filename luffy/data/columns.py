@@ -42,7 +42,8 @@ def lists(row: Row, column: str, where: str) -> list[list[Any]]:
 
 
 def turns(row: Row, column: str, where: str) -> tuple[Mapping[str, str], ...]:
-    """Chat turns as {role, content}; whatever else a turn holds is left out."""
+    """Chat turns as {role, content}; whatever else a turn holds is left out. Raises DataError where there are none, or
+    one is no turn."""
     found = typed(row, column, list, "a list of {content, role}", where)
     for turn in found:
         if not isinstance(turn, Mapping) or not all(isinstance(turn.get(key), str) for key in ("role", "content")):
@@ -53,7 +54,7 @@ def turns(row: Row, column: str, where: str) -> tuple[Mapping[str, str], ...]:
 
 
 def conversation(row: Row, column: str, where: str) -> tuple[Mapping[str, str], ...]:
-    """Chat turns that end with the user's, which is not empty."""
+    """Chat turns. Raises DataError where they do not end with one of the user's that says something."""
     found = turns(row, column, where)
     if found[-1]["role"] != "user" or not found[-1]["content"].strip():
         raise DataError(
@@ -63,7 +64,7 @@ def conversation(row: Row, column: str, where: str) -> tuple[Mapping[str, str], 
 
 
 def asked(row: Row, column: str, where: str) -> tuple[Mapping[str, str], ...]:
-    """The one user turn of a question that must not be empty."""
+    """The one user turn of a question. Raises DataError where that is empty."""
     question = typed(row, column, str, "a string", where)
     if not question.strip():
         raise DataError(f"{where}: column {column!r} must not be empty")
@@ -100,8 +101,10 @@ def one_for_each(column: str, given: Sequence[Any], traces: Sequence[str], where
 
 
 def scalars(row: Row, *names: str) -> dict[str, Any]:
+    """Of these columns, those that hold a text or a number."""
     return {name: row[name] for name in names if isinstance(row.get(name), str | int | float)}
 
 
 def wrong_type(column: str, meaning: str, value: Any, where: str) -> DataError:
+    """What is raised where a column holds something else than its `meaning`."""
     return DataError(f"{where}: column {column!r} must be {meaning}, got {type(value).__name__} {value!r:.60}")

@@ -106,6 +106,7 @@ def encode_trace(text: str, template: "PromptTemplate", max_trace_tokens: int) -
 
 
 def within(ids: Sequence[int], vocab_size: int | None) -> bool:
+    """Whether all ids are in a vocabulary; None: nobody has said how large it is."""
     return vocab_size is None or max(ids, default=0) < vocab_size
 
 

@@ -60,7 +60,7 @@ def is_hub_id(source: str | Path) -> bool:
 
 
 def files_of(folder: Path, split: str | None) -> list[Path]:
-    """Files of a split, in order."""
+    """Files of a split, in order. Raises DataError where there are none, or it must be said which split is meant."""
     files = sorted(file for file in folder.iterdir() if file.suffix in SUFFIXES and not file.name.startswith("."))
     splits = sorted({_split_of(file) for file in files})
     if not files:

@@ -16,6 +16,8 @@ from luffy.data.readers.plain import read_plain
 
 
 class Reader(Protocol):
+    """Makes a problem of a row of one schema; raises DataError that names `where` if it cannot."""
+
     def __call__(self, row: Row, *, name: str, number: int, where: str) -> Problem:
         """name: of the source, without a suffix. number: of the row in its file, from 0. where: a place to name."""
 

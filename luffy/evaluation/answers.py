@@ -28,6 +28,8 @@ PATIENCE_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
+    """How answers are drawn; temperature 0 is greedy, top_p 1 leaves all tokens in."""
+
     temperature: float
     top_p: float
     max_tokens: int
@@ -36,6 +38,8 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Answered:
+    """One answer: its text, and how many tokens that is, EOS included."""
+
     text: str
     tokens: int
     finished: bool
@@ -90,6 +94,7 @@ class Store:
         return self._answers[question.id][1][: question.count]
 
     def add(self, question: Question, answers: list[Answered]) -> None:
+        """Keep them, on the disk before this returns. Raises UserError where it is full or not writable."""
         self._answers[question.id] = (question.digest, answers)
         record = {"id": question.id, "prompt": question.digest, "answers": [asdict(answer) for answer in answers]}
         with disk_errors(f"answers: {self.path}"):
@@ -134,7 +139,8 @@ def sample(
 class Forgetful(Protocol):
     """An engine that can be brought to where it was before it was asked anything."""
 
-    def forget_prompts(self) -> None: ...
+    def forget_prompts(self) -> None:
+        """Drop what it has cached of prompts, which changes how later ones are rounded."""
 
 
 def blocks(questions: Sequence[Question], completions: int) -> Iterator[list[Question]]:

@@ -28,6 +28,8 @@ COMMON = {"aime": 30, "math": 500}
 
 @dataclass(frozen=True, slots=True)
 class Published:
+    """A row of a paper's table."""
+
     source: str
     grader: str
     base_model: str
@@ -39,6 +41,7 @@ class Published:
 
 @cache
 def published() -> tuple[Published, ...]:
+    """All rows, as the papers have them in order."""
     about = ("source", "grader", "base_model", "method", "note")
     with (files("luffy.evaluation") / "published.csv").open(encoding="utf-8") as file:
         return tuple(

@@ -12,6 +12,8 @@ Answer = str | tuple[str, ...]
 
 @dataclass(frozen=True, slots=True)
 class Question:
+    """A problem as a model is asked it."""
+
     id: str
     text: str
     """The last turn of the prompt."""

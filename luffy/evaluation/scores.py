@@ -33,10 +33,12 @@ class Graded:
 
     @property
     def right(self) -> list[bool]:
+        """Of each answer; partial credit is none."""
         return [verdict.reward >= 1 for verdict in self.verdicts]
 
     @property
     def accuracy(self) -> float:
+        """Share of its answers that are right."""
         return fmean(self.right)
 
 
@@ -63,6 +65,7 @@ class Scores:
     by_question: list[float] = field(repr=False)
 
     def record(self) -> dict[str, Any]:
+        """For JSON."""
         return {name: getattr(self, name) for name in self.__slots__ if name != "by_question"}
 
 
@@ -137,12 +140,14 @@ def scores(benchmark: str, graded: Sequence[Graded], grader: str, ks: Sequence[i
 
 
 def voted(item: Graded) -> float:
+    """maj@n of one question (`statistics.majority`)."""
     pairs = zip(item.said, item.verdicts, strict=True)
     right: dict[Hashable, bool] = {words: verdict.reward >= 1 for words, verdict in pairs}
     return majority([words or None for words in item.said], right)
 
 
 def apart(graded: Sequence[Graded], grader: str) -> float:
+    """Share of all answers on which this further grader says otherwise than the first."""
     return fmean(
         (ours.reward >= 1) != (theirs.reward >= 1)
         for item in graded
@@ -159,6 +164,7 @@ class Average:
 
 
 def average(every: Sequence[Scores], seed: int = 0) -> Average:
+    """seed: of the interval's resamples."""
     return Average(fmean(s.accuracy for s in every), interval([s.by_question for s in every], seed=seed))
 
 

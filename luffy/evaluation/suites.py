@@ -33,6 +33,8 @@ ASK = "Put the letter of the right option in \\boxed{}."
 
 @dataclass(frozen=True, slots=True)
 class Benchmark:
+    """Where its rows are and how one is read."""
+
     name: str
     title: str
     source: str

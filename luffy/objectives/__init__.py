@@ -67,6 +67,7 @@ def options_of(name: str) -> type[Options]:
 
 
 def make_objective(options: Options) -> Objective:
+    """The objective that these options are of. Raises ValueError as `find` does."""
     return find(options.name)(options)
 
 

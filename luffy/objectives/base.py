@@ -208,8 +208,8 @@ class Objective:
         return {}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        pass
+        """Go on from what `state` gave."""
 
     def weigh(self, micro: MicroBatch, seen: Seen) -> None:
-        """Change `token_weight` and `advantages` of a micro-batch by what the policy itself says. Where ranks share its
-        tokens, all of them are here."""
+        """Change `token_weight` and `advantages`, [N] float32 each, of a micro-batch by what the policy itself says.
+        Where ranks share its tokens, all of them are here."""

@@ -2,8 +2,8 @@
 
     loss = max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)),  r = pi / pi_old,  A = reward - mean(group)
 
-GRPO (arXiv 2402.03300) divides A by the group's standard deviation, and averages over each answer's tokens and then
-over answers. Dr.GRPO (arXiv 2503.20783) does neither: it sums and divides by a constant.
+GRPO (arXiv 2402.03300, eq. 3) divides A by the group's standard deviation, and averages over each answer's tokens and
+then over answers. Dr.GRPO (arXiv 2503.20783) does neither: it sums and divides by a constant.
 
 Criterion: the mean reward of rollouts rises.
 """
@@ -74,6 +74,7 @@ class Grpo(base.Objective):
         return (policy_gradient(self.options.clip_low, self.options.clip_high),)
 
     def rewards(self, group: Group) -> list[float]:
+        """Of each row, what its advantage is made of."""
         return [row.reward for row in group.rows]
 
     def assign(self, group: Group, progress: float) -> list[Row]:
@@ -83,7 +84,7 @@ class Grpo(base.Objective):
         return self.alive(group.rows)
 
     def alive(self, rows: list[Row]) -> list[Row]:
-        # an entropy bonus and a KL term reach every token; without one a row of advantage 0 has no gradient at all
+        """Those with a gradient: of advantage 0 the policy loss has none, an entropy bonus and a KL term have one."""
         return [row for row in rows if row.advantage or self.options.entropy_coef or self.options.kl_coef]
 
 

@@ -36,9 +36,11 @@ class Guided(Grpo):
         raise NotImplementedError
 
     def imitated(self, group: Group) -> list[Row]:
+        """Traces of a graded group that are."""
         return group.traces
 
     def learned(self, group: Group) -> list[Row]:
+        """Rollouts of a graded group that have a policy loss."""
         return [row for row in group.rows if not row.is_trace]
 
     def assign(self, group: Group, progress: float) -> list[Row]:

@@ -16,6 +16,8 @@ from luffy.packing import MicroBatch
 
 @dataclass(frozen=True, slots=True)
 class Seen:
+    """Of the targets of a micro-batch, without a gradient."""
+
     logp: Tensor
     """[N] float32, nats, of the policy as it is."""
     entropy: Tensor | None

@@ -1,11 +1,11 @@
-"""PPO with a value model (arXiv 1707.06347), as Open-Reasoner-Zero has it (arXiv 2503.24290; the configuration of its
-repository): discount and lambda 1, no KL term, one update of the policy a step.
+"""PPO with a value model (arXiv 1707.06347, eq. 7), as Open-Reasoner-Zero has it (arXiv 2503.24290; the configuration
+of its repository): discount and lambda 1, no KL term, one update of the policy a step.
 
     loss = max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)),  r = pi / pi_old, a mean over tokens
 
-A: generalised advantage estimation (arXiv 1506.02438) over an answer that is rewarded at its end. With discount and
-lambda 1, A = reward - V(prefix), and the value model learns the reward. `normalise` brings the advantages of an update
-to mean 0 and variance 1, as the published configuration has it.
+A: generalised advantage estimation (arXiv 1506.02438, eq. 16) over an answer that is rewarded at its end. With discount
+and lambda 1, A = reward - V(prefix), and the value model learns the reward. `normalise` brings the advantages of an
+update to mean 0 and variance 1, as the published configuration has it.
 
 Unverified: 0.2 for the clip, and a clip of the value loss, which there is none of here.
 Criterion: the mean reward of rollouts rises.

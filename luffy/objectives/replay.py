@@ -21,11 +21,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
+    """A right answer of n tokens, and what the engine thought of them."""
+
     token_ids: Tensor  # [n] int32
     logp: Tensor  # [n] float32, nats, under the weights that sampled it
     finished: bool
 
     def row(self) -> Row:
+        """To join a group, compared with the weights that sampled it."""
         ids, logp = tuple(self.token_ids.tolist()), tuple(self.logp.tolist())
         return Row(token_ids=ids, text="", is_trace=True, finished=self.finished, behaviour=logp)
 

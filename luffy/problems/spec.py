@@ -190,7 +190,7 @@ def make_row(spec: ProblemSpec, split: str, index: int) -> dict[str, Any]:
 
 
 def rows(spec: ProblemSpec, split: str) -> Iterator[dict[str, Any]]:
-    """All rows of a split in order."""
+    """All rows of a split in order. Raises ValueError for a split that is none."""
     if split not in SPLITS:
         raise ValueError(f"rows: split must be among {', '.join(SPLITS)}, got {split!r}")
     return (make_row(spec, split, index) for index in range(getattr(spec, split)))

@@ -208,6 +208,7 @@ class Waiting:
         return number
 
     def put_back(self, number: int) -> None:
+        """A job that was taken and not begun: the next of its gold, which is the next to be taken at all."""
         key = hashable(self._jobs[number][1])
         self._by_gold.setdefault(key, deque()).appendleft(number)
         self._by_gold.move_to_end(key, last=False)

@@ -24,6 +24,7 @@ def die_with_parent(libc: ctypes.CDLL) -> None:
 
 
 def limit(seconds: int, memory: int) -> None:
+    """seconds: of a processor. memory: bytes of address space."""
     for what, value in (
         (resource.RLIMIT_CPU, seconds),
         (resource.RLIMIT_AS, memory),
@@ -36,6 +37,7 @@ def limit(seconds: int, memory: int) -> None:
 
 
 def main(file: str, seconds: str, memory: str) -> None:
+    """Run the file, in namespaces of its own where that is allowed; what it exits with is what this exits with."""
     libc = ctypes.CDLL(None, use_errno=True)
     die_with_parent(libc)
     if libc.unshare(NEWUSER | NEWPID | NEWNET | NEWIPC) == 0:

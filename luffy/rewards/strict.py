@@ -126,6 +126,7 @@ def _same(said: str, gold: str) -> bool:
 
 
 def same_text(said: str, gold: str) -> bool:
+    """By `latex.normal`; nothing is no answer."""
     return normal(said) == normal(gold) != ""
 
 

@@ -29,6 +29,8 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
+    """An answer, or as much of it as was sampled."""
+
     token_ids: Ids
     """With the EOS if the answer is finished."""
     logp: tuple[float, ...]
@@ -62,10 +64,13 @@ def merged(spans: tuple[Span, ...]) -> tuple[Span, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Request:
+    """What to sample; the same request of the same weights has the same answers, to rounding."""
+
     prompt: Ids
     count: int
     """Completions to draw."""
     max_tokens: int
+    """Of a completion, EOS included."""
     seed: int
     top_p: float = 1.0
     """Below 1 the log-probs are those of the tokens that are left."""
@@ -88,6 +93,8 @@ class Generation(Protocol):
 
 
 class Engine(Protocol):
+    """Whoever samples for a rank. Used inside a `with`, which closes it."""
+
     @property
     def version(self) -> int:
         """Of the weights that it holds: how many updates of the policy they have seen."""
@@ -115,7 +122,8 @@ class Engine(Protocol):
     def metrics(self) -> dict[str, float]:
         """What has happened since it was asked last, of this rank; counts."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Give back memory, processes and ports; it is not asked again."""
 
     def __enter__(self) -> Self: ...
 

@@ -199,5 +199,6 @@ class Fleet:
 
 
 def refuse_missing(client: Client, missing: list[str]) -> None:
+    """Raises UserError where a server has parameters, `missing`, that it was not given."""
     if missing:
         raise UserError(f"rollout: {client.url} has nothing for {missing[0]} ({len(missing)} parameters) after a sync")

@@ -195,6 +195,7 @@ class VllmEngine:
 
 
 def kv_cache_bytes(config: RolloutConfig) -> int | None:
+    """Bytes of vLLM's cache; None: what `rollout.memory_fraction` leaves."""
     gib = config.kv_cache_gib
     if gib is None and not torch.cuda.is_available():
         gib = 1.0  # vLLM would count the trainer's own memory against its share

@@ -7,7 +7,7 @@ from luffy.rewards.latex import last_boxed
 
 def read_chat(row: Row, *, name: str, number: int, where: str) -> Problem:
     """A last assistant turn is the trace, what is before it the prompt. Gold is the answer, or the trace's last
-    `\\boxed{}`."""
+    `\\boxed{}`. Raises DataError where no turn of the user comes before the trace."""
     messages = turns(row, "messages", where)
     trace = messages[-1]["content"] if messages[-1]["role"] == "assistant" else ""
     prompt = messages[:-1] if messages[-1]["role"] == "assistant" else messages

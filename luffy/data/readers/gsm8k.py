@@ -10,7 +10,8 @@ _GOLD = re.compile(r"\n?####[ \t]*(\S[^\n]*?)\s*\Z")
 
 
 def read_gsm8k(row: Row, *, name: str, number: int, where: str) -> Problem:
-    """The gold loses its thousands commas, the trace its marks, and it ends in a boxed answer."""
+    """The gold loses its thousands commas, the trace its marks, and it ends in a boxed answer. Raises
+    DataError where the answer ends in no gold."""
     solution = typed(row, "answer", str, "a string", where)
     gold = _GOLD.search(solution)
     if gold is None:
