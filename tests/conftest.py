@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+from pathlib import Path
 
 import torch
 
@@ -21,6 +22,16 @@ with contextlib.suppress(ImportError):
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """A folder with a tiny `model`, for the commands of one file of tests."""
+    from tiny import make_model
+
+    folder = tmp_path_factory.mktemp("home")
+    make_model(folder / "model")
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -20,13 +20,6 @@ GOOD = {
 }
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    home = tmp_path_factory.mktemp("home")
-    make_model(home / "model")
-    return home
-
-
 def refused(done, *words):
     """Exit code 2, and one sentence at the end of stderr, after what was said of progress."""
     assert done.returncode == 2, (done.stdout + done.stderr)[-3000:]

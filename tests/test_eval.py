@@ -28,9 +28,7 @@ from luffy.rollout.server import free_port
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    home = tmp_path_factory.mktemp("home")
-    make_model(home / "model")
+def home(home):
     make_model(home / "other", seed=1)
     rows = [{"prompt": f"What is {n}+{n}?", "answer": str(2 * n), "data_source": "ab"[n % 2]} for n in range(12)]
     (home / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -6,17 +6,10 @@ import sys
 
 import pytest
 from test_cli import refused
-from tiny import luffy, make_model
+from tiny import luffy
 
 from luffy.errors import UserError
 from luffy.generate import read_questions
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    home = tmp_path_factory.mktemp("home")
-    make_model(home / "model")
-    return home
 
 
 @pytest.fixture(scope="module")

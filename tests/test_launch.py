@@ -3,7 +3,6 @@
 import argparse
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from luffy.cli import build_parser, main
 from luffy.config import recipe_names
 from luffy.errors import UserError
 from luffy.launch import Launch, add_options, parse, stopped_notes
+from luffy.rollout.server import free_port
 
 
 def test_a_rank_that_is_killed_takes_the_others_down(tmp_path):
@@ -100,11 +100,6 @@ def test_a_job_of_one_node_listens_on_loopback_only_and_does_not_outlive_its_lau
     process.wait()
     wait_for(lambda: not any(map(running, pids(tmp_path))), 10)
     assert orphans(tmp_path) == []
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
 
 
 def test_two_nodes_meet_fail_restart_and_stop_together(tmp_path):

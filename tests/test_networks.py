@@ -325,9 +325,7 @@ SHARED = {"prime-sequence": ("--mesh.sequence=2",)}
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path:
-    home = tmp_path_factory.mktemp("home")
-    make_model(home / "model")
+def home(home) -> Path:
     (home / "lucky.py").write_text(GRADER)
     return home
 

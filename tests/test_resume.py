@@ -13,19 +13,12 @@ from pathlib import Path
 
 import pytest
 from test_train import arguments, assert_same_state, records, without_times
-from tiny import luffy, make_model
+from tiny import luffy
 
 from luffy import checkpoint
 
 STEPS, KILLS = 10, 5
 OFTEN = {"train__steps": STEPS, "checkpoint__every": 1, "eval__every": 0}
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path:
-    home = tmp_path_factory.mktemp("home")
-    make_model(home / "model")
-    return home
 
 
 def run_to_end(home: Path, name: str, *more: str, **options) -> Path:

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from jobs import running
 
 from luffy.data import load_problems
 from luffy.errors import UserError
@@ -53,14 +54,6 @@ def odd(tmp_path, monkeypatch):
     (tmp_path / "odd_graders.py").write_text(textwrap.dedent(ODD_GRADERS))
     monkeypatch.syspath_prepend(tmp_path)
     return "odd_graders:odd"
-
-
-def alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return Path(f"/proc/{pid}/stat").read_text().split(")")[1].split()[0] != "Z"
 
 
 def test_train_needs_the_think_end_and_no_box():
@@ -190,10 +183,10 @@ def test_no_worker_outlives_the_pool(odd):
     pool = VerifierPool(odd, workers=2, timeout_s=5)
     pool.grade([("a 1", "1")])
     pids = [slot.process.pid for slot in pool._slots]
-    assert all(alive(pid) for pid in pids)
+    assert all(running(pid) for pid in pids)
     pool.close()
     pool.close()
-    assert not any(alive(pid) for pid in pids)
+    assert not any(running(pid) for pid in pids)
     with pytest.raises(RuntimeError, match="closed pool"):
         pool.grade([("a 1", "1")])
 
@@ -226,7 +219,7 @@ def start_parent(odd, tmp_path, last_line, timeout_s=60):
 
 def wait_until_gone(pids, limit_s=20.0):
     start = time.monotonic()
-    while any(alive(pid) for pid in pids):
+    while any(running(pid) for pid in pids):
         assert time.monotonic() - start < limit_s, f"still there: {pids}"
         time.sleep(0.05)
 

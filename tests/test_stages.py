@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from test_train import OPTIONS, assert_same_state, records, without_times
-from tiny import luffy, make_model
+from tiny import luffy
 
 from luffy.config import load_config, load_stages
 from luffy.errors import UserError
@@ -30,13 +30,6 @@ STAGES = {
 def arguments(run: Path, model: Path, *more: str, **options) -> list[str]:
     flat = OPTIONS | {"model.name": model} | (options or STAGES)
     return ["train", "quickstart", "--run-dir", str(run), *more, *[f"--{k}={v}" for k, v in flat.items()]]
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path:
-    home = tmp_path_factory.mktemp("home")
-    make_model(home / "model")
-    return home
 
 
 def run_to_end(home: Path, name: str, *more: str) -> Path:

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from test_train import arguments
-from tiny import ROOT, luffy, make_model, make_tokenizer
+from tiny import ROOT, luffy, make_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from luffy.config import load_config
@@ -20,9 +20,7 @@ GAMMA = 0.2  # of the quickstart recipe
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path:
-    home = tmp_path_factory.mktemp("tokens")
-    make_model(home / "model")
+def home(home) -> Path:
     done = luffy(*arguments(home / "whole", home / "model", train__steps=4, reward__grader="number"), cwd=home)
     assert done.returncode == 0, done.stderr[-3000:]
     return home

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_metrics_table import is_documented
-from tiny import luffy, make_model
+from tiny import luffy
 
 from luffy.reporting.charts import CHARTS
 
@@ -70,13 +70,6 @@ def assert_same_state(a: Path, b: Path, step: str) -> None:
     assert any("exp_avg_sq" in name for name in one)
     for name, tensor in one.items():
         assert torch.equal(tensor, other[name]), name
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path:
-    home = tmp_path_factory.mktemp("home")
-    make_model(home / "model")
-    return home
 
 
 @pytest.fixture(scope="module")

@@ -7,11 +7,10 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from jobs import ROOT, end, job, no_leftovers, orphans, pids, steps, wait_for  # noqa: F401
+from jobs import ROOT, end, job, no_leftovers, orphans, pids, running, steps, wait_for  # noqa: F401
 
 from luffy import hang
 from luffy.errors import UserError
@@ -40,20 +39,12 @@ def test_a_rank_that_is_frozen_is_missed(tmp_path):
     process = job(tmp_path, 2, 1000, env={"LOST_S": "2"})
     wait_for(lambda: steps(tmp_path))
     os.kill(pids(tmp_path)[1], signal.SIGSTOP)
-    wait_for(lambda: process.poll() is not None or not alive(pids(tmp_path)[0]), 20)
+    wait_for(lambda: process.poll() is not None or not running(pids(tmp_path)[0]), 20)
     os.kill(pids(tmp_path)[1], signal.SIGKILL)  # what a node without power does; the agent would wait 30 s for it
     err = end(process)
     assert process.returncode == 1
     assert "luffy: rank 1: has not been heard of for 2 s" in err
     assert "its node may be down" in err
-
-
-def alive(pid: int) -> bool:
-    status = Path(f"/proc/{pid}/status")
-    try:
-        return "State:\tZ" not in status.read_text()
-    except FileNotFoundError:  # it has been waited for
-        return False
 
 
 def test_alone_a_hang_ends_the_process():
