@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tiny import write_jsonl
 
 from luffy.data import DataError, Ledger, Problem, Stream, load_problems, tokenize
 from luffy.problems import ProblemSpec, write_splits
@@ -27,11 +28,6 @@ def row(**changes):
         "extra_info": {"index": 5, "split": "default"},
     }
     return {key: value for key, value in {**base, **changes}.items() if value is not ...}
-
-
-def write_jsonl(path, rows):
-    path.write_text("".join(json.dumps(one) + "\n" for one in rows))
-    return path
 
 
 def write_parquet(path, rows):

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny import luffy, make_tokenizer
+from tiny import luffy, make_tokenizer, write_jsonl
 
 from luffy.data import load_problems
 from luffy.data_check import check, histogram, report
@@ -19,8 +19,7 @@ def write(path: Path, rows: list[tuple[str, str, list[str]]]) -> Path:
         prompt = [{"role": "user", "content": question}]
         return {"prompt": prompt, "reward_model": {"ground_truth": answer, "style": "rule"}, "target_lst": traces}
 
-    path.write_text("".join(json.dumps(row(*given)) + "\n" for given in rows))
-    return path
+    return write_jsonl(path, (row(*given) for given in rows))
 
 
 @pytest.fixture

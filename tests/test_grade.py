@@ -4,7 +4,7 @@ import json
 
 import pytest
 from test_cli import refused
-from tiny import luffy
+from tiny import luffy, write_jsonl
 
 ROWS = [
     {"id": "a", "response": "so \\boxed{1/2}", "answer": "0.5", "more": [1]},
@@ -16,13 +16,8 @@ ROWS = [
 ]
 
 
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
 def test_lines_keep_their_order_and_get_a_reward(tmp_path):
-    file, out = write(tmp_path / "answers.jsonl", ROWS), tmp_path / "graded.jsonl"
+    file, out = write_jsonl(tmp_path / "answers.jsonl", ROWS), tmp_path / "graded.jsonl"
     done = luffy(
         "grade", file, "--grader", "boxed", "--compare", "answer", "--out", out, "--timeout", "3", cwd=tmp_path
     )
@@ -40,7 +35,10 @@ def test_a_timeout_is_said_and_written(tmp_path):
     (tmp_path / "slow.py").write_text(
         "import time\ndef grade(response, answer):\n    time.sleep(9 * (answer == 'x'))\n    return 1\n"
     )
-    file, out = write(tmp_path / "a.jsonl", [{"response": "", "answer": one} for one in "yxy"]), tmp_path / "b.jsonl"
+    file, out = (
+        write_jsonl(tmp_path / "a.jsonl", [{"response": "", "answer": one} for one in "yxy"]),
+        tmp_path / "b.jsonl",
+    )
     done = luffy("grade", file, "--grader", "slow:grade", "--out", out, "--timeout", "1", cwd=tmp_path)
     assert "slow:grade: 2 of 3 right (66.7%), mean reward 0.6667, timeouts 1, crashes 0" in done.stdout
     assert [json.loads(line)["verdict"] for line in out.read_text().splitlines()] == ["ok", "timeout", "ok"]
@@ -62,7 +60,7 @@ def test_a_timeout_is_said_and_written(tmp_path):
     ],
 )
 def test_a_line_that_cannot_be_graded(tmp_path, line, words):
-    file = write(tmp_path / "answers.jsonl", ROWS[:1])
+    file = write_jsonl(tmp_path / "answers.jsonl", ROWS[:1])
     file.write_text(file.read_text() + line + "\n")
     done = luffy("grade", file, "--grader", "exact", "--out", tmp_path / "out.jsonl", cwd=tmp_path)
     assert refused(done, *words)
@@ -73,6 +71,6 @@ def test_what_is_missing(tmp_path):
     assert refused(luffy("grade", tmp_path / "no.jsonl", "--grader", "exact", cwd=tmp_path), "no.jsonl", "No such file")
     (tmp_path / "empty.jsonl").touch()
     assert refused(luffy("grade", tmp_path / "empty.jsonl", "--grader", "exact", cwd=tmp_path), "has no lines")
-    file = write(tmp_path / "a.jsonl", ROWS)
+    file = write_jsonl(tmp_path / "a.jsonl", ROWS)
     assert refused(luffy("grade", file, "--grader", "boxd", cwd=tmp_path), "boxd", "among train, answer, boxed")
     assert refused(luffy("grade", file, "--grader", "exact", "--out", "/no/where", cwd=tmp_path), "/no")

@@ -1,10 +1,10 @@
 """Every schema that problems come in: its columns tell it apart, and a row that does not fit is named."""
 
-import json
 import math
 from pathlib import Path
 
 import pytest
+from tiny import write_jsonl
 
 from luffy.data import DataError, load_problems
 from luffy.data.schemas import SCHEMAS, find_schema
@@ -27,9 +27,7 @@ OPENR1 = {
 
 
 def write(folder: Path, *rows: dict) -> Path:
-    path = folder / "mine.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    return write_jsonl(folder / "mine.jsonl", rows)
 
 
 def load(folder: Path, *rows: dict) -> list:

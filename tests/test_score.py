@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from tiny import luffy, make_model, make_tokenizer
+from tiny import luffy, make_model, make_tokenizer, write_jsonl
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -41,11 +41,6 @@ ROWS = [
 ]
 
 
-def write(path: Path, rows: list[dict]) -> Path:
-    path.write_text("".join(json.dumps(one) + "\n" for one in rows))
-    return path
-
-
 def read(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -69,7 +64,7 @@ def command(file: Path, model: Path, out: Path, *more: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def scored(model) -> Path:
-    file, out = write(model.parent / "in.jsonl", ROWS), model.parent / "out.jsonl"
+    file, out = write_jsonl(model.parent / "in.jsonl", ROWS), model.parent / "out.jsonl"
     before = file.read_bytes()
     done = luffy(*command(file, model, out), cwd=model.parent)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -111,7 +106,7 @@ def test_parquet_keeps_its_columns_and_a_teacher_is_asked_for_its_own_traces_alo
 @pytest.mark.slow
 def test_killed_and_gone_on_with_it_gives_the_same_bytes(model, tmp_path):
     """600 rows, five parts, killed once one of them is there."""
-    file = write(
+    file = write_jsonl(
         tmp_path / "in.jsonl", [row(f"{n} + 1?", f"It is {n + 1}, for {n} + 1 = {n + 1}.") for n in range(600)]
     )
     whole, torn = tmp_path / "whole.jsonl", tmp_path / "torn.jsonl"
@@ -163,7 +158,7 @@ def teacher_with(tokenizer, folder: Path, own: str | None = None, **options) -> 
 
 
 def test_a_tokenizer_with_another_merge_is_refused_with_the_first_difference(tmp_path):
-    file = write(tmp_path / "in.jsonl", ROWS)
+    file = write_jsonl(tmp_path / "in.jsonl", ROWS)
     teacher = teacher_with(merged_tokenizer(), tmp_path / "other")
     with pytest.raises(UserError) as error:
         score_file(file, tmp_path / "out.jsonl", teacher, no_engine)
@@ -179,7 +174,7 @@ def test_a_teacher_that_ends_answers_with_another_token_is_asked_for_that_one(tm
     tokenizer = make_tokenizer()
     tokenizer.eos_token = "<|endoftext|>"
     teacher = teacher_with(tokenizer, tmp_path / "other")
-    [problem] = load_problems(write(tmp_path / "in.jsonl", ROWS[:1]))
+    [problem] = load_problems(write_jsonl(tmp_path / "in.jsonl", ROWS[:1]))
     prompt, trace = teacher.sequence(problem, "Two.<|im_end|>")
     student = teacher.student
     assert prompt == tuple(student.encode_prompt(problem.messages))
@@ -189,7 +184,7 @@ def test_a_teacher_that_ends_answers_with_another_token_is_asked_for_that_one(tm
 
 def test_a_teacher_may_see_prompts_as_its_own_template_writes_them(tmp_path):
     teacher = teacher_with(make_tokenizer(), tmp_path / "other", own="plain")
-    [problem] = load_problems(write(tmp_path / "in.jsonl", ROWS[:1]))
+    [problem] = load_problems(write_jsonl(tmp_path / "in.jsonl", ROWS[:1]))
     prompt, _ = teacher.sequence(problem, "Two.")
     assert teacher.template.tokenizer.decode(list(prompt)) == "1 + 1?\n"
     with pytest.raises(UserError, match="opens the think block"):
@@ -207,9 +202,9 @@ def test_a_teacher_may_see_prompts_as_its_own_template_writes_them(tmp_path):
     ],
 )
 def test_what_cannot_be_scored_is_said_in_a_sentence(source, target, words, tmp_path):
-    write(tmp_path / "in.jsonl", ROWS)
-    write(tmp_path / "gsm8k.jsonl", [{"question": "1 + 1?", "answer": "2\n#### 2"}])
-    write(tmp_path / "others.jsonl", [row("1 + 1?", "2", target_teachers=["bob"])])
+    write_jsonl(tmp_path / "in.jsonl", ROWS)
+    write_jsonl(tmp_path / "gsm8k.jsonl", [{"question": "1 + 1?", "answer": "2\n#### 2"}])
+    write_jsonl(tmp_path / "others.jsonl", [row("1 + 1?", "2", target_teachers=["bob"])])
     teacher = teacher_with(make_tokenizer(), tmp_path / "other")
     with pytest.raises(UserError, match=words):
         score_file(tmp_path / source, tmp_path / target, teacher, no_engine)

@@ -1,8 +1,10 @@
 """A tiny random model of the default architecture with a real tokenizer, as an ordinary model folder."""
 
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -62,6 +64,12 @@ def make_model(folder: Path, seed: int = 0) -> Path:
     AutoModelForCausalLM.from_config(config).to(torch.float32).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def write_jsonl(path: Path, rows: Iterable[dict]) -> Path:
+    """A file of rows, a line each."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
 def sample(engine, prompts, counts, *, temperature: float, max_tokens: int, seeds) -> list:
