@@ -122,6 +122,8 @@ def _set_up(
         run.check(config, resume)
     path = base = resolve(config.model)
     template = load_template(path, config.model)
+    if template.doubt:
+        say(f"warning: {template.doubt}; is that on purpose? (model.prompt_style, model.chat_template)")
     training = load_examples(
         training_source(config), template, config, split=config.data.split, limit=config.data.limit
     )
@@ -210,7 +212,7 @@ def _set_up(
     if given:  # whatever weights it has
         engine.sync(policy, dtype_of(config.rollout.dtype or config.model.dtype), loop["updates"])
     if world.is_main:
-        run.open(config)  # last, so that a start that fails leaves no run behind
+        run.open(config, template.doubt)  # last, so that a start that fails leaves no run behind
     best = "accuracy on eval.validation" if validation else None
     checkpoints = checkpoint.Checkpointer(run.checkpoints, config.checkpoint.keep, best=best)
     trainer = Trainer(
