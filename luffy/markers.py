@@ -44,13 +44,20 @@ def _unknown(template: "PromptTemplate") -> list[str]:
 
 def _unused(template: "PromptTemplate", own: str, ends: Collection[int]) -> list[str]:
     """Special tokens inside the prompts of the model's own template, if the run's have none of them."""
+    from jinja2 import TemplateError
+
     tokenizer = template.tokenizer
-    after = _written(tokenizer, own, [QUESTION, {"role": "assistant", "content": ANSWER}]).rpartition(ANSWER)[2]
+    try:
+        asked = _written(tokenizer, own, [QUESTION])
+        after = _written(tokenizer, own, [QUESTION, {"role": "assistant", "content": ANSWER}]).rpartition(ANSWER)[2]
+    except TemplateError:  # it takes other turns than these, which the run need not care about
+        return []
     if not set(tokenizer.encode(after.strip(), add_special_tokens=False)[:1]) & set(ends):
         return []
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    theirs = tokenizer.encode(_written(tokenizer, own, [QUESTION]), add_special_tokens=False)
-    marks = special.intersection(theirs[1:])  # the first may be a BOS, no marker
+    marks = special.intersection(
+        tokenizer.encode(asked, add_special_tokens=False)[1:]
+    )  # the first may be a BOS, no marker
     if marks.intersection(template.encode_prompt([QUESTION])[1:]):
         return []
     return list(tokenizer.convert_ids_to_tokens(sorted(marks)))

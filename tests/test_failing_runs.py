@@ -8,6 +8,7 @@ import pytest
 
 from luffy.reporting.rules import FAR, findings
 from luffy.reporting.runs import load
+from luffy.train import MOST_GAP
 
 SMALL = ["--train.steps", "6", "--eval.every", "0", "--data.problems.heldout", "32", "--data.problems.ood", "8"]
 LARGE = "updates that are too large"
@@ -62,6 +63,7 @@ def test_weights_that_the_engine_never_takes_end_the_run_and_are_named(tmp_path)
     assert done.returncode == 2, done.stderr[-3000:]
     assert "the engine's log-probs differ from the trainer's" in done.stderr
     assert causes(tmp_path)[:1] == [FROZEN]
+    assert load(str(tmp_path / "run")).steps[-1]["rollout/logp_gap_mean"] > MOST_GAP  # the refused step is on record
 
 
 @pytest.mark.slow

@@ -36,6 +36,7 @@ def doubt(folder, own=CHATML, eos="<|im_end|>", ends=None, **options) -> str:
         {"prompt_style": "plain", "eos": "<|endoftext|>", "ends": 0},
         {"prompt_style": "luffy", "own": OF_TEXT},  # no tokens of its own but the BOS
         {"prompt_style": "plain", "own": None},
+        {"prompt_style": "plain", "own": "{{ raise_exception('the first turn must be of the system') }}"},
         {"chat_template": OF_TEXT, "own": None},
         {"chat_template": CHATML, "system": "Never write <|endofprompt|>."},  # said, not used
     ],
