@@ -187,7 +187,10 @@ class Checkpointer:
         write_manifest(work.temporary, files, step=work.step, world_size=self._world, score=score, model=model)
         put_in_place(work.temporary, work.target)
         if problem := damage(work.target):
-            raise UserError(f"{problem} right after it was written; the disk or mount does not keep what it is given")
+            raise UserError(
+                f"{problem} right after it was written; the disk or mount does not keep what it is given, "
+                f"so resume on another one"
+            )
         prune(self.folder, self.keep, best=self.best is not None)
 
     def _everywhere(self, act: Callable[[], Any], only_rank_0: bool = False) -> list[Any]:
@@ -314,6 +317,22 @@ def resumable(folder: Path) -> Path | None:
             f"away for a while, try again, else move them elsewhere to start from the beginning"
         )
     return None
+
+
+def refuse_other_sizes(checkpoint: Path, found: Any, base: Any) -> None:
+    """Before anything is loaded from the folder as from any model's. found, base: transformers' configs of the
+    checkpoint and of the run's model.
+
+    Raises:
+        UserError: the checkpoint is of another model than the run.
+    """
+    for name in ("vocab_size", "hidden_size", "num_hidden_layers"):
+        theirs, ours = getattr(found, name), getattr(base, name)
+        if theirs != ours:
+            raise UserError(
+                f"resume: {checkpoint.name} is of another model: its {name} is {theirs}, and {ours} that of the run's "
+                f"model.name; take it out of {checkpoint.parent}, and --resume goes on from the one before"
+            )
 
 
 def load_loop(checkpoint: Path) -> dict[str, Any]:

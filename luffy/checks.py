@@ -6,7 +6,23 @@ from luffy.config import Config
 from luffy.data import Example
 from luffy.errors import UserError
 from luffy.model import known_shape
-from luffy.objectives import Objective
+from luffy.objectives import Objective, make_objective
+from luffy.sequence import check_heads
+
+
+def check_model(config: Config, described: Any, examples: list[Example]) -> tuple[Objective, int]:
+    """The objective, and the longest sequence that the engine may be asked for, tokens.
+
+    described: transformers' config of the model. examples: of the training data.
+
+    Raises:
+        UserError: this model cannot be trained so, or not on these examples.
+    """
+    check_heads(described, config.mesh.sequence)
+    check_body(described)
+    objective = make_objective(config.objective)
+    objective.prepare(examples)
+    return objective, check_lengths(config, objective, examples, described)
 
 
 def check_body(described: Any) -> None:

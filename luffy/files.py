@@ -31,6 +31,8 @@ DISK_ERRORS = {
     )
 }
 
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
 
 @contextmanager
 def disk_errors(what: str) -> Iterator[None]:
@@ -40,7 +42,8 @@ def disk_errors(what: str) -> Iterator[None]:
     except OSError as error:
         if error.errno in DISK_ERRORS:
             raise UserError(
-                f"{what}: {error.strerror}: {error.filename or 'while writing'}; nothing was replaced"
+                f"{what}: {error.strerror}: {error.filename or 'while writing'}; nothing was replaced; "
+                f"{'make room' if error.errno in FULL else 'mend the path'} and try again"
             ) from error
         raise
 

@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
+from luffy.commands.arguments import add_command, add_json, add_quiet, add_sampling
 from luffy.errors import UserError
 from luffy.opening import Opened, open_model, start_engine
 
@@ -32,11 +33,9 @@ class Model:
     """
 
     def __init__(self, model: str | Opened, *, context: int = 4096, **options: Any) -> None:
-        from luffy.console import quiet_libraries
-        from luffy.process import before_torch
+        from luffy.process import prepare_libraries
 
-        before_torch()
-        quiet_libraries()
+        prepare_libraries()
         self.opened = open_model(model, **options) if isinstance(model, str) else model
         self.context = context
         self.engine = start_engine(self.opened, context)
@@ -109,21 +108,27 @@ class Model:
         self.close()
 
 
-def add_generate(commands: Any, add_model_options: Any, positive: Any, share: Any) -> None:
-    parser = commands.add_parser(
+def add_generate(commands: Any) -> None:
+    parser = add_command(
+        commands,
         "generate",
+        run_generate,
         help="answer a question, or those of a file",
         description="Answer QUESTION as it is sampled, or every line of a file: {prompt: text or chat turns, ...}; "
         "what comes out has the line's fields and `response`, a line for each answer, as `luffy grade` takes it.",
+        examples=(
+            'luffy generate "What is 4+9+2+7?" --model runs/quickstart',
+            "luffy generate - --temperature 0 < question.txt",
+            "luffy generate --file questions.jsonl --out answers.jsonl --n 4 --model runs/quickstart --checkpoint best",
+            'luffy generate "What is 2+2?" --n 3 --json',
+        ),
     )
     parser.add_argument("question", nargs="?", metavar="QUESTION", help="-: from standard input")
     parser.add_argument("--file", metavar="FILE.jsonl", help="questions in place of QUESTION; --out says where to")
-    parser.add_argument("--out", metavar="FILE2", help="whole or not at all; the same command goes on where it was")
-    add_model_options(parser, temperature=0.6)
-    parser.add_argument("--top-p", type=share, default=1.0, metavar="P", help="default: %(default)s")
-    parser.add_argument(
-        "--n", type=positive, default=1, metavar="N", help="answers to a question (default: %(default)s)"
-    )
+    parser.add_argument("--out", metavar="FILE", help="whole or not at all; the same command goes on where it was")
+    add_sampling(parser)
+    add_quiet(parser)
+    add_json(parser)
 
 
 def options_of(args: argparse.Namespace) -> dict[str, Any]:
@@ -144,17 +149,27 @@ def check_generate(args: argparse.Namespace) -> None:
 
 
 def run_generate(args: argparse.Namespace) -> int:
+    from luffy.process import prepare_libraries
+
+    check_generate(args)
+    prepare_libraries()
     return run_file(args) if args.file else run_question(args)
 
 
 def run_question(args: argparse.Namespace) -> int:
+    from luffy.console import print_json
+
     question = sys.stdin.read() if args.question == "-" else args.question
     sampling = {"temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_tokens, "seed": args.seed}
     opened = open_model(args.model, **options_of(args))
     context = len(opened.template.encode_prompt([{"role": "user", "content": question}])) + args.max_tokens
     with Model(opened, context=context) as model:
-        if args.n > 1:
+        if args.n > 1 or args.json:
             [texts] = model.answers([question], n=args.n, **sampling)
+        if args.json:
+            print_json({"model": args.model, "question": question, "answers": texts})
+            return 0
+        if args.n > 1:
             print("\n---\n".join(texts))
             return 0
         for piece in model.stream(question, **sampling):
@@ -166,6 +181,7 @@ def run_question(args: argparse.Namespace) -> int:
 def run_file(args: argparse.Namespace) -> int:
     from dataclasses import asdict
 
+    from luffy.console import print_json
     from luffy.evaluation.answers import Sampling, Store, sample
     from luffy.evaluation.progress import Asking
     from luffy.evaluation.questions import Question
@@ -199,7 +215,10 @@ def run_file(args: argparse.Namespace) -> int:
                     file.write(json.dumps(row | marks) + "\n")
     with suppress(FileNotFoundError):
         partial.unlink()
-    print(f"{len(questions)} questions, {len(questions) * args.n} answers: {out}")
+    if args.json:
+        print_json({"out": str(out), "questions": len(questions), "answers": len(questions) * args.n})
+    else:
+        print(f"{len(questions)} questions, {len(questions) * args.n} answers: {out}")
     return 0
 
 

@@ -14,7 +14,7 @@ from typing import Any, TextIO
 
 from luffy.errors import UserError
 from luffy.files import disk_errors, new_file
-from luffy.rewards import Verdict, VerifierPool
+from luffy.rewards import Verdict, VerifierPool, label
 
 AT_A_TIME = 4096
 SHOWN = 20
@@ -52,6 +52,21 @@ class Graded:
         self.together[verdict.reward >= 1, other.reward >= 1] += 1
         if (verdict.reward >= 1) != (other.reward >= 1) and len(self.disagreements) < shown:
             self.disagreements.append((line, verdict, other))
+
+    def record(self, grader: str, compare: str | None) -> dict[str, Any]:
+        """As JSON values. compare: the other grader."""
+        found: dict[str, Any] = {"grader": label(grader), "lines": self.lines, "right": self.right}
+        found |= {"mean_reward": self.rewards / self.lines, "verdicts": dict(self.statuses)}
+        if compare is None:
+            return found
+        pairs = {"both_right": (True, True), "both_wrong": (False, False)}
+        pairs |= {"right_by_first": (True, False), "right_by_second": (False, True)}
+        shown = [
+            {"line": line.number, "id": line.row.get("id"), "answer": line.answer, "rewards": [one.reward, two.reward]}
+            for line, one, two in self.disagreements
+        ]
+        together = {name: self.together[pair] for name, pair in pairs.items()}
+        return found | {"compare": label(compare), "together": together, "disagreements": shown}
 
 
 def grade_file(
@@ -121,7 +136,10 @@ def read_lines(file: TextIO, path: Path) -> Iterator[Line]:
             raise UserError(f"{where}: expected an object with `response` and `answer`, got {type(row).__name__}")
         for name in ("response", "answer"):
             if name not in row:
-                raise UserError(f"{where}: no field `{name}`; the line has {', '.join(row) or 'none'}")
+                raise UserError(
+                    f"{where}: no field `{name}`; the line has {', '.join(row) or 'none'}, and each needs "
+                    f"`response` and `answer`: add it, or rename one"
+                )
         if not isinstance(row["response"], str):
             raise UserError(f"{where}: `response` must be a text, got {type(row['response']).__name__}")
         if (id := row.get("id")) is not None:

@@ -34,21 +34,16 @@ SUMS = (
 
 
 class MetricsLog:
-    """Appends records to a JSON-lines file and to TensorBoard.
+    """Appends records to a JSON-lines file, which loggers read (`luffy.loggers`).
 
     Opening it to go on from step n forgets what followed step n; n = 0 forgets everything.
     """
 
-    def __init__(self, path: Path, tensorboard: Path | None, step: int) -> None:
+    def __init__(self, path: Path, step: int) -> None:
         kept = [line for line in read_jsonl(path) if 0 < step >= line["step"]] if path.exists() else []
         write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
         self._path = path
         self._file = path.open("ab", buffering=0)  # a write that failed leaves nothing behind for close to fail on
-        self._writer = None
-        if tensorboard is not None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(str(tensorboard), purge_step=step + 1)
 
     def write(self, step: int, record: dict[str, Any]) -> None:
         """Non-finite numbers become null: the file stays valid JSON."""
@@ -57,17 +52,10 @@ class MetricsLog:
             line = (json.dumps({"step": step} | clean) + "\n").encode()
             if self._file.write(line) < len(line):
                 raise OSError(errno.ENOSPC, "the disk took only a part of a line", str(self._path))
-            if self._writer is not None:
-                for key, value in clean.items():
-                    if isinstance(value, (int, float)):
-                        self._writer.add_scalar(key, value, step)
-                self._writer.flush()
 
     def close(self) -> None:
         with disk_errors("metrics"):
             self._file.close()
-            if self._writer is not None:
-                self._writer.close()
 
 
 class NoLog:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from luffy.errors import UserError
 
 if TYPE_CHECKING:
-    from luffy.config import Config
+    from luffy.config import Config, ModelConfig
     from luffy.prompts import PromptTemplate
     from luffy.rollout.servers import Servers
     from luffy.rollout.vllm_engine import VllmEngine
@@ -63,12 +63,7 @@ def open_model(
         config.model.name = str(choose(run.checkpoints, checkpoint).resolve())
     elif checkpoint != "newest":
         raise UserError(f"model: --checkpoint {checkpoint} is for run folders, and {name} is none")
-    if template in TEMPLATES:
-        prompts = load_config(TEMPLATES[template]).model
-        config.model.prompt_style, config.model.system = "chat", prompts.system
-        config.model.chat_template = prompts.chat_template
-    elif template is not None:
-        config.model.prompt_style = template  # type: ignore[assignment]
+    set_template(config.model, template)
     if memory_fraction is not None:
         config.rollout.memory_fraction = memory_fraction
     if kv_cache_gib is not None:
@@ -76,6 +71,17 @@ def open_model(
     config.rollout.sleep = False  # nobody else wants the memory, and nothing would bring the weights back
     path = resolve(config.model)
     return Opened(name, path, load_template(path, config.model), config)
+
+
+def set_template(model: "ModelConfig", template: str | None) -> None:
+    """How its prompts are written: as one of `STYLES`, or as the recipe of one of `TEMPLATES` says; None: as it is."""
+    from luffy.config import load_config
+
+    if template in TEMPLATES:
+        prompts = load_config(TEMPLATES[template]).model
+        model.prompt_style, model.system, model.chat_template = "chat", prompts.system, prompts.chat_template
+    elif template is not None:
+        model.prompt_style = template  # type: ignore[assignment]
 
 
 def start_engine(model: Opened, context: int) -> "VllmEngine":

@@ -70,6 +70,8 @@ class Asked:
     """Mean answer, tokens."""
     engine: bool = True
     """Whether every rank has a vLLM of its own."""
+    mean_prompt: int | None = None
+    """Tokens; None: half of the longest."""
 
     @property
     def adapters(self) -> tuple[int, int]:
@@ -366,7 +368,7 @@ def _work(asked: Asked, choice: Choice, cache: float) -> step_time.Work:
         prompts=config.train.prompts_per_step,
         rollouts=_rollouts(config) if asked.engine and cache >= _sequence_bytes(asked) else 0,
         rows=_rows(config),
-        prompt=max(1, asked.prompt // 2),
+        prompt=max(1, asked.prompt // 2) if asked.mean_prompt is None else asked.mean_prompt,
         answer=asked.mean,
         longest=asked.sampled,
         updates=config.train.updates_per_step,

@@ -21,6 +21,14 @@ def before_torch() -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
+def prepare_libraries() -> None:
+    """Before a command imports torch: `before_torch`, and libraries that say nothing but errors."""
+    before_torch()
+    from luffy.console import quiet_libraries
+
+    quiet_libraries()
+
+
 def keep_freed_memory() -> None:
     """Let the process keep freed memory: a no-op where the C library is not glibc.
 

@@ -42,13 +42,18 @@ CHATML = (
 class PromptTemplate:
     """How one tokenizer's prompts and traces are written.
 
-    style: see the module. system: None keeps the messages' system turns, "" removes them, a text replaces them; with
-        `luffy`, whose system text is fixed, it must be None.
-    chat_template: a Jinja text used instead of the tokenizer's own (say, `CHATML`); `chat` only.
-    eos_token: the token that ends a trace and must stop generation; the tokenizer's own by default.
-    vocab_size: ids that the model has an embedding for; None: not known. Kept for who encodes data, not checked here.
-    Raises ValueError when the tokenizer has no chat template or no EOS, and when the template closes a turn with
-    another token than the EOS: the model would learn to end turns in a way that generation does not stop on.
+    Args:
+        tokenizer: of transformers.
+        style: see the module.
+        system: None keeps the messages' system turns, "" removes them, a text replaces them; with `luffy`, whose system
+            text is fixed, it must be None.
+        chat_template: a Jinja text used instead of the tokenizer's own (say, `CHATML`); `chat` only.
+        eos_token: the token that ends a trace and must stop generation; the tokenizer's own by default.
+        vocab_size: ids that the model has an embedding for; None: not known. Kept for who encodes data, not checked.
+
+    Raises:
+        ValueError: the tokenizer has no chat template or no EOS, or the template closes a turn with another token than
+            the EOS: the model would learn to end turns in a way that generation does not stop on.
     """
 
     def __init__(

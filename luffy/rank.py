@@ -24,6 +24,11 @@ def restarted() -> bool:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
+def world_size() -> int:
+    """Ranks of the job that this process is of."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def speaks() -> bool:
     """Whether this process is the one of the job that talks and writes the report."""
     return os.environ.get("RANK", "0") == "0"

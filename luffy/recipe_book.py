@@ -1,44 +1,99 @@
 """`luffy recipes`: which there are, one spelled out, and what tells two apart."""
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
+
+from luffy.commands.arguments import add_command, add_json, add_source
 
 
 def add_recipes(commands: Any) -> None:
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "recipes",
+        run_list,
         help="list recipes, show one with every key, or what differs between two",
         description="A recipe or TOML file as `luffy train` understands it: defaults filled in, so that what is shown "
         "can be saved and trained again.",
+        examples=(
+            "luffy recipes",
+            "luffy recipes show quickstart > mine.toml",
+            "luffy recipes diff gsm8k-smoke quickstart",
+        ),
     )
+    add_json(parser)
     whats = parser.add_subparsers(dest="what", metavar="list|show|diff")
-    whats.add_parser("list", help="their names, and what each trains (the default)")
-    show = whats.add_parser("show", help="every key of one, as TOML")
-    show.add_argument("source", metavar="RECIPE|FILE.toml")
-    diff = whats.add_parser("diff", help="the keys in which two differ")
-    diff.add_argument("sources", nargs=2, metavar="RECIPE|FILE.toml")
+    listed = add_command(
+        whats,
+        "list",
+        run_list,
+        help="their names, and what each trains (the default)",
+        examples=("luffy recipes list", "luffy recipes list --json"),
+    )
+    show = add_command(
+        whats,
+        "show",
+        run_show,
+        help="every key of one, as TOML",
+        examples=("luffy recipes show quickstart > mine.toml", "luffy recipes show luffy-qwen2.5-math-7b --json"),
+    )
+    add_source(show)
+    diff = add_command(
+        whats,
+        "diff",
+        run_diff,
+        help="the keys in which two differ",
+        examples=(
+            "luffy recipes diff gsm8k-smoke quickstart",
+            "luffy recipes diff quickstart runs/quickstart/config.toml --json",
+        ),
+    )
+    add_source(diff, "sources", nargs=2)
+    for one in (listed, show, diff):
+        add_json(one, default=argparse.SUPPRESS)  # what `luffy recipes --json` says stays
 
 
-def run_recipes(args: argparse.Namespace) -> int:
-    if args.what == "show":
-        import tomli_w
+def run_list(args: argparse.Namespace) -> int:
+    from luffy.config import recipe_names
+    from luffy.console import print_json
 
-        print(tomli_w.dumps(spelled_out(args.source)), end="")
-    elif args.what == "diff":
-        _print_table(["", *args.sources], list(differing(*args.sources)))
+    head, rows = ["recipe", "objective", "model", "problems"], [_described(name) for name in recipe_names()]
+    if args.json:
+        print_json([dict(zip(head, row, strict=True)) for row in rows])
     else:
-        from luffy.config import recipe_names
-
-        _print_table(["recipe", "objective", "model", "problems"], [_described(name) for name in recipe_names()])
+        _print_table(head, rows)
     return 0
 
 
-def spelled_out(source: str) -> dict[str, Any]:
+def run_show(args: argparse.Namespace) -> int:
+    import tomli_w
+
+    from luffy.console import print_json
+
+    found = spelled_out(args.source)
+    if args.json:
+        print_json(found)
+    else:
+        print(tomli_w.dumps(found), end="")
+    return 0
+
+
+def run_diff(args: argparse.Namespace) -> int:
+    from luffy.console import print_json
+
+    if args.json:
+        found = [{"key": key, "values": list(values)} for key, *values in differences(*map(spelled_out, args.sources))]
+        print_json(found)
+    else:
+        _print_table(["", *args.sources], list(differing(*args.sources)))
+    return 0
+
+
+def spelled_out(source: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Every key of a recipe that has a value; of one in two stages the first under `first`. Raises UserError."""
     from luffy.config import load_stages
 
-    *first, last = (stage.model_dump(mode="json", exclude_none=True) for stage in load_stages(source))
+    *first, last = (stage.model_dump(mode="json", exclude_none=True) for stage in load_stages(source, list(overrides)))
     for stage in first:
         del stage["name"]  # it is the other's
         last["first"] = stage
@@ -47,11 +102,17 @@ def spelled_out(source: str) -> dict[str, Any]:
 
 def differing(one: str, other: str) -> Iterator[tuple[str, str, str]]:
     """(key, its value in one, in the other); a key that only one has is "-" in the other."""
-    ours, theirs = (dict(_flat(spelled_out(source))) for source in (one, other))
+    for key, *values in differences(spelled_out(one), spelled_out(other)):
+        ours, theirs = ("-" if value is None else _shown(value) for value in values)
+        yield key, ours, theirs
+
+
+def differences(one: dict[str, Any], other: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """(key, its value in one, in the other) of two that are spelled out; None where only one has the key."""
+    ours, theirs = dict(_flat(one)), dict(_flat(other))
     for key in sorted(ours.keys() | theirs.keys()):
-        values = [_shown(flat[key]) if key in flat else "-" for flat in (ours, theirs)]
-        if values[0] != values[1]:
-            yield key, values[0], values[1]
+        if ours.get(key) != theirs.get(key):
+            yield key, ours.get(key), theirs.get(key)
 
 
 def _described(name: str) -> tuple[str, str, str, str]:
@@ -74,7 +135,7 @@ def _shown(value: Any, most: int = 48) -> str:
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
-def _print_table(head: list[str], rows: list[tuple[str, ...]]) -> None:
+def _print_table(head: list[str], rows: Sequence[tuple[str, ...]]) -> None:
     widths = [max(len(row[at]) for row in [tuple(head), *rows]) for at in range(len(head))]
     for row in [tuple(head), *rows]:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

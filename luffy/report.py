@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from luffy.console import console, say
+from luffy.console import console, print_json, tell
 from luffy.files import disk_errors, read_jsonl
 from luffy.run_folder import RunFolder
 
@@ -17,10 +17,14 @@ COLORS = {"rollouts": "tab:blue", "rollout": "tab:blue", "traces": "tab:orange",
 SET_NAMES = {"heldout": "held-out problems", "ood": "harder than any in training"}
 
 
-def print_result(run: RunFolder) -> None:
-    """The before/after table of a complete run."""
+def print_result(run: RunFolder, as_json: bool = False) -> None:
+    """The before/after table of a complete run; or what result.json has. Of a first stage no JSON: one document."""
     result = run.result
     assert result is not None, f"{run.path} is not complete"
+    if as_json:
+        if run.path.name != "first":
+            print_json(result | {"run_folder": str(run.path)})
+        return
     table = Table(
         title=f"{result['objective']}: {result['steps']} steps, {result['train_minutes']:.1f} min of training"
     )
@@ -31,7 +35,7 @@ def print_result(run: RunFolder) -> None:
         table.add_row(name, str(before["num_problems"]), _percent(before), _percent(after))
     if result["before"]:
         console.print(table)
-    say(f"run folder: {run.path}   (curves.png, metrics.jsonl, samples/, {result['checkpoint']})")
+    tell(f"run folder: {run.path}   (curves.png, metrics.jsonl, samples/, {result['checkpoint']})")
 
 
 def print_grades(found: "Graded", grader: str, compare: str | None) -> None:
@@ -44,14 +48,14 @@ def print_grades(found: "Graded", grader: str, compare: str | None) -> None:
         where = f"line {line.number}" + (f", id {id}" if id is not None else "")
         marks = f"{grader} {_mark(ours)}, {compare} {_mark(theirs)}"
         said = final_answer(line.response)
-        say(f"{where}: {marks}   answer {_short(line.answer)}   given {_short(said)}")
+        tell(f"{where}: {marks}   answer {_short(line.answer)}   given {_short(said)}")
     if compare:
         both = [f"{found.together[pair]:,}" for pair in ((True, True), (False, False), (True, False), (False, True))]
-        say(
+        tell(
             f"{label(grader)} and {label(compare)}: both right {both[0]}, both wrong {both[1]}, right by the first "
             f"alone {both[2]}, by the second alone {both[3]}"
         )
-    say(
+    tell(
         f"{label(grader)}: {found.right:,} of {found.lines:,} right ({found.right / found.lines:.1%}), mean reward "
         f"{found.rewards / found.lines:.4f}, timeouts {found.statuses['timeout']}, crashes {found.statuses['crash']}"
     )

@@ -4,8 +4,10 @@ config.toml        the resolved configuration; `luffy train config.toml` repeats
 environment.json   versions, git state, machine, what speaks against the form of the prompts
 metrics.jsonl      one record a step           evals.jsonl   one record an evaluation
 samples/           what was answered in each evaluation, JSON lines
+tokens/            what the policy said of the tokens of a few groups at each evaluation (`luffy.token_records`)
 checkpoints/       step-000040/: a Hugging Face model folder plus optimizer and loop state
-tensorboard/       the same metrics            curves.png    learning curves
+tensorboard/       the same metrics; wandb/, mlflow/, trackio/ likewise, as `log.to` says
+loggers/           how far these are           curves.png    learning curves
 result.json        written when the run is complete
 first/             the first stage of a recipe of two, a run folder of its own
 """
@@ -32,7 +34,9 @@ HARMLESS = (
     "train.max_minutes",
     "train.hang_minutes",
     "eval.every",
+    "eval.token_groups",
     "checkpoint.",
+    "log.",
     "mesh.",
     # where and when things are computed; the run goes on to rounding, no longer bit for bit
     "model.gradient_checkpointing",
@@ -84,6 +88,10 @@ class RunFolder:
         return self.path / "samples"
 
     @property
+    def tokens(self) -> Path:
+        return self.path / "tokens"
+
+    @property
     def result(self) -> dict[str, Any] | None:
         """What `finish` wrote, or None while the run is not complete."""
         file = self.path / "result.json"
@@ -126,8 +134,27 @@ class RunFolder:
             held.close()
             if error.errno not in (errno.EAGAIN, errno.EACCES):
                 raise
-            raise UserError(f"train: another process is training in {self.path}; wait for it, or stop it") from error
+            raise UserError(self._busy) from error
         return held
+
+    def refuse_other_process(self) -> None:
+        """As `lock`, without holding or writing anything.
+
+        Raises:
+            UserError: another process trains in it.
+        """
+        file = self.path / ".lock"
+        if not file.exists():
+            return
+        with file.open() as held:
+            try:
+                fcntl.flock(held, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError as error:
+                raise UserError(self._busy) from error
+
+    @property
+    def _busy(self) -> str:
+        return f"train: another process is training in {self.path}; wait for it, or stop it"
 
     def recover(self) -> None:
         """Tidy up what a kill left half written; only in the locked folder."""

@@ -53,13 +53,13 @@ def score(args: Namespace, student: ModelConfig) -> Counter[str]:
     path = resolve(model)
     with user_errors("score"):
         mine = load_template(resolve(student), student)
-        template = template_of(path, mine, args.teacher_prompt)
+        template = template_of(path, mine, args.teacher_template)
     teacher = Teacher(
         name=args.teacher or Path(args.model).name,
         identity=identity(path),
         student=mine,
         template=template,
-        own_prompt=args.teacher_prompt is not None,
+        own_prompt=args.teacher_template is not None,
         max_tokens=min(args.max_tokens, read_config(path, model).max_position_embeddings - 1),
     )
     rollout = RolloutConfig(memory_fraction=args.memory_fraction, kv_cache_gib=args.kv_cache_gib)

@@ -9,7 +9,7 @@ import torch
 from torch.optim import Optimizer
 
 from luffy import checkpoint, distributed, lora, optim
-from luffy.checks import check_body, check_lengths
+from luffy.checks import check_model
 from luffy.config import Config
 from luffy.console import say
 from luffy.data import Example, Ledger, Stream
@@ -18,6 +18,7 @@ from luffy.dtypes import dtype_of
 from luffy.errors import UserError, user_errors
 from luffy.interrupt import StopOnInterrupt
 from luffy.load import empty_lm, identity, load_weights, read_config
+from luffy.loggers.started import Loggers, check
 from luffy.metrics import MetricsLog, NoLog
 from luffy.model import Policy, shard
 from luffy.networks import Network, make_networks
@@ -28,16 +29,8 @@ from luffy.rewards import VerifierPool
 from luffy.rollout import make_engine
 from luffy.rollout.engine import Engine
 from luffy.run_folder import RunFolder
-from luffy.sequence import check_heads
-from luffy.sources import (
-    check_overlap,
-    evaluation_sources,
-    load_examples,
-    load_template,
-    load_validation,
-    resolve,
-    training_source,
-)
+from luffy.sources import load_sets, load_template, resolve
+from luffy.token_records import TokenRecords
 from luffy.watchdog import Watchdog
 
 
@@ -66,6 +59,9 @@ class Trainer:
     stop: StopOnInterrupt
     log: MetricsLog | NoLog
     evals: MetricsLog | NoLog
+    tokens: TokenRecords
+    loggers: Loggers
+    """Of the rank that writes; the others have none."""
     resources: ExitStack
     """Closes the folder's lock, the logs, the verifier, the engine and the process group, newest first."""
     version: int = 0
@@ -120,26 +116,14 @@ def _set_up(
 ) -> tuple[Trainer, dict[str, Any], Ledger]:
     if world.is_main:
         run.check(config, resume)
+        check(config.log)
     path = base = resolve(config.model)
     template = load_template(path, config.model)
-    if template.doubt:
-        say(f"warning: {template.doubt}; is that on purpose? (model.prompt_style, model.chat_template)")
-    training = load_examples(
-        training_source(config), template, config, split=config.data.split, limit=config.data.limit
-    )
-    say(f"problems: {training.report}")
-    heldout = {}
-    for name, source in evaluation_sources(config).items():
-        loaded = load_examples(source, template, config, split=config.eval.split)
-        heldout[name] = loaded.examples
-        if loaded.report.prompts_too_long:
-            say(f"{name}: {loaded.report}")
-    validation = load_validation(config, template, heldout)
-    judged = heldout | ({"eval.validation": validation} if validation else {})
-    if said := check_overlap(config, training.examples, judged):
-        say(f"warning: {said}")
-    if not heldout and not validation:
-        say("no held-out problems: set eval.path to measure accuracy before, during and after")
+    sets = load_sets(config, template)
+    say(f"problems: {sets.training.report}")
+    for note in sets.notes:
+        say(note)
+    training, validation = sets.training, sets.validation
     with user_errors("train"):
         ledger = Ledger(Stream(len(training.examples), config.train.prompts_per_step, config.train.seed))
         verifier = resources.enter_context(
@@ -154,15 +138,12 @@ def _set_up(
     found = checkpoint.resumable(run.checkpoints) if resume else None
     if found:
         path = str(found)
+        checkpoint.refuse_other_sizes(found, read_config(path, config.model), read_config(base, config.model))
         say(f"resuming from {found}")
 
     watch.phase("load")
     described = read_config(path, config.model)
-    check_heads(described, world.sequence_ranks)
-    check_body(described)
-    objective = make_objective(config.objective)
-    objective.prepare(training.examples)
-    max_model_len = check_lengths(config, objective, training.examples, described)
+    objective, max_model_len = check_model(config, described, training.examples)
     keep_freed_memory()
     torch.manual_seed(config.train.seed)
     adapts = config.model.lora.rank is not None
@@ -222,7 +203,7 @@ def _set_up(
         device=world.device,
         template=template,
         examples=training.examples,
-        heldout=heldout,
+        heldout=sets.heldout,
         validation=validation,
         objective=objective,
         policy=policy,
@@ -233,11 +214,14 @@ def _set_up(
         checkpoints=resources.enter_context(closing(checkpoints)),
         watch=watch,
         stop=stop,
-        log=open_log(run.metrics, run.path / "tensorboard", loop["step"], world, resources),
-        evals=open_log(run.evals, run.path / "tensorboard" / "evals", loop["step"], world, resources),
+        log=open_log(run.metrics, loop["step"], world, resources),
+        evals=open_log(run.evals, loop["step"], world, resources),
+        tokens=TokenRecords(run.tokens, config.eval.token_groups),
+        loggers=resources.enter_context(closing(Loggers(run.path, config.log.to if world.is_main else []))),
         resources=resources,
         version=loop["updates"],
     )
+    trainer.tokens.resume(trainer, loop["step"])
     return trainer, loop, ledger
 
 
@@ -248,5 +232,5 @@ def from_batches(state: dict[str, Any]) -> dict[str, Any]:
     return {name: state[name] for name in ("n", "batch_size", "seed")} | {"low": low, "beyond": []}
 
 
-def open_log(path: Path, tensorboard: Path, step: int, world: World, resources: ExitStack) -> MetricsLog | NoLog:
-    return resources.enter_context(closing(MetricsLog(path, tensorboard, step))) if world.is_main else NoLog()
+def open_log(path: Path, step: int, world: World, resources: ExitStack) -> MetricsLog | NoLog:
+    return resources.enter_context(closing(MetricsLog(path, step))) if world.is_main else NoLog()

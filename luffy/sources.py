@@ -102,6 +102,43 @@ def tokenized(problems: list[Problem], template: PromptTemplate, config: Config)
         return Loaded(*tokenize(problems, template, **limits))
 
 
+@dataclass(frozen=True, slots=True)
+class Sets:
+    """What a run reads of problems."""
+
+    training: Loaded
+    heldout: dict[str, list[Example]]
+    """That it is judged by, by name."""
+    validation: list[Example]
+    notes: list[str]
+    """What a person should know of them, in sentences."""
+
+
+def load_sets(config: Config, template: PromptTemplate) -> Sets:
+    """
+    Raises:
+        UserError: what is wrong with them.
+    """
+    training = load_examples(
+        training_source(config), template, config, split=config.data.split, limit=config.data.limit
+    )
+    heldout, notes = {}, []
+    for name, source in evaluation_sources(config).items():
+        loaded = load_examples(source, template, config, split=config.eval.split)
+        heldout[name] = loaded.examples
+        if loaded.report.prompts_too_long:
+            notes.append(f"{name}: {loaded.report}")
+    validation = load_validation(config, template, heldout)
+    judged = heldout | ({"eval.validation": validation} if validation else {})
+    if said := check_overlap(config, training.examples, judged):
+        notes.append(f"warning: {said}")
+    if template.doubt:
+        notes.append(f"warning: {template.doubt}; is that on purpose? (model.prompt_style, model.chat_template)")
+    if not judged:
+        notes.append("no held-out problems: set eval.path to measure accuracy before, during and after")
+    return Sets(training, heldout, validation, notes)
+
+
 def load_validation(config: Config, template: PromptTemplate, heldout: dict[str, list[Example]]) -> list[Example]:
     """Raises UserError where a problem is also one that the run is judged by in the end."""
     if config.eval.validation is None:

@@ -68,7 +68,7 @@ def save_shards(tensors: dict[str, Staged], folder: Path, file_bytes: int, group
         UserError: on every rank, if the disk or mount failed on one.
     """
     files = assign_files({name: staged.nbytes for name, staged in tensors.items()}, file_bytes)
-    with dcp_errors("checkpoint: it is not written, earlier ones are as they were"):
+    with dcp_errors("checkpoint: it is not written, earlier ones are as they were (make room, then --resume)"):
         dcp.save(
             tensors,
             storage_writer=dcp.HuggingFaceStorageWriter(str(folder), files, save_distributed=True),

@@ -4,7 +4,7 @@ Every share is in `ASSUMED` and is printed with a plan. Nothing here was measure
 packing, Python, stragglers among rollouts beyond the range of decode steps. docs/planning.md has the formulas.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from luffy.flops import attended_pairs, forward_flops, head_flops, step_flops
 from luffy.machines import Machine
@@ -84,6 +84,12 @@ def phases(work: Work) -> dict[str, Range]:
 
 def total(found: dict[str, Range]) -> Range:
     return sum(low for low, _ in found.values()), sum(high for _, high in found.values())
+
+
+def answering(work: Work, problems: int, answer: int, longest: int) -> Range:
+    """Seconds of one answer to each of so many problems, as an evaluation asks for; answer: mean, tokens."""
+    asked = replace(work, prompts=problems, rollouts=1, answer=answer, longest=longest)
+    return _rollout(asked, 0), _rollout(asked, 1)
 
 
 def kv_bytes(shape: Shape) -> int:

@@ -80,6 +80,7 @@ def train_steps(t: Trainer, loop: dict[str, Any], ledger: Ledger) -> dict[str, A
                 with phases("update"):
                     taught = judge(t, groups, loop["updates"])
                     parts = split(t, groups, (step - 1) / config.train.steps)
+                    t.tokens.see(t, step, groups)
                     metrics = update(t, parts, loop)
                 t.objective.observe(groups)
                 if config.rollout.max_staleness:
@@ -87,6 +88,7 @@ def train_steps(t: Trainer, loop: dict[str, Any], ledger: Ledger) -> dict[str, A
                         sync(t)  # what is being sampled goes on with these
 
                 record = record_step(t, loop, parts, metrics, phases) | behind | counts | taught | t.objective.metrics()
+                record |= t.loggers.counts()
                 if t.world.is_main:
                     timeline.append(t.run.timeline, step, phases.events)
                 t.log.write(step, record)
@@ -95,6 +97,7 @@ def train_steps(t: Trainer, loop: dict[str, Any], ledger: Ledger) -> dict[str, A
                 score, due = None, config.eval.every and step % config.eval.every == 0
                 if due and (t.validation or step < config.train.steps) and not must_stop(t):
                     score = evaluate_during(t, step, progress)
+                    t.tokens.write(t, step)
                 best = is_best(loop, score)
                 if best or (config.checkpoint.every and step % config.checkpoint.every == 0):
                     save(t, loop, score)
@@ -106,6 +109,7 @@ def train_steps(t: Trainer, loop: dict[str, Any], ledger: Ledger) -> dict[str, A
         after = [] if must_stop(t) else [e.record() for e in evaluate_all(t, loop["step"])]
         if must_stop(t):  # what was saved goes on, evaluation included
             raise Stopped(t.stop.preempted)
+        t.tokens.write(t, loop["step"])
     result = {
         "objective": config.objective.name,
         "steps": loop["step"],

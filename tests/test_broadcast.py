@@ -87,7 +87,7 @@ def test_a_server_that_dies_in_a_broadcast_costs_one_version_as_files(policy, se
     assert taken == 2 * len(list(hf_weights(policy)))  # a rank that only gathers would not have waited
     monkeypatch.undo()
     assert servers.metrics()["rollout/broadcasts_failed"] == 1
-    assert "weights could not be broadcast" in capsys.readouterr().out
+    assert "weights could not be broadcast" in capsys.readouterr().err
     assert gap(policy, [servers.clients[1].score(s, "left") for s in SEQUENCES]) < 1e-3  # all of them, q to v
     assert_whole(servers, ask(servers), 3, 12)  # whoever is left answers, by the new weights
     wait_for(lambda: healthy(servers))

@@ -80,7 +80,7 @@ def names(folder: Path) -> list[str]:
 
 
 def one_line(capsys) -> str:
-    return " ".join(capsys.readouterr().out.split())
+    return " ".join(capsys.readouterr().err.split())
 
 
 def test_a_checkpoint_is_a_model_folder_and_restores_the_optimizer(trained, write):
@@ -435,7 +435,7 @@ def test_a_run_folder_is_one_process_at_a_time(tmp_path):
 
 
 def test_a_full_disk_costs_the_log_its_last_line_and_no_traceback(tmp_path):
-    log = MetricsLog(tmp_path / "m.jsonl", tmp_path / "tensorboard", 0)
+    log = MetricsLog(tmp_path / "m.jsonl", 0)
     log.write(1, {"x": 1.0})
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "m.jsonl").stat().st_size + 5, before[1]))
@@ -460,14 +460,14 @@ def test_write_text_replaces_whole_files_only(tmp_path, monkeypatch):
 
 def test_the_metrics_log_forgets_what_followed_the_step_it_goes_on_from(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    log = MetricsLog(path, None, 0)
+    log = MetricsLog(path, 0)
     for step in (1, 2, 3):
         log.write(step, {"x": float("nan") if step == 3 else float(step)})
     log.close()
     assert [r["x"] for r in read_jsonl(path)] == [1.0, 2.0, None]
     with path.open("a") as file:
         file.write('{"step": 4, "x"')  # killed while writing
-    log = MetricsLog(path, None, 2)
+    log = MetricsLog(path, 2)
     log.write(3, {"x": 9.0})
     log.close()
     assert [(r["step"], r["x"]) for r in read_jsonl(path)] == [(1, 1.0), (2, 2.0), (3, 9.0)]

@@ -1,11 +1,16 @@
 """`luffy doctor` says what is there, and the docs list what was never run as it does."""
 
+import json
+import platform
 from pathlib import Path
 
+import pytest
+from packaging.requirements import Requirement
 from tiny import ROOT, luffy
 
-from luffy import doctor
-from luffy.doctor import UNVERIFIED, Finding, print_findings
+from luffy.diagnosis import hardware, software
+from luffy.diagnosis.finding import Finding
+from luffy.doctor import UNVERIFIED, print_findings, without_paths
 
 
 def test_it_says_what_this_machine_has(tmp_path):
@@ -34,19 +39,80 @@ def test_a_report_has_no_secrets(tmp_path):
     assert "linear_policy_loss" in done.stdout
     for word in ("secret", "NAME_OF_MINE", str(Path.home()) + "/", str(tmp_path), str(ROOT)):
         assert word not in done.stdout
+    assert platform.node() not in done.stdout
     assert '"packages"' in done.stdout
 
 
+def test_json_says_the_same(tmp_path):
+    done = luffy("doctor", "--json", cwd=tmp_path)
+    found = json.loads(done.stdout)
+    assert done.returncode == int(not found["well"])
+    assert {"torch", "triton", "driver", "shared mem", "luffy cache"} <= {one["name"] for one in found["findings"]}
+
+
 def test_torch_that_vllm_is_not_built_for_is_said(monkeypatch):
-    assert doctor.pinned("torch") == "2.13.0"
-    monkeypatch.setattr(doctor, "installed", lambda *names: "2.12.1+cpu")
-    assert "built for torch 2.13.0" in doctor._torch().lacks
-    monkeypatch.setattr(doctor, "installed", lambda *names: "2.13.0+cpu")
-    assert doctor._torch().lacks == ""
+    assert software.pinned("torch") == "2.13.0"
+    monkeypatch.setattr(software, "installed", lambda *names: "2.12.1+cpu")
+    assert "built for torch 2.13.0" in software.torch().lacks
+    monkeypatch.setattr(software, "installed", lambda *names: "2.13.0+cpu")
+    assert software.torch().lacks == ""
+
+
+def test_every_pin_of_training_is_held_against_what_is_installed(monkeypatch):
+    assert software.packages().lacks == ""
+    asked = {one.name for one in software.needs("luffy-rl", "train")}
+    assert {"transformers", "math-verify", "pydantic"} <= asked
+    assert "peft" not in asked  # of another extra
+    versions = {"transformers": "4.1.0", "math-verify": None}
+    monkeypatch.setattr(software, "installed", lambda name: versions.get(name, "99"))
+    found = software.packages()
+    assert "transformers 4.1.0" in found.found
+    assert "math-verify missing" in found.found
+    assert "'math-verify==0.9.0'" in found.lacks
+
+
+def test_triton_goes_with_torch(monkeypatch):
+    monkeypatch.setattr(software, "wanted_by", lambda *names: Requirement("triton==3.6.0"))
+    monkeypatch.setattr(software, "installed", lambda *names: "3.5.1")
+    assert "torch was built with triton==3.6.0" in software.triton().lacks
+    monkeypatch.setattr(software, "installed", lambda *names: "3.6.0")
+    assert software.triton().lacks == ""
+
+
+@pytest.mark.parametrize(
+    ("driver", "lacks"),
+    [
+        ((None, None, None, False), ""),
+        ((None, None, "12.9", False), "install NVIDIA's driver"),
+        (("570.86", (12, 8), "12.9", True), ""),  # one of the same major version serves it
+        (("535.10", (12, 2), "13.0", False), "too old for torch: install one for CUDA 13.0"),
+        (("580.10", (13, 0), "12.9", False), "torch finds no GPU"),
+        (("580.10", (13, 0), None, False), "built without CUDA"),
+    ],
+)
+def test_a_driver_must_serve_the_cuda_of_torch(driver, lacks):
+    found = hardware.driver_verdict(*driver)
+    assert lacks in found.lacks
+    assert bool(lacks) == bool(found.lacks)
+
+
+def test_memory_and_folders(tmp_path):
+    assert hardware.shared_memory(str(tmp_path / "none")).found == "none"
+    assert hardware.cache("model cache", tmp_path / "not" / "yet", "HF_HOME").lacks == ""
+    (tmp_path / "file").write_text("")
+    assert "set HF_HOME" in hardware.cache("model cache", tmp_path / "file" / "below", "HF_HOME").lacks
+
+
+def test_no_path_is_left_in_a_report():
+    said = without_paths(
+        f"2.8: /opt/mine/x.so: undefined symbol, in (/usr/lib/y.so.1) and {Path.home()}/z; see https://a/b/c"
+    )
+    assert said == "2.8: PATH: undefined symbol, in (PATH) and ~/z; see https://a/b/c"
+    assert without_paths("(/dev/shm)") == "(/dev/shm)"
 
 
 def test_what_is_missing_is_said_and_fails(capsys):
-    assert print_findings([Finding("vLLM", "missing", "run scripts/setup.sh")]) == 1
+    print_findings([Finding("vLLM", "missing", "run scripts/setup.sh")])
     assert "! vLLM         missing" in capsys.readouterr().out
 
 

@@ -247,7 +247,7 @@ def test_two_models_on_two_benchmarks(home):
     assert len(files) == 6
     again = luffy("eval", *options, "--limit", "1", cwd=home)
     assert again.returncode == 0, again.stderr[-3000:]
-    assert again.stdout.count("2 of 2 problems are answered in") == 2
+    assert again.stderr.count("2 of 2 problems are answered in") == 2
     assert {path: path.read_bytes() for path in files} == files
     other = luffy("eval", *options, "--temperature", "1", cwd=home)
     assert refused(other, "another temperature (0.6, now 1.0)")

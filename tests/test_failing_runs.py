@@ -53,7 +53,7 @@ def test_the_first_warning_names_the_cause(cause, options, tmp_path):
     done = train(tmp_path, *options)
     assert done.returncode in (0, 2), done.stderr[-3000:]
     assert causes(tmp_path)[:1] == [cause]
-    assert ("warning: prompts have none of <|im_start|>" in done.stdout) == (cause == TEMPLATE)
+    assert ("warning: prompts have none of <|im_start|>" in done.stderr) == (cause == TEMPLATE)
 
 
 @pytest.mark.slow

@@ -52,6 +52,11 @@ def test_triton_is_imported_only_by_the_device_kernels():
     assert offenders({"triton"}, "kernels/", allowed=("kernels/luffy_kernels/_triton/",)) == []
 
 
+def test_loggers_are_imported_only_by_their_own_files():
+    for name in ("tensorboard", "wandb", "mlflow", "trackio"):
+        assert offenders({name}, "luffy/", (f"luffy/loggers/{name}.py",)) == []
+
+
 def test_nothing_imports_tests_or_bench_or_scripts():
     assert offenders({"tests", "bench", "scripts"}, "kernels/") == []
     assert offenders({"tests", "bench", "scripts"}, "luffy/") == []

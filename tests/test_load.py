@@ -202,7 +202,7 @@ def test_experts_that_transformers_fuses_at_load_come_out_right(tmp_path, capsys
     options = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
     folder = save_model(tmp_path, "moe", **options)
     assert_same_weights(loaded(folder), reference(folder))
-    assert "every rank loads it whole" in " ".join(capsys.readouterr().out.split())
+    assert "every rank loads it whole" in " ".join(capsys.readouterr().err.split())
     whole = load_file(folder / "model.safetensors")
     del whole["model.layers.0.mlp.experts.3.up_proj.weight"]
     save_file(whole, folder / "model.safetensors", {"format": "pt"})

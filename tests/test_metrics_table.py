@@ -8,7 +8,7 @@ from luffy.reporting.charts import CHARTS
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = re.findall(r"^\| \**`([^`]+)`\** \|", (ROOT / "docs" / "metrics.md").read_text(), re.MULTILINE)
 SECTIONS = "batch|on_off_metrics|critic|reward_model|response_length|prompt_length|verify|traces|replay|actor|rollout"
-KEY = re.compile(rf'"((?:{SECTIONS}|timing_s|timing_per_token_ms|perf)/[^" ]+)"|"(trainer/idle_s)"')
+KEY = re.compile(rf'"((?:{SECTIONS}|log|timing_s|timing_per_token_ms|perf)/[^" ]+)"|"(trainer/idle_s)"')
 
 
 def spelled_out(name: str) -> list[str]:

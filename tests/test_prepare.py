@@ -273,7 +273,7 @@ def test_think_tags(text, opened, fault):
 
 def test_the_command(options, tmp_path, tokenizer):
     source = options().source
-    call = ("data", "prepare", source, "--out", "out", "--tokenizer", tokenizer, "--max-tokens", LIMIT)
+    call = ("data", "prepare", source, "--out", "out", "--tokenizer", tokenizer, "--max-trace-tokens", LIMIT)
     done = luffy(*map(str, call), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     lines = [line.split(maxsplit=1) for line in done.stdout.splitlines()]

@@ -178,7 +178,7 @@ def test_damaged_checkpoints_are_set_aside_and_never_a_fresh_start(home, two):
     flip(run / "checkpoints" / "step-000004" / "model.safetensors")
     done = luffy(*arguments(run, home / "model", "--resume", **RANKS | {"checkpoint__keep": 1}), cwd=home)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "called damaged-step-000004 from now on" in done.stdout
+    assert "called damaged-step-000004 from now on" in done.stderr
     assert {p.name for p in (run / "checkpoints").iterdir()} == {"step-000004", "damaged-step-000004"}
     assert_same_curve(run, two)
 

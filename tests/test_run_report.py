@@ -1,6 +1,7 @@
 """`luffy report`: what it reads, what it warns of, and the page in a browser."""
 
 import json
+import math
 import signal
 import socket
 import subprocess
@@ -17,6 +18,8 @@ from luffy.errors import UserError
 from luffy.reporting.page import POINTS, render, thinned, write_report
 from luffy.reporting.rules import RULES, findings
 from luffy.reporting.runs import SAMPLES, load
+from luffy.reporting.tokens import MOST_NUMBERS, MOST_STEPS, MOST_TOKENS, spread, token_groups
+from luffy.token_file import NUMBERS, name_of, write
 
 HOSTILE = "</script><script>document.title='run'</script><img src=x onerror=\"document.title='run'\">"
 HEALTHY = {
@@ -71,6 +74,75 @@ def make_run(path: Path, changes: dict | None = None, accuracy=ACCURACY, steps: 
         text = "".join(json.dumps(line | {"response": f"{line['response']} {step}"}) + "\n" for line in answers)
         (path / "samples" / f"heldout-step-{step:06d}.jsonl").write_text(text)
     return path
+
+
+def add_tokens(
+    run: Path, steps=(0, 10, 20), tokens=("12", "+", "7", " is", "\n", "19", HOSTILE), fresh: int = 1
+) -> None:
+    """Records of a watched group, whose trace becomes likelier, and of fresh ones at the end."""
+    (run / "tokens").mkdir()
+    count = len(tokens)
+
+    def row(at: int, trace: bool, **more) -> dict:
+        p = [min(0.99, 0.05 + 0.1 * n + 0.2 * at) for n in range(count)]
+        advantage = 0.5 if trace else -0.5
+        slopes = [-advantage * (0.1 * x / (x + 0.1) ** 2 if trace else 1.0) for x in p]
+        said = {"logp": [math.log(x) for x in p], "entropy": [1 - x for x in p]}
+        said |= {"advantage": [advantage] * count, "slope": slopes}
+        wrote = {"sampler_logp": [] if trace else [math.log(0.5)] * count, "behaviour": [], "row_advantages": []}
+        return {"id": "sum/1", "question": "What is 12+7?", "answer": "19", "is_trace": trace, "teacher": "T" * trace,
+                "reward": float(trace), "finished": True, "prefix": 0, "length": count, "tokens": list(tokens),
+                "token_ids": list(range(count)), **said, **wrote, **more}  # fmt: skip
+
+    for at, step in enumerate(steps):
+        lines = [row(at, trace, group=0, watched=True, sampled=1) for trace in (False, True)]
+        last = fresh if step == steps[-1] else 0
+        lines += [row(at, False, group=1 + n, watched=False, sampled=step) for n in range(last)]
+        write(run / "tokens" / name_of(step), lines)
+
+
+def test_tokens_of_a_group_over_its_evaluations(tmp_path):
+    run = make_run(tmp_path / "run")
+    add_tokens(run)
+    [watched, fresh], left = token_groups([load(str(run))])
+    assert left == 0
+    assert (watched["steps"], watched["sampled"], fresh["steps"]) == ([0, 10, 20], 1, [20])
+    trace, rollout = watched["rows"]  # whatever the order in the file
+    assert (rollout["trace"], trace["trace"], trace["teacher"]) == (False, True, "T")
+    assert [values[0] for values in trace["logp"]] == pytest.approx([math.log(p) for p in (0.05, 0.25, 0.45)], abs=1e-3)
+    assert len(fresh["rows"][0]["logp"]) == 1
+
+
+def test_a_page_has_room_for_so_many_tokens(tmp_path):
+    """Long rows are cut, evaluations thinned, and the newest fresh groups taken; what is left out is said."""
+    run = make_run(tmp_path / "run")
+    add_tokens(run, steps=range(0, 40), tokens=["x"] * 3000, fresh=90)
+    groups, left = token_groups([load(str(run))])
+    numbers = sum(len(values) for one in groups for row in one["rows"] for name in NUMBERS for values in row[name])
+    assert MOST_NUMBERS / 2 < numbers <= MOST_NUMBERS
+    watched = groups[0]
+    assert watched["steps"][0] == 0
+    assert watched["steps"][-1] == 39
+    assert len(watched["rows"][0]["tokens"]) == MOST_TOKENS < watched["rows"][0]["length"] == 3000
+    assert len(groups) + left == 91
+    assert left > 0
+    page = tmp_path / "page.html"
+    write_report(page, [load(str(run))])
+    assert page.stat().st_size < 5e6
+    assert f"{left} more have no room" in page.read_text()
+
+
+def test_checkpoints_are_thinned_evenly():
+    assert spread([0, 10, 20], MOST_STEPS) == [0, 10, 20]
+    kept = spread(list(range(101)), 5)
+    assert kept == [0, 25, 50, 75, 100]
+
+
+def test_a_run_without_token_records_has_no_token_view(tmp_path):
+    run = load(str(make_run(tmp_path / "run")))
+    text = render([run])
+    assert "GROUPS" not in text
+    assert 'id="measure"' not in text
 
 
 def test_a_healthy_run_has_nothing_said_against_it(tmp_path):
@@ -294,3 +366,68 @@ def test_in_a_browser_without_a_network(browser, tmp_path, width):
     tab.locator("#which").select_option("1")
     assert tab.locator("#count").text_content() == "2 of 12"
     context.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_tokens_in_a_browser(browser, tmp_path, width, scheme):
+    run = make_run(tmp_path / "run")
+    text = (run / "config.toml").read_text().replace('name = "luffy"', 'name = "luffy"\ngamma = 0.1')
+    (run / "config.toml").write_text(text)
+    add_tokens(run)
+    page = tmp_path / "report.html"
+    write_report(page, [load(str(run))])
+    context = browser.new_context(viewport={"width": width, "height": 900}, offline=True, color_scheme=scheme)
+    tab, said = context.new_page(), []
+    tab.on("console", lambda message: said.append(message.text))
+    tab.on("pageerror", lambda error: said.append(str(error)))
+    tab.goto(page.as_uri())
+    assert tab.title().startswith("Runs: ")
+    assert tab.locator(".row").count() == 2
+    assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+    trace = tab.locator(".row", has_text="trace of T").locator(".text")
+    spans, told = trace.locator("span"), tab.locator("#told")
+    spans.nth(0).hover()
+    assert "trace of T, token 1 of 7: probability 0.45" in told.text_content(), "the newest weights come first"
+    assert "shaping weight 0.149" in told.text_content()  # 0.1 * 0.45 / 0.55^2
+    assert "change since step 0 0.4" in told.text_content()
+
+    tab.locator("#measure").select_option("probability")
+    tab.locator("#step").fill("0")
+    assert tab.locator("#after").text_content() == "0"
+    trace.focus()
+    trace.press("Home")
+    assert "token 1 of 7: probability 0.05" in told.text_content()
+    trace.press("ArrowRight")
+    assert "token 2 of 7: probability 0.15" in told.text_content()
+    contrasts = tab.evaluate(CONTRASTS)
+    assert min(contrasts) >= 4.5, "text is readable on every colour"
+    before = [one.get_attribute("style") for one in spans.all()]
+    lightness = tab.evaluate(LIGHTNESS)
+    assert lightness == sorted(lightness, reverse=scheme == "dark"), "strength is seen without colours"
+    tab.locator("#step").fill("2")
+    after = [one.get_attribute("style") for one in spans.all()]
+    assert before[0] != after[0], "the slider changes what is seen"
+
+    looks = set()
+    for measure in tab.locator("#measure option").all():
+        tab.locator("#measure").select_option(measure.get_attribute("value"))
+        looks.add("".join(one.get_attribute("style") or "" for one in tab.locator(".row span").all()))
+        assert min(tab.evaluate(CONTRASTS)) >= 4.5, measure.get_attribute("value")
+    assert len(looks) == tab.locator("#measure option").count() == 7, "every measure has colours of its own"
+    assert "less likely than 0.2" in tab.locator(".row", has_text="trace of T").text_content()
+    tab.locator("#group").select_option(index=1)
+    assert tab.locator(".row").count() == 1
+    assert tab.locator("#step").is_disabled()
+    assert (said, tab.title().startswith("Runs: ")) == ([], True), "a token's text is text"
+
+
+_LUMINANCE = """const lum = text => { const [r, g, b] = text.match(/[0-9.]+/g).map(one => (one /= 255) <= 0.04045
+    ? one / 12.92 : ((one + 0.055) / 1.055) ** 2.4); return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
+    const spans = [...document.querySelectorAll('.row span')].filter(one => one.style.background);"""
+CONTRASTS = f"""() => {{ {_LUMINANCE} return spans.map(one => {{
+    const [a, b] = [getComputedStyle(one).color, getComputedStyle(one).backgroundColor].map(lum);
+    return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05); }}); }}"""
+LIGHTNESS = f"""() => {{ {_LUMINANCE} const row = [...document.querySelectorAll('.row')].at(0);
+    return spans.filter(one => row.contains(one)).map(one => lum(getComputedStyle(one).backgroundColor)); }}"""

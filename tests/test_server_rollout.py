@@ -327,7 +327,7 @@ def test_a_prompt_that_is_refused_is_skipped_and_counted(servers, capsys):
     answers = ask(servers, [PROMPTS[0], tuple([5] * 300), PROMPTS[1]])
     assert [len(found) for found in answers] == [3, 0, 3]
     assert servers.metrics()["rollout/refused"] == 1
-    assert "1 prompts were refused and are skipped" in capsys.readouterr().out
+    assert "1 prompts were refused and are skipped" in capsys.readouterr().err
 
 
 def test_servers_of_others_are_checked_before_they_are_trusted(model, servers, policy, tmp_path):
@@ -531,9 +531,9 @@ def test_a_key_that_is_missing_is_said_for_other_machines_alone(capsys):
     warn_if_open("http://127.0.0.1:8001", None)
     warn_if_open("http://localhost:8001", None)
     warn_if_open("http://10.0.0.7:8001", "a key")
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().err == ""
     warn_if_open("http://10.0.0.7:8001", None)
-    assert "http://10.0.0.7:8001 is on another machine and LUFFY_API_KEY is not set" in capsys.readouterr().out
+    assert "http://10.0.0.7:8001 is on another machine and LUFFY_API_KEY is not set" in capsys.readouterr().err
 
 
 VLLM_SAYS = (

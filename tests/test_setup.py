@@ -1,10 +1,9 @@
-"""What is refused before anything slow is loaded, on one rank or many."""
+"""What is refused before anything slow is loaded. Through the command, on many ranks: test_bad_input_walk.py."""
 
 import json
 
 import pytest
-from test_train import arguments
-from tiny import luffy, make_model, make_tokenizer
+from tiny import make_tokenizer
 from transformers import Lfm2Config, LlamaConfig, MistralConfig
 
 from luffy.checks import check_body, check_lengths
@@ -107,16 +106,3 @@ def test_what_a_run_is_judged_by_is_not_trained_on(tmp_path):
         check_overlap(config, training, judged)
     config.eval.overlap = "warn"
     assert "2 of 3 problems" in check_overlap(config, training, judged)
-
-
-def test_many_ranks_end_together_with_one_sentence(tmp_path):
-    model = make_model(tmp_path / "model")
-    for options, text in (
-        ({"mesh__sequence": 3}, "2 ranks cannot be split into mesh.replicate 1 x mesh.sequence 3"),
-        ({"rollout__max_tokens": 600}, "it has 512 positions"),
-    ):
-        run = tmp_path / "run"
-        done = luffy(*arguments(run, model, "--nproc-per-node", "2", train__steps=1, **options), cwd=tmp_path)
-        assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
-        assert text in done.stderr
-        assert not (run / "config.toml").exists()

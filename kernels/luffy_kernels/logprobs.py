@@ -28,8 +28,11 @@ class LogProbs(NamedTuple):
     """Float32 (float64 for float64 operands), in targets' shape, 0 in ignored rows."""
 
     logp: Tensor
+    """Log-probability of the target, nats."""
     entropy: Tensor | None
+    """Of the distribution, nats; None unless `return_entropy`."""
     lse: Tensor
+    """Log-sum-exp of the logits."""
     gap: Tensor
     """How far the target is below the most likely token, 0 where it is as likely; without gradient."""
 

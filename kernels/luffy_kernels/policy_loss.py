@@ -33,12 +33,18 @@ from .token_loss import token_loss
 class PolicyLoss(NamedTuple):
     """`loss` carries the gradient; the rest is detached, per token, in targets' shape, 0 in ignored rows."""
 
-    loss: Tensor  # [] float32 (float64 for float64 operands)
-    logp: Tensor  # log-probability of the target, nats
-    entropy: Tensor  # nats
-    ratio: Tensor  # exp(logp - old_logp); 1 where the token's loss does not read old_logp
-    kl: Tensor  # kl_t, before kl_coef; 0 without ref_logp
-    clipped: Tensor  # bool: a clip or bound made the token's gradient zero
+    loss: Tensor
+    """[] float32 (float64 for float64 operands)."""
+    logp: Tensor
+    """Log-probability of the target, nats."""
+    entropy: Tensor
+    """Nats."""
+    ratio: Tensor
+    """exp(logp - old_logp); 1 where the token's loss does not read old_logp."""
+    kl: Tensor
+    """kl_t, before kl_coef; 0 without ref_logp."""
+    clipped: Tensor
+    """bool: a clip or bound made the token's gradient zero."""
 
 
 def linear_policy_loss(

@@ -21,10 +21,14 @@ OP = "token_loss"
 class TokenLosses(NamedTuple):
     """In logp's shape. `loss` carries the gradient, the rest is detached."""
 
-    loss: Tensor  # token_weight * loss + kl_coef * kl
-    ratio: Tensor  # exp(logp - old_logp); 1 where the token's loss does not read old_logp
-    kl: Tensor  # before kl_coef; 0 without ref_logp
-    clipped: Tensor  # bool: a clip or bound made the token's gradient zero
+    loss: Tensor
+    """token_weight * loss + kl_coef * kl."""
+    ratio: Tensor
+    """exp(logp - old_logp); 1 where the token's loss does not read old_logp."""
+    kl: Tensor
+    """Before kl_coef; 0 without ref_logp."""
+    clipped: Tensor
+    """bool: a clip or bound made the token's gradient zero."""
 
 
 def token_loss(

@@ -169,5 +169,8 @@ def tokenize(
         **counts,
     )
     if not examples:
-        raise DataError(f"no example is left with max_prompt_tokens={max_prompt_tokens}: {report}")
+        raise DataError(
+            f"no example is left with max_prompt_tokens={max_prompt_tokens}: {report}; raise that limit if it is too "
+            f"low, or mend the data"
+        )
     return examples, report

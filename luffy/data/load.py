@@ -16,12 +16,16 @@ COUNTED = 100_000
 def load_problems(source: str | Path, *, split: str | None = None, limit: int | None = None) -> list[Problem]:
     """Problems of a source, in its order.
 
-    source: a .parquet or .jsonl file in one of `luffy.data.schemas`, a folder of such files, or a Hugging Face data set
-        id (`owner/name`, or `owner/name:config`).
-    split: in a folder the file of that name (`train.parquet`, `train-00000-of-00002.parquet`); in a file the rows whose
-        `extra_info.split` says so; of a data set its split (`train` when None).
-    limit: keep the first so many problems.
-    Raises DataError with one sentence saying what is wrong, in which file and row.
+    Args:
+        source: a .parquet or .jsonl file in one of `luffy.data.schemas`, a folder of such files, or a Hugging Face data
+            set id (`owner/name`, or `owner/name:config`).
+        split: in a folder the file of that name (`train.parquet`, `train-00000-of-00002.parquet`); in a file the rows
+            whose `extra_info.split` says so; of a data set its split (`train` when None).
+        limit: keep the first so many problems.
+
+    Raises:
+        DataError: in one sentence, what is wrong in which file and row.
+        ValueError: limit is not positive.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"load_problems: limit must be at least 1, got {limit}")

@@ -114,7 +114,9 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
                     yield f"{path}, row {number}", row
     except (pa.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise DataError(f"{path}: unreadable or truncated parquet after row {number}: {reason}") from error
+        raise DataError(
+            f"{path}: unreadable or truncated parquet after row {number}: {reason}; copy or download it again"
+        ) from error
 
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -128,7 +130,9 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
                 try:
                     row = json.loads(line)
                 except json.JSONDecodeError as error:
-                    raise DataError(f"{where}: not valid JSON ({error.msg}), is the file cut short?") from error
+                    raise DataError(
+                        f"{where}: not valid JSON ({error.msg}), is the file cut short? copy it again, or mend the line"
+                    ) from error
                 if not isinstance(row, dict):
                     raise DataError(f"{where}: must be a JSON object, got {type(row).__name__}")
                 yield where, row

@@ -2,7 +2,6 @@
 
 import argparse
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -10,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from luffy.commands.arguments import add_command, add_json, add_problems, add_quiet, add_sampling, positive
 from luffy.errors import UserError, user_errors
 from luffy.evaluation.suites import NAMES, SUITES, benchmarks_in, problems_of
 from luffy.generate import options_of
@@ -22,25 +22,33 @@ BLOCK = 64
 """Completions that are sampled together on a CPU, and at most lost by an interruption."""
 
 
-def add_eval(commands: Any, add_model_options: Any, positive: Any, fraction: Any) -> None:
-    parser = commands.add_parser(
+def add_eval(commands: Any) -> None:
+    parser = add_command(
+        commands,
         "eval",
+        run_eval,
         help="accuracy of models on problems with known answers",
         description="Sample answers to every problem, grade them, and say how right they are, with intervals. What is "
         "there in DIR already is not asked again. Rows that repeat a problem count as further answers to it.",
+        examples=(
+            "luffy eval --model runs/quickstart --data problems.parquet --n 4 --report report.html",
+            "luffy eval --suite math --model runs/mine Qwen/Qwen2.5-Math-7B --max-tokens 8192",
+            "luffy eval --suite quick --limit 20 --temperature 0 --json",
+            "luffy eval --suite ood --model runs/mine --servers 2 --devices 0 1 --shuffle-options",
+        ),
     )
     parser.add_argument(
-        "--data", nargs="+", default=[], metavar="PATH", help="parquet or JSONL files, folders, dataset ids"
+        "--data", nargs="+", default=[], metavar="SOURCE", help="parquet or JSONL files, folders, dataset ids"
     )
     parser.add_argument(
         "--suite", nargs="+", default=[], metavar="NAME", help=f"{', '.join(SUITES)}, or benchmarks: {', '.join(NAMES)}"
     )
     parser.add_argument("--shuffle-options", action="store_true", help="of a suite's multiple choice, by --seed")
-    parser.add_argument("--split", help="of a folder, file or dataset id (default: the only one, or `train`)")
-    add_model_options(parser, temperature=0.6, models=True)
-    parser.add_argument("--top-p", type=fraction, default=1.0, metavar="P", help="default: %(default)s")
-    parser.add_argument("--n", type=positive, default=1, metavar="N", help="answers to a row (default: %(default)s)")
-    parser.add_argument("--pass-at", type=positive, nargs="+", default=[], metavar="K", help="unbiased pass@k")
+    add_problems(parser, "rows of each")
+    add_sampling(parser, models=True)
+    parser.add_argument(
+        "--pass-at", type=positive, nargs="+", default=[], metavar="K", help="unbiased pass@k, k up to --n"
+    )
     parser.add_argument("--servers", type=positive, metavar="N", help="start so many vLLM servers and ask them all")
     parser.add_argument("--devices", nargs="+", default=[], metavar="D", help="CUDA_VISIBLE_DEVICES of each: 0,1 2,3")
     parser.add_argument(
@@ -49,16 +57,18 @@ def add_eval(commands: Any, add_model_options: Any, positive: Any, fraction: Any
     parser.add_argument(
         "--urls", nargs="+", default=[], metavar="URL", help="or ask these, started by python -m luffy.rollout.serve"
     )
-    parser.add_argument("--limit", type=positive, metavar="N", help="only the first N rows of each")
     parser.add_argument(
         "--grader",
+        metavar="GRADER",
         help="as reward.grader (default: `choice` for letters; else the runs' own if they agree, or `boxed`)",
     )
-    parser.add_argument("--compare", nargs="+", default=[], metavar="G", help="graders that are asked, too")
+    parser.add_argument("--compare", nargs="+", default=[], metavar="GRADER", help="graders that are asked, too")
     parser.add_argument(
         "--report", metavar="FILE.html", help="a page with everything; tables beside it as .md and .tex"
     )
     parser.add_argument("--out", metavar="DIR", default="evals", help="answers and summary.json (default: %(default)s)")
+    add_quiet(parser)
+    add_json(parser)
 
 
 @dataclass(slots=True)
@@ -100,9 +110,13 @@ def check_eval(args: argparse.Namespace) -> None:
 
 
 def run_eval(args: argparse.Namespace) -> int:
+    from luffy.console import print_json, say, tell
     from luffy.evaluation.answers import Sampling
     from luffy.evaluation.show import print_comparison, print_scores
+    from luffy.process import prepare_libraries
 
+    check_eval(args)
+    prepare_libraries()
     sampling = Sampling(args.temperature, args.top_p, args.max_tokens, args.seed)
     models = [load_model(args, name) for name in args.model]
     if len({model.slug for model in models}) < len(models):
@@ -123,16 +137,21 @@ def run_eval(args: argparse.Namespace) -> int:
             check_golds(model, graders, pools)
         for model in models:
             found[model.name], graded[model.name] = evaluate_model(args, model, sampling, pools, graders)
-            print_scores(model.name, found[model.name])
-    for name in args.model[1:]:
-        print_comparison(args.model[0], name, found[args.model[0]], found[name])
-    write_summary(Path(args.out), args, found)
+            if not args.json:
+                print_scores(model.name, found[model.name])
+    summary = write_summary(Path(args.out), args, found)
+    if args.json:
+        print_json(summary | {"out": args.out})
+    else:
+        for name in args.model[1:]:
+            print_comparison(args.model[0], name, found[args.model[0]], found[name])
+        tell(f"answers and summary.json: {args.out}")
     if args.report:
         from luffy.evaluation.html import Evaluated, write_report
 
         evaluated = [Evaluated(name, every, graded[name]) for name, every in found.items()]
         write_report(Path(args.report), evaluated, settings_of(args), doubts(models))
-        print(f"report: {args.report}")
+        (say if args.json else tell)(f"report: {args.report}")
     return 0
 
 
@@ -158,6 +177,7 @@ def doubts(models: Sequence[Model]) -> list[str]:
 
 
 def load_model(args: argparse.Namespace, name: str) -> Model:
+    from luffy.console import say
     from luffy.data import load_problems
     from luffy.evaluation.questions import benchmarks_of
     from luffy.sources import tokenized
@@ -180,7 +200,7 @@ def load_model(args: argparse.Namespace, name: str) -> Model:
     for source, problems, repeats in asked:
         loaded = tokenized(problems, opened.template, opened.config)
         if lost := loaded.report.problems - loaded.report.kept:
-            print(f"{source}: {lost} problems cannot be asked: {loaded.report}")
+            say(f"{source}: {lost} problems cannot be asked: {loaded.report}")
         made = benchmarks_of(loaded.examples, args.n * repeats, several=bool(args.temperature))
         if twice := found.keys() & made.keys():
             raise UserError(f"eval: two sources have problems of {min(twice)}; evaluate them one at a time")
@@ -222,6 +242,7 @@ def golds(question: Any) -> tuple[str, ...]:
 
 def check_golds(model: Model, graders: dict[str, str], pools: Pools) -> None:
     """Say which answers no response could give, before hours are spent on them."""
+    from luffy.console import say
     from luffy.rewards.graders import SYMBOLIC
 
     for benchmark, questions in model.benchmarks.items():
@@ -232,16 +253,14 @@ def check_golds(model: Model, graders: dict[str, str], pools: Pools) -> None:
         bad = [q for q, verdict in zip(questions, verdicts, strict=True) if verdict.reward < 1]
         if bad:
             shown = ", ".join(f"{q.id} ({golds(q)[0]!r:.40})" for q in bad[:SHOWN])
-            print(
-                f"{benchmark}: `{grader}` does not accept {len(bad)} of the answers word by word: {shown}",
-                file=sys.stderr,
-            )
+            say(f"{benchmark}: `{grader}` does not accept {len(bad)} of the answers word by word: {shown}")
 
 
 def evaluate_model(
     args: argparse.Namespace, model: Model, sampling: Any, pools: Pools, graders: dict[str, str]
 ) -> tuple[list[Any], dict[str, list[Any]]]:
     """Scores of each benchmark, and the graded answers that they are made of."""
+    from luffy.console import say
     from luffy.evaluation.answers import Store, sample
     from luffy.evaluation.progress import Asking
     from luffy.evaluation.scores import grade, scores
@@ -260,7 +279,7 @@ def evaluate_model(
         left = {n: sum(q not in stores[n] for q in questions) for n, questions in model.benchmarks.items()}
         total = sum(map(len, model.benchmarks.values()))
         if done := total - sum(left.values()):
-            print(f"{model.name}: {done} of {total} problems are answered in {folder} already")
+            say(f"{model.name}: {done} of {total} problems are answered in {folder} already")
         engine, block = None, block_of(model.opened.config.rollout)
         if any(left.values()):
             engine = stack.enter_context(engine_of(model.opened, longest + args.max_tokens, folder))
@@ -330,7 +349,8 @@ def prompt_of(model: Model) -> str:
     return model.opened.template.render([{"role": "user", "content": "?"}])
 
 
-def write_summary(folder: Path, args: argparse.Namespace, found: dict[str, list[Any]]) -> None:
+def write_summary(folder: Path, args: argparse.Namespace, found: dict[str, list[Any]]) -> dict[str, Any]:
+    """Write summary.json; returns what is in it."""
     from luffy.evaluation.scores import average, compare
     from luffy.files import write_json
     from luffy.run_folder import environment
@@ -344,8 +364,9 @@ def write_summary(folder: Path, args: argparse.Namespace, found: dict[str, list[
                 key: dict(zip(("mean", "low", "high", "p"), value, strict=True)) for key, value in against.items()
             }
             models[name]["difference_to"] = args.model[0]
-    write_json(folder / "summary.json", {"settings": settings_of(args), "environment": environment(), "models": models})
-    print(f"answers and summary.json: {folder}")
+    summary = {"settings": settings_of(args), "environment": environment(), "models": models}
+    write_json(folder / "summary.json", summary)
+    return summary
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:

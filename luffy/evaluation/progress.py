@@ -6,7 +6,7 @@ from typing import Self
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from luffy.console import console, say
+from luffy.console import is_live, progress, say
 
 LINES = 10
 """Where there is no terminal: lines of a benchmark, at most."""
@@ -18,14 +18,14 @@ class Asking:
     def __init__(self, benchmark: str, total: int, left: int) -> None:
         self._name, self._total, self._left, self._done = benchmark, total, left, 0
         self._right, self._began, self._lock = 0.0, time.monotonic(), threading.Lock()
-        self._live = console.is_terminal
+        self._live = is_live()
         columns = (
             TextColumn("[bold]{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[info]}"),
         )
-        self._progress = Progress(*columns, console=console)
+        self._progress = Progress(*columns, console=progress)
         self._task = self._progress.add_task(benchmark, total=total, completed=total - left, info="")
 
     def add(self, accuracy: float | None) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from luffy.console import console, say
+from luffy.console import console, tell
 from luffy.evaluation.scores import Scores, average, compare
 
 
@@ -34,7 +34,7 @@ def print_scores(model: str, every: Sequence[Scores]) -> None:
     for one in every:
         other = "".join(f", `{name}` says otherwise of {share:.1%}" for name, share in one.disagree.items())
         none = "" if one.no_answer is None else f"no answer {one.no_answer:.1%}, "
-        say(
+        tell(
             f"{one.benchmark}: {one.mean_tokens:.0f} tokens an answer, cut off {one.truncated:.1%}, {none}timeouts "
             f"{one.timeouts}, crashes {one.crashes}; graded by {one.grader}{other}"
         )
@@ -43,7 +43,7 @@ def print_scores(model: str, every: Sequence[Scores]) -> None:
 def print_comparison(first: str, other: str, theirs: Sequence[Scores], ours: Sequence[Scores]) -> None:
     for name, (mean, low, high, p) in compare(ours, theirs).items():
         span = f"95 % {100 * low:+.1f} to {100 * high:+.1f}"
-        say(f"{name}: {other} - {first}: {100 * mean:+.1f} points, {span}, p = {p:.2g}")
+        tell(f"{name}: {other} - {first}: {100 * mean:+.1f} points, {span}, p = {p:.2g}")
 
 
 def _span(interval: tuple[float, float]) -> str:

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from luffy.commands.arguments import add_command, add_json, add_seed
 from luffy.errors import UserError
 from luffy.files import write_text
 from luffy.rewards.gym import MISSING, digest, make_dataset
@@ -18,14 +19,24 @@ ASKED = "\n\nGive the final answer between <answer> and </answer>."
 
 
 def add_gym(commands: Any) -> None:
-    gym = commands.add_parser("gym", help="make problems of a task of reasoning-gym, for the grader `gym`")
+    gym = add_command(
+        commands,
+        "gym",
+        run_gym,
+        help="make problems of a task of reasoning-gym, for the grader `gym`",
+        examples=(
+            "luffy data gym countdown --count 2000 --out countdown.jsonl --set max_numbers=4",
+            "luffy data gym chain_sum --count 200 --seed 1 --out judged.jsonl --set min_terms=3 max_terms=4",
+        ),
+    )
     gym.add_argument("task", metavar="TASK", help="such as chain_sum, sudoku, countdown")
     gym.add_argument("--count", type=int, default=1000, metavar="N", help="problems (default: %(default)s)")
-    gym.add_argument("--seed", type=int, default=0, metavar="S", help="another one for problems to be judged by")
-    gym.add_argument("--out", required=True, metavar="FILE.jsonl")
+    add_seed(gym, "the problems; another one for those to be judged by")
+    gym.add_argument("--out", required=True, metavar="FILE.jsonl", help="where to write the problems")
     gym.add_argument(
         "--set", nargs="+", default=[], metavar="KEY=VALUE", help="of the task's own options, such as max_terms=4"
     )
+    add_json(gym)
 
 
 def run_gym(args: argparse.Namespace) -> int:
@@ -34,11 +45,16 @@ def run_gym(args: argparse.Namespace) -> int:
     Raises:
         UserError: the package is missing, or knows no such task, option or value.
     """
+    from luffy.console import print_json
+
     config = dict(_pair(text) for text in args.set)
     if args.count < 1:
         raise UserError(f"gym: --count must be positive, got {args.count}")
     rows = make_rows(args.task, args.count, args.seed, config)
     write_text(Path(args.out), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    if args.json:
+        print_json({"out": args.out, "task": args.task, "problems": len(rows)})
+        return 0
     print(f"{args.out}: {len(rows):,} problems of {args.task}; train on them with --reward.grader gym")
     return 0
 

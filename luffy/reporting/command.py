@@ -3,34 +3,48 @@
 import argparse
 import http.server
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from luffy.commands.arguments import add_command, add_json, positive
 from luffy.errors import UserError
 
 REFRESH_S = 10
 
 
-def add_report(commands: Any, positive: Any) -> None:
-    parser = commands.add_parser(
+def add_report(commands: Any) -> None:
+    parser = add_command(
+        commands,
         "report",
+        run_report,
         help="one page about a run or several: curves, samples, what went wrong",
         description="Write one HTML file that needs no network: curves of the runs beside each other, samples of the "
         "last evaluation, and by rules what is wrong with a run.",
+        examples=(
+            "luffy report runs/quickstart",
+            "luffy report runs/one runs/other --out compared.html",
+            "luffy report runs/quickstart --watch  # serves it while the run trains",
+            "luffy report runs/quickstart --json  # what is wrong, for a script",
+        ),
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
     parser.add_argument("--out", metavar="FILE.html", help="default: report.html in the first run's folder")
     parser.add_argument("--watch", action="store_true", help="serve the page on loopback, new every 10 s")
     parser.add_argument("--port", type=positive, default=8642, metavar="N", help="of --watch (default: %(default)s)")
+    add_json(parser)
 
 
 def run_report(args: argparse.Namespace) -> int:
+    from luffy.console import print_json
     from luffy.reporting.page import write_report
     from luffy.reporting.rules import findings
     from luffy.reporting.runs import load
 
     if args.watch and args.out:
         raise UserError("report: --watch serves the page and --out writes it; choose one")
+    if args.watch and args.json:
+        raise UserError("report: --watch serves the page until it is stopped and has no result for --json; choose one")
     if len({Path(name).resolve() for name in args.runs}) < len(args.runs):
         raise UserError("report: a run is named twice")
     if args.watch:
@@ -38,9 +52,13 @@ def run_report(args: argparse.Namespace) -> int:
     runs = [load(name) for name in args.runs]
     out = Path(args.out or Path(args.runs[0], "report.html"))
     write_report(out, runs)
-    for run in runs:
-        for found in findings(run):
-            print(f"{run.name}: {found.cause}: {found.seen}; {found.remedy}", file=sys.stderr)
+    wrong = {run.name: findings(run) for run in runs}
+    if args.json:
+        print_json({"report": str(out), "findings": {name: list(map(asdict, found)) for name, found in wrong.items()}})
+        return 0
+    for name, every in wrong.items():
+        for found in every:
+            print(f"{name}: {found.cause}: {found.seen}; {found.remedy}", file=sys.stderr)
     print(f"report: {out}")
     return 0
 

@@ -12,25 +12,28 @@ from luffy.files import write_text
 from luffy.reporting.charts import CHARTS, HELD_OUT, PHASES, Chart
 from luffy.reporting.rules import findings
 from luffy.reporting.runs import SAMPLES, Run
+from luffy.reporting.tokens import token_groups
 
 POINTS = 1500
 """Of a line; a longer one keeps every n-th."""
 CHARACTERS = 2000
 
 
-def write_report(path: Path, runs: Sequence[Run]) -> None:
+def write_report(path: Path, runs: list[Run]) -> None:
     """Whole or not at all."""
     write_text(path, render(runs))
 
 
-def render(runs: Sequence[Run], refresh_s: int | None = None) -> str:
+def render(runs: list[Run], refresh_s: int | None = None) -> str:
     """refresh_s: the page asks for itself again after so long."""
     import jinja2
 
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    page = environment.from_string((files("luffy.reporting") / "report.html").read_text(encoding="utf-8"))
+    folder = files("luffy.reporting")
+    page = environment.from_string((folder / "report.html").read_text(encoding="utf-8"))
+    groups, left = token_groups(runs)
     return page.render(
         title=", ".join(run.name for run in runs),
         runs=[summary(run) for run in runs],
@@ -41,6 +44,9 @@ def render(runs: Sequence[Run], refresh_s: int | None = None) -> str:
         refresh_s=refresh_s,
         most=SAMPLES,
         sorting=sorting(),
+        groups=in_script(groups) if groups else "",
+        groups_left=left,
+        token_view=(folder / "tokens.js").read_text(encoding="utf-8"),
     )
 
 

@@ -1,0 +1,152 @@
+"""What `luffy train --dry-run` found, for people."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from luffy.footprint import PARTS
+from luffy.machines import GIB
+from luffy.plan import HEADROOM
+
+PAGE = 13
+"""Columns of what a line is about."""
+
+
+def lines(found: dict[str, Any]) -> Iterator[str]:
+    """found: of `luffy.dry_run.plan`."""
+    stages = found["stages"]
+    yield f"dry run of {found['recipe']}: nothing is trained, no weights are loaded, the run folder stays as it is"
+    for number, stage in enumerate(stages, 1):
+        of = f"stage {number} of {len(stages)}: " if len(stages) > 1 else ""
+        yield ""
+        yield f"{of}{stage['objective']} on {stage['model']}, {_count(found['ranks'], 'rank')}"
+        changed = found["changed"] if stage is stages[0] else []
+        for key in changed:
+            yield from _said("" if key is not changed[0] else "changed", _change(key))
+        folder = found["run_folder"] if stage is stages[-1] else f"{found['run_folder']}/first"
+        yield from _said("run folder", f"{folder}: {_state(stage)}")
+        for about, texts in (
+            ("data", _data(stage["data"])),
+            ("step", _step(stage["step"])),
+            ("length", _length(stage)),
+            ("evaluation", _evaluation(stage["evaluation"])),
+            ("memory", _memory(stage)),
+            ("time", _time(stage)),
+        ):
+            for at, text in enumerate(texts):
+                yield from _said("" if at else about, text)
+
+
+def _said(about: str, text: str) -> Iterator[str]:
+    yield f"  {about:{PAGE}}{text}"
+
+
+def _change(key: dict[str, Any]) -> str:
+    recipe, given = ("-" if key[name] is None else key[name] for name in ("recipe", "given"))
+    return f"{key['key']} = {given} (recipe: {recipe})"
+
+
+def _state(stage: dict[str, Any]) -> str:
+    state = stage["state"]
+    if state["state"] == "new":
+        return "new, training begins with step 1"
+    if state["state"] == "complete":
+        return f"complete after {state['steps_done']} steps; --resume prints its result again"
+    if state["checkpoint"] is None:
+        return "holds a run without a checkpoint; --resume begins with step 1"
+    return f"holds a run; --resume goes on from {state['checkpoint']} with step {state['steps_done'] + 1}"
+
+
+def _data(data: dict[str, Any]) -> Iterator[str]:
+    yield f"{data['source']}: {data['report']}"
+    spread = [_spread(what, data[f"{what}_tokens"]) for what in ("prompt", "trace") if data[f"{what}_tokens"]]
+    yield f"{'; '.join(spread)}; {data['with_trace']:,} of {data['kept']:,} problems have a trace"
+    yield from data["notes"]
+
+
+def _spread(what: str, lengths: dict[str, float]) -> str:
+    return f"{what}s of {lengths['least']:,} to {lengths['most']:,} tokens, mean {lengths['mean']:,.0f}"
+
+
+def _step(step: dict[str, Any]) -> Iterator[str]:
+    rows = step["rollouts"] + step["traces"]
+    yield (
+        f"{step['groups']} groups, {rows:,.0f} rows: {_number(step['rollouts'])} rollouts, {_number(step['traces'])} "
+        f"traces; {_count(step['updates'], 'update')}"
+    )
+    if step["rollouts"]:
+        yield (
+            f"about {step['tokens']:,} packed tokens if rollouts have {step['assumed_rollout_tokens']}, half of "
+            f"rollout.max_tokens (assumed); at most {step['most_tokens']:,}"
+        )
+    else:
+        yield f"about {step['tokens']:,} packed tokens, at most {step['most_tokens']:,}"
+    yield f"in micro-batches of at most {step['tokens_per_micro']:,} tokens"
+
+
+def _length(stage: dict[str, Any]) -> Iterator[str]:
+    limit = f", or {stage['max_minutes']:g} minutes of training" if stage["max_minutes"] else ""
+    every = stage["checkpoint_every"]
+    saved = f"a checkpoint every {every} steps and at the end" if every else "a checkpoint at the end"
+    yield f"{stage['steps']:,} steps, {stage['epochs']:.2f} epochs{limit}; {saved}"
+
+
+def _evaluation(found: dict[str, Any]) -> Iterator[str]:
+    sets = ", ".join(f"{name} ({problems:,} problems)" for name, problems in found["sets"].items())
+    yield f"before and after: {sets or 'nothing'}"
+    during = found["during"]
+    if during["times"]:
+        yield f"every {during['every']} steps {during['problems']:,} problems, {during['times']} times"
+    if found["answers"]:
+        yield f"{found['answers']:,} answers in all, of at most {found['max_tokens']:,} tokens"
+
+
+def _memory(stage: dict[str, Any]) -> Iterator[str]:
+    memory = stage["memory"]
+    if memory is None:
+        yield f"unknown: {stage['unknown']}"
+        return
+    yield (
+        f"{memory['needed'] / GIB:.1f} GiB of {memory['available'] / GIB:.1f} a rank on {stage['machine']['name']} "
+        f"({HEADROOM:.0%} left free), {'fits' if memory['fits'] else 'does not fit'}; computed, at its peak: "
+        f"{memory['peak']}"
+    )
+    for part in PARTS:
+        if memory["parts"].get(part):
+            yield f"{part:20s} {memory['parts'][part] / GIB:7.2f} GiB"
+    if memory["problem"]:
+        yield f"problem: {memory['problem']}"
+
+
+def _time(stage: dict[str, Any]) -> Iterator[str]:
+    seconds, measured = stage["seconds"], stage["measured_step"]
+    if measured:
+        yield f"a step took {measured:.3g} s so far (measured, median of this run)"
+    if seconds is None:
+        yield f"unknown: {stage['unknown'] or stage['machine']['rates']}"
+        return
+    phases = ", ".join(f"{name} {_range(sides)}" for name, sides in seconds["phases"].items())
+    yield f"a step {_range(seconds['step'])}: {phases} (computed)"
+    yield (
+        f"{_count(seconds['steps_left'], 'step')} left {_range(seconds['training_left'])}, with evaluations "
+        f"{_range(seconds['left'])}; starting the engine and loading weights not counted"
+    )
+    yield f"{stage['machine']['rates']}; shares of them are assumed (docs/planning.md), so take it as an order of size"
+
+
+def _range(sides: list[float]) -> str:
+    low, high = sides
+    return _span(low) if _span(low) == _span(high) else f"{_span(low)} - {_span(high)}"
+
+
+def _span(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
+
+
+def _count(number: float, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value == int(value) else f"{value:,.1f}"

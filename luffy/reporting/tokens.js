@@ -1,0 +1,207 @@
+// The token view: GROUPS, a group's rows beside each other, each token in the colour of what is chosen.
+const GRADIENT = (slope, p) => Math.abs(slope) * (1 - p);
+const MEASURES = {
+  probability: {
+    of: token => token.p, scale: "log", low: 0.001, high: 1, hue: "--c1", less: true,
+    says: "of the token under the policy; the strongest colour is the least likely",
+  },
+  "gradient share": {
+    of: token => token.share, hue: "--c0",
+    says: "of the group's gradient in the tokens' own logits, |slope| (1 - p)",
+  },
+  "shaping weight": {
+    of: token => token.shaping, hue: "--c0",
+    says: "gamma p / (p + gamma)^2 of a trace's token: what its advantage is multiplied by; rollouts are not shaped",
+  },
+  advantage: { of: token => token.advantage, signed: true, says: "above the group's mean, or below it" },
+  "importance ratio": {
+    of: token => token.ratio, scale: "log", signed: true,
+    says: "policy over who wrote the token: the sampler of that time, a trace's teacher where it is known, else 1",
+  },
+  entropy: { of: token => token.entropy, hue: "--c2", says: "nats, of the distribution that the token was taken from" },
+  "change since step 0": {
+    of: token => token.change, signed: true, low: -1, high: 1, says: "of the token's probability",
+  },
+};
+const known = value => value !== null && value !== undefined && isFinite(value);
+const part = id => document.getElementById(id);
+const three = value => shown(+value.toPrecision(3));
+const percent = value => `${(100 * value).toFixed(value < 0.0995 ? 1 : 0)} %`;
+
+// What is known of every token of a group by the weights after the step at `at` of its steps.
+function tokensOf(group, at) {
+  const rows = group.rows.map(row => row.tokens.map((text, n) => {
+    const [logp, entropy, advantage, slope] = ["logp", "entropy", "advantage", "slope"].map(name => row[name][at][n]);
+    const p = known(logp) ? Math.exp(logp) : null, first = row.logp[0][n], wrote = row.wrote[n] ?? (row.trace ? 0 : null);
+    return {
+      text, n, logp, p, entropy, advantage, slope, given: n < row.given,
+      ratio: known(p) && known(wrote) ? Math.exp(logp - wrote) : null,
+      shaping: row.trace && group.gamma && known(p) ? group.gamma * p / (p + group.gamma) ** 2 : null,
+      change: group.steps[0] === 0 && known(p) && known(first) ? p - Math.exp(first) : null,
+      gradient: known(p) && known(slope) ? GRADIENT(slope, p) : 0,
+    };
+  }));
+  const all = rows.flat().reduce((sum, token) => sum + token.gradient, 0);
+  for (const token of rows.flat()) token.share = all ? token.gradient / all : null;
+  return rows;
+}
+
+const context = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
+const channels = colour => {  // whatever a stylesheet may say, as red, green, blue
+  context.fillStyle = colour;
+  context.fillRect(0, 0, 1, 1);
+  return [...context.getImageData(0, 0, 1, 1).data.slice(0, 3)];
+};
+const variable = name => {
+  const probe = tag("i", {style: `color:var(${name})`}, document.body), found = getComputedStyle(probe).color;
+  probe.remove();
+  return channels(found);
+};
+const luminance = rgb => {
+  const [r, g, b] = rgb.map(one => (one /= 255) <= 0.04045 ? one / 12.92 : ((one + 0.055) / 1.055) ** 2.4);
+  return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+};
+
+// A measure over the values at hand: the limits of its scale, and a value's colour. The lightness falls with the
+// strength, and what has a sign is blue or orange: both can be told apart without red and green.
+function scaleOf(measure, values) {
+  const forward = value => measure.scale === "log" ? Math.log(Math.max(value, 1e-6)) : value;
+  const found = values.filter(known), largest = Math.max(...found.map(value => Math.abs(forward(value))), 1e-9);
+  let low = measure.low ?? 0, high = measure.high ?? (measure.scale === "log" ? Math.exp(largest) : largest);
+  if (measure.signed && measure.low === undefined) low = measure.scale === "log" ? 1 / high : -high;
+  const back = variable("--back"), [plus, minus] = ["--c0", "--c1"].map(variable), hue = variable(measure.hue ?? "--c0");
+  const strength = value => {
+    const at = (forward(value) - forward(low)) / (forward(high) - forward(low) || 1);
+    const inside = Math.min(1, Math.max(0, at));
+    return measure.signed ? 2 * inside - 1 : measure.less ? 1 - inside : inside;
+  };
+  const colour = value => {
+    const strong = strength(value), towards = measure.signed ? (strong > 0 ? plus : minus) : hue;
+    return back.map((one, at) => Math.round(one + (towards[at] - one) * Math.abs(strong)));
+  };
+  return {low, high, colour};
+}
+const paint = (element, rgb) => {
+  const light = luminance(rgb);  // the text that has more contrast
+  element.style.background = `rgb(${rgb})`;
+  element.style.color = (light + 0.05) ** 2 > 0.0525 ? "#000" : "#fff";
+};
+
+const visible = text => text.replace(/\n/g, "\u21b5\n").replace(/^$/, "\u00b7");
+const titleOf = (row, group, n) => {
+  const number = group.rows.slice(0, n + 1).filter(one => one.trace === row.trace).length;
+  return row.trace ? `trace${row.teacher ? ` of ${row.teacher}` : ""}` : `rollout ${number}`;
+};
+
+// The claim that shaping makes, on this trace: who has its gradient, with and without it.
+function emphasis(tokens, gamma) {
+  const rare = token => token.p < 0.2, sum = (of, which) => tokens.filter(which).reduce((all, one) => all + of(one), 0);
+  const share = of => sum(of, rare) / (sum(of, () => true) || 1);
+  const plain = token => token.p * (1 - token.p), shaped = token => token.shaping * (1 - token.p);
+  const few = tokens.filter(rare).length;
+  if (!few) return "No token is less likely than 0.2.";
+  return `Tokens less likely than 0.2: ${percent(few / tokens.length)} of the trace, ${percent(share(shaped))} of its gradient; unshaped (weight p) ${percent(share(plain))}.`;
+}
+
+// Weight over probability, with and without shaping, and where the tokens of the group's first trace are.
+function drawShape(tokens, gamma) {
+  const box = part("shape"), W = 540, top = 10, left = 40, right = 128, height = 130;
+  box.replaceChildren();
+  if (!tokens || !gamma) return;
+  const svg = made("svg", {viewBox: `0 0 ${W} 150`, role: "img"}, box), x = p => left + (W - left - right) * p, y = w => height - (height - top) * w;
+  svg.setAttribute("aria-label", "weight of a trace's token over its probability: with shaping the least likely tokens have more than unshaped");
+  for (const at of [0, 0.5, 1]) {
+    made("line", {class: "axis", x1: left, x2: W - right, y1: y(at), y2: y(at)}, svg);
+    made("text", {class: "tick", x: left - 5, y: y(at) + 4, "text-anchor": "end"}, svg).textContent = at;
+    made("text", {class: "tick", x: x(at), y: 146, "text-anchor": "middle"}, svg).textContent = at === 0.5 ? "probability" : at;
+  }
+  const curve = (weight, style, dash, text, end) => {
+    const points = Array.from({length: 201}, (_, at) => [x(at / 200), y(weight(at / 200))]);
+    made("path", {class: "curve", d: "M" + points.map(([a, b]) => `${a.toFixed(1)},${b.toFixed(1)}`).join("L"), style: `stroke:var(${style})`, "stroke-dasharray": dash}, svg);
+    made("text", {class: "tick", x: W - right + 6, y: y(end) + 4}, svg).textContent = text;
+  };
+  curve(p => 4 * gamma * p / (p + gamma) ** 2, "--c0", "", "shaped (scaled)", 4 * gamma / (1 + gamma) ** 2);
+  curve(p => p, "--c1", "6 4", "unshaped: p", 1);
+  tag("figcaption", {textContent: "What a trace's token weighs, by its probability; ticks are the tokens of this group's first trace."}, box);
+  for (const token of tokens) if (known(token.p)) made("line", {x1: x(token.p), x2: x(token.p), y1: height - 14, y2: height, style: "stroke:var(--text)", opacity: 0.45}, svg);
+}
+
+function tell(row, token, title) {
+  const told = part("told");
+  told.replaceChildren();
+  if (!token) return;
+  tag("code", {textContent: visible(token.text)}, told);
+  const numbers = [
+    ["probability", token.p], ["log-prob", token.logp], ["entropy", token.entropy], ["advantage", token.advantage],
+    ["ratio", token.ratio], ["shaping weight", token.shaping], ["slope of the loss", token.slope], ["change since step 0", token.change],
+  ].filter(([, value]) => known(value)).map(([name, value]) => `${name} ${three(value)}`);
+  if (known(token.share)) numbers.push(`gradient share ${percent(token.share)}`);
+  told.append(` ${title}, token ${token.n + 1} of ${row.length}${token.given ? " (given)" : ""}: ${numbers.join(", ")}`);
+}
+
+function drawTokens() {
+  const group = GROUPS[+part("group").value], at = +part("step").value, measure = MEASURES[part("measure").value];
+  const all = tokensOf(group, at), scale = scaleOf(measure, all.flat().map(measure.of));
+  part("after").textContent = group.steps[at];
+  part("question").textContent = `${group.question}\nanswer: ${group.answer}`;
+  part("meaning").textContent = measure.says + (all.flat().some(token => known(measure.of(token))) ? "" : "; not known of this group");
+  for (const [id, value] of [["low", scale.low], ["high", scale.high]]) part(id).textContent = three(value);
+  const canvas = part("scale").getContext("2d");
+  for (let px = 0; px < 176; px++) {
+    const share = px / 175;
+    canvas.fillStyle = `rgb(${scale.colour(measure.scale === "log" ? scale.low * (scale.high / scale.low) ** share : scale.low + (scale.high - scale.low) * share)})`;
+    canvas.fillRect(px, 0, 1, 1);
+  }
+  const first = group.rows.findIndex(row => row.trace);
+  drawShape(all[first], group.gamma);
+  part("rows").replaceChildren(...group.rows.map((row, number) => {
+    const box = tag("section", {className: "row"}), title = titleOf(row, group, number), tokens = all[number];
+    tag("h3", {textContent: title}, box);
+    const share = tokens.reduce((sum, token) => sum + (token.share ?? 0), 0);
+    const facts = [`reward ${shown(row.reward)}`, `${row.length} tokens${row.finished ? "" : ", cut off"}`, `${percent(share)} of the group's gradient`];
+    if (row.length > row.tokens.length) facts.push(`the first ${row.tokens.length} are shown`);
+    tag("p", {textContent: facts.join(", ")}, box);
+    const text = tag("div", {className: "text", tabIndex: 0}, box);
+    text.setAttribute("role", "group");
+    text.setAttribute("aria-label", `${title}: its tokens; arrow keys go from one to the next`);
+    const spans = tokens.map(token => {
+      const span = tag("span", {textContent: visible(token.text)}, text), value = measure.of(token);
+      if (token.given) span.className = "given";
+      if (known(value)) paint(span, scale.colour(value));
+      return span;
+    });
+    if (row.trace && group.gamma) tag("p", {textContent: emphasis(tokens, group.gamma)}, box);
+    let here = -1;
+    const go = next => {
+      spans[here]?.classList.remove("at");
+      here = next;
+      spans[here]?.classList.add("at");
+      tell(row, tokens[here], title);
+    };
+    text.onpointerover = event => { const next = spans.indexOf(event.target); if (next >= 0) go(next); };
+    text.onpointerleave = text.onblur = () => go(-1);
+    text.onkeydown = event => {
+      const next = {ArrowLeft: here - 1, ArrowRight: here + 1, ArrowUp: here - 10, ArrowDown: here + 10, Home: 0, End: spans.length - 1}[event.key];
+      if (next === undefined || event.ctrlKey || event.altKey || event.metaKey) return;
+      event.preventDefault();
+      go(Math.max(0, Math.min(spans.length - 1, next)));
+      spans[here]?.scrollIntoView({block: "nearest"});
+    };
+    return box;
+  }));
+  tell();
+}
+
+GROUPS.forEach((group, at) => tag("option", {value: at, textContent: `${NAMES.length > 1 ? NAMES[group.run] + ": " : ""}${group.id} (sampled in step ${group.sampled}${group.steps.length > 1 ? ", watched" : ""})`}, part("group")));
+for (const name of Object.keys(MEASURES)) tag("option", {value: name, textContent: name}, part("measure"));
+const chooseGroup = () => {
+  const slider = part("step"), last = GROUPS[+part("group").value].steps.length - 1;
+  Object.assign(slider, {max: last, value: last, disabled: last === 0});
+  drawTokens();
+};
+part("group").addEventListener("change", chooseGroup);
+part("measure").addEventListener("change", drawTokens);
+part("step").addEventListener("input", drawTokens);
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawTokens);
+part("measure").value = GROUPS[0].gamma ? "gradient share" : "probability";
+chooseGroup();

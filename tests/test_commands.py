@@ -1,0 +1,175 @@
+"""Every command: its help has examples that it takes, its options mean the same everywhere, docs and shells know it."""
+
+import argparse
+import re
+import resource
+import shlex
+import shutil
+import subprocess
+
+import pytest
+from tiny import ROOT, luffy
+
+from luffy.cli import EXIT_CODES, build_parser
+from luffy.commands.completion import parsers, script
+from luffy.commands.train import spell_out_resume
+from luffy.config import flat_keys, load_stages, recipe_names
+from luffy.objectives import KNOWN
+from luffy.versions import installed
+
+NAMES = [parser.prog for parser in parsers(build_parser())]
+"""`luffy`, `luffy train`, ... `luffy data check`."""
+SAME = {"--seed", "--json", "--quiet", "--workers", "--template", "--split", "--temperature", "--kv-cache-gib"}
+"""Options whose name says all; what others are of, their help says."""
+
+
+def parser_of(name: str) -> argparse.ArgumentParser:
+    return next(parser for parser in parsers(build_parser()) if parser.prog == name)
+
+
+def examples_of(name: str) -> list[str]:
+    _, _, rest = (parser_of(name).epilog or "").partition("examples:\n")
+    return [line.strip() for line in rest.partition("\n\n")[0].splitlines()]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_help_has_examples_that_the_command_takes(name):
+    examples = examples_of(name)
+    assert 2 <= len(examples) <= 4
+    assert "examples:\n  luffy" in parser_of(name).format_help()
+    for example in examples:
+        words = shlex.split(example.replace(" > ", " #").replace(" < ", " #"), comments=True)
+        assert example.startswith(name), example
+        args, rest = build_parser().parse_known_args(spell_out_resume(words[1:]))
+        assert not rest or args.keys, example
+        if args.keys and args.source in recipe_names():
+            load_stages(args.source, rest)
+
+
+def test_an_option_means_the_same_everywhere():
+    found: dict[str, set[tuple[object, ...]]] = {}
+    for parser in parsers(build_parser()):
+        for action in parser._actions:
+            for option in action.option_strings:
+                found.setdefault(option, set()).add((str(action.metavar), type(action).__name__))
+    for option in SAME:
+        assert len(found[option]) == 1, (option, found[option])
+    for option, kinds in found.items():
+        # both are in the documents: a page of an evaluation, and what goes into a bug report
+        assert len({kind for _, kind in kinds}) == 1 or option == "--report", (option, kinds)
+        assert re.fullmatch(r"-h|--[a-z0-9]+(-[a-z0-9]+)*", option), option
+
+
+def test_every_option_says_what_it_is():
+    for parser in parsers(build_parser()):
+        for action in parser._actions:
+            assert action.help or isinstance(action, argparse._SubParsersAction), (parser.prog, action.dest)
+
+
+def test_help_is_quick(tmp_path):
+    """Less than half a second of its own time: what else runs on the machine must not fail it."""
+    spent = []
+    for _ in range(5):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = luffy("--help", cwd=tmp_path)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        spent.append(after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)
+    assert sorted(spent)[2] < 0.5, spent
+    for code, meaning in EXIT_CODES.items():
+        assert f"  {code:<4} {meaning}" in done.stdout
+
+
+def test_the_version(tmp_path):
+    done = luffy("--version", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, f"luffy-rl {installed('luffy-rl')}\n")
+
+
+def test_names_that_documents_had_go_on_to_work():
+    score = ["data", "score", "x.jsonl", "--model", "m", "--out", "y.jsonl"]
+    args = build_parser().parse_args([*score, "--prompt-style", "luffy", "--teacher-prompt", "chat"])
+    assert (args.template, args.teacher_template) == ("luffy", "chat")
+    args = build_parser().parse_args(["data", "prepare", "openr1", "--out", "o", "--max-tokens", "9"])
+    assert args.max_tokens == 9
+    assert build_parser().parse_args(["data", "prepare", "openr1", "--out", "o"]).max_tokens == 8192
+
+
+# --- docs ----------------------------------------------------------------------------------------------------------
+
+
+def sections() -> dict[str, str]:
+    """Of docs/cli.md: command -> what is said of it."""
+    parts = re.split(r"^#{2,3} `(luffy [^`]+)`$", (ROOT / "docs" / "cli.md").read_text(), flags=re.M)
+    return {name: text.partition("\n## ")[0] for name, text in zip(parts[1::2], parts[2::2], strict=True)}
+
+
+def test_the_page_has_every_command_and_no_other():
+    assert sorted(sections()) == sorted(NAMES[1:])
+
+
+@pytest.mark.parametrize("name", NAMES[1:])
+def test_the_page_names_options_that_exist(name):
+    parser, keys = parser_of(name), {f"--{key}" for key in flat_keys()}
+    known = {option for action in parser._actions for option in action.option_strings}
+    text = sections()[name]
+    named = set(re.findall(r"(?<![\w-])--[a-z][\w.-]*", text))
+    assert named <= known | (keys if parser.get_default("keys") else set())
+    assert not known - {"-h", "--help"} or named
+
+
+def test_the_page_has_every_exit_code():
+    page = (ROOT / "docs" / "cli.md").read_text()
+    for code, meaning in EXIT_CODES.items():
+        assert f"| {code} | {meaning} |" in page
+
+
+# --- completion ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bash(tmp_path_factory):
+    """Completions of a command line, by bash itself."""
+    folder = tmp_path_factory.mktemp("shell")
+    text = luffy("completion", "bash", cwd=folder).stdout
+    (folder / "luffy.bash").write_text(text)
+    (folder / "mine.toml").write_text("")
+    called = re.search(r"^complete .*-F (\w+) luffy$", text, flags=re.M)
+    assert called
+    code = (
+        f'source luffy.bash; COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); {called[1]}; printf "%s\\n" "${{COMPREPLY[@]}}"'
+    )
+
+    def complete(*words: str) -> list[str]:
+        command = ["bash", "-c", code, "bash", "luffy", *words]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+        assert not done.stderr
+        return done.stdout.split()
+
+    return complete
+
+
+def test_bash_completes_commands_and_options(bash):
+    assert set(bash("")) == {name.split()[1] for name in NAMES[1:] if name.count(" ") == 1}
+    assert set(bash("data", "")) == {"check", "gym", "prepare", "score"}
+    assert bash("data", "check", "--aga") == ["--against"]
+    assert bash("train", "quickstart", "--resume", "--dry") == ["--dry-run"]
+    assert "--prompt-style" not in bash("data", "score", "--")
+
+
+def test_bash_completes_recipes_keys_and_their_values(bash):
+    assert set(bash("train", "")) == {*recipe_names(), "mine.toml"}
+    assert bash("recipes", "diff", "quickstart", "gsm") == ["gsm8k-smoke"]
+    assert bash("train", "quickstart", "--optim.l") == ["--optim.lr"]
+    assert bash("train", "quickstart", "--objective.gae") == ["--objective.gae_lambda"]  # of ppo, not of luffy
+    assert set(bash("train", "quickstart", "--objective.name", "")) == set(KNOWN)
+    assert set(bash("plan", "quickstart", "--model.gradient_checkpointing", "")) == {"true", "false", "selective"}
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_each_shell_takes_its_script(shell, tmp_path):
+    text = script(shell)
+    for word in ("quickstart", "optim.lr", "srft", "prepare"):
+        assert word in text
+    if (found := shutil.which(shell)) is None:
+        pytest.skip(f"needs {shell}")
+    (tmp_path / "script").write_text(text)
+    subprocess.run([found, "-n", str(tmp_path / "script")], check=True)

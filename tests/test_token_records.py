@@ -1,0 +1,184 @@
+"""Records of single tokens, of a real run: against the checkpoints' own weights in float64, and over a resume."""
+
+import math
+import shutil
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from test_train import arguments
+from tiny import ROOT, luffy, make_model, make_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from luffy.config import load_config
+from luffy.sources import load_template, resolve
+from luffy.token_file import read
+from luffy.token_records import pieces
+
+GAMMA = 0.2  # of the quickstart recipe
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    home = tmp_path_factory.mktemp("tokens")
+    make_model(home / "model")
+    done = luffy(*arguments(home / "whole", home / "model", train__steps=4, reward__grader="number"), cwd=home)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return home
+
+
+def lines(run: Path, step: int) -> list[dict]:
+    return read(run / "tokens" / f"step-{step:06d}.parquet")
+
+
+def key(line: dict) -> tuple:
+    return line["group"], line["is_trace"], tuple(line["token_ids"])
+
+
+def test_a_file_an_evaluation(home):
+    names = sorted(path.name for path in (home / "whole" / "tokens").iterdir())
+    assert names == ["step-000000.parquet", "step-000002.parquet", "step-000004.parquet"]
+    file = pq.ParquetFile(home / "whole" / "tokens" / names[1])
+    assert file.metadata.row_group(0).column(0).compression == "ZSTD"
+
+
+def test_the_same_groups_are_watched_and_fresh_ones_join(home):
+    first, *later = (lines(home / "whole", step) for step in (0, 2, 4))
+    assert len({line["group"] for line in first}) == 2
+    assert all(line["watched"] and line["sampled"] == 1 for line in first)
+    assert any(line["is_trace"] for line in first), "groups with a trace are taken where there are any"
+    for step, found in zip((2, 4), later, strict=True):
+        watched = [line for line in found if line["watched"]]
+        assert [key(line) for line in watched] == [key(line) for line in first]
+        fresh = [line for line in found if not line["watched"]]
+        assert {line["sampled"] for line in fresh} == {step}
+        assert len({line["group"] for line in fresh}) == 2
+
+
+def assert_true(run: Path, step: int, folder: Path) -> None:
+    """What was recorded at a step, against an independent pass of transformers in float64 over prompt and answer by the
+    weights in `folder`, and against LUFFY's formulas."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+    config = load_config(str(run / "config.toml"))
+    template = load_template(resolve(config.model), config.model)
+    compared = 0
+    for line in lines(run, step):
+        prompt = template.encode_prompt([{"role": "user", "content": line["question"]}])
+        ids = torch.tensor([[*prompt, *line["token_ids"]]])
+        with torch.no_grad():
+            logits = model(ids).logits[0, len(prompt) - 1 : -1] / config.rollout.temperature
+        logp = logits.log_softmax(-1)
+        mine = logp.gather(1, ids[0, len(prompt) :, None])[:, 0]
+        entropy = -(logp.exp() * logp).sum(-1)
+        torch.testing.assert_close(torch.tensor(line["logp"]), mine.float(), atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(torch.tensor(line["entropy"]), entropy.float(), atol=2e-5, rtol=1e-5)
+        p, advantage = mine.exp(), torch.tensor(line["advantage"], dtype=torch.float64)
+        shaping = GAMMA * p / (p + GAMMA) ** 2 if line["is_trace"] else torch.ones_like(p)
+        torch.testing.assert_close(torch.tensor(line["slope"]), (-advantage * shaping).float(), atol=1e-5, rtol=1e-4)
+        compared += line["is_trace"]
+    assert compared, "no trace was compared"
+
+
+@pytest.mark.parametrize("step", [0, 2, 4])
+def test_numbers_are_those_of_the_weights_at_that_step(home, step):
+    run = home / "whole"
+    assert_true(run, step, run / "checkpoints" / f"step-{step:06d}" if step else home / "model")
+
+
+def test_two_ranks_that_share_sequences_record_the_same(home, tmp_path):
+    options = {"train__steps": 1, "mesh__sequence": 2, "reward__grader": "number"}
+    done = luffy(*arguments(tmp_path / "two", home / "model", "--nproc-per-node", "2", **options), cwd=home)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for step, folder in ((0, home / "model"), (1, tmp_path / "two" / "checkpoints" / "step-000001")):
+        assert_true(tmp_path / "two", step, folder)
+    assert [line["example"] for line in lines(tmp_path / "two", 0)] == [
+        line["example"] for line in lines(home / "whole", 0)
+    ]
+
+
+def test_what_is_stored_of_a_row(home):
+    tokenizer = AutoTokenizer.from_pretrained(home / "model")
+    for line in lines(home / "whole", 2):
+        text = tokenizer.decode(line["token_ids"])  # where bytes are no text, how many stand for them is up to it
+        assert "".join(line["tokens"]).replace("\ufffd", "") == text.replace("\ufffd", "")
+        assert line["is_trace"] <= ("\ufffd" not in text)
+        numbers = [len(line[name]) for name in ("tokens", "logp", "entropy", "advantage", "slope")]
+        assert numbers == [line["length"]] * 5
+        assert len(line["sampler_logp"]) == (0 if line["is_trace"] else line["length"])
+        assert all(map(math.isfinite, line["logp"]))
+    by_group: dict = {}
+    for line in lines(home / "whole", 2):
+        by_group.setdefault(line["group"], []).append(line)
+    for rows in by_group.values():
+        assert abs(sum(row["advantage"][0] for row in rows)) < 1e-4, "advantages of a group add up to nothing"
+
+
+def test_characters_of_several_tokens_are_whole():
+    tokenizer = make_tokenizer()  # of bytes
+    ids = tokenizer.encode("n\u00e4 \u4e2d!", add_special_tokens=False)
+    assert pieces(tokenizer, ids) == ["n", "", "\u00e4", " ", "", "", "\u4e2d", "!"]
+    assert "".join(pieces(tokenizer, ids[:2] + ids[:1])) == "n\ufffdn"
+
+
+def test_a_resumed_run_goes_on_with_the_same_records(home, tmp_path):
+    """Taken back to step 2, with a file of a step that never was: what follows is written again, bit for bit."""
+    run = tmp_path / "resumed"
+    shutil.copytree(home / "whole", run)
+    (run / "result.json").unlink()
+    shutil.rmtree(run / "checkpoints" / "step-000004")
+    shutil.copy(run / "tokens" / "step-000004.parquet", run / "tokens" / "step-000009.parquet")
+    (run / "tokens" / "step-000004.parquet").unlink()
+    done = luffy(*arguments(run, home / "model", "--resume", train__steps=4, reward__grader="number"), cwd=home)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert not (run / "tokens" / "step-000009.parquet").exists()
+    assert lines(run, 4) == lines(home / "whole", 4)
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_report_of_a_real_run_in_a_browser(home, browser, tmp_path, width):
+    """Of the quickstart that is here, where there is one with records, and of this file's run of its recipe."""
+    runs = [home / "whole"] + [path for path in [ROOT / "runs" / "quickstart"] if (path / "tokens").is_dir()]
+    for number, run in enumerate(runs):
+        page = tmp_path / f"{number}.html"
+        done = luffy("report", run, "--out", page, cwd=home)
+        assert done.returncode == 0, done.stderr
+        assert page.stat().st_size <= 5e6
+        context = browser.new_context(viewport={"width": width, "height": 900}, offline=True)
+        tab, said, asked = context.new_page(), [], []
+        tab.on("console", lambda message, said=said: said.append(message.text))
+        tab.on("pageerror", lambda error, said=said: said.append(str(error)))
+        tab.on("request", lambda request, asked=asked: asked.append(request.url))
+        tab.goto(page.as_uri())
+        assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        plots = "[...document.querySelectorAll('svg.plot')].map(svg => svg.querySelectorAll('path').length)"
+        drawn = tab.evaluate(plots)
+        assert len(drawn) >= 8
+        assert all(drawn)
+
+        look = "[...document.querySelectorAll('.row span')].map(one => one.style.background).join()"
+        newest = tab.evaluate(look)
+        spans = tab.locator(".row", has_text="trace").first.locator(".text span")
+        spans.first.hover()
+        assert "token 1 of" in tab.locator("#told").text_content()
+        tab.locator("#step").press("Home")
+        assert tab.locator("#after").text_content() == "0"
+        assert tab.evaluate(look) != newest, "the slider goes back to the weights before the first step"
+        tab.locator("#group").select_option(index=tab.locator("#group option").count() - 1)
+        assert tab.locator(".row").count() >= 2
+
+        for _ in range(200):  # by the keyboard alone, from the top
+            tab.keyboard.press("Tab")
+            if tab.evaluate("document.activeElement.closest('#samples') !== null"):
+                break
+        tab.keyboard.press("Enter")
+        assert tab.locator("#samples th[aria-sort]").count() == 1
+        assert (said, asked) == ([], [page.as_uri()])
+
+
+def test_none_are_kept_where_none_are_asked_for(home, tmp_path):
+    run = tmp_path / "none"
+    options = {"eval__token_groups": 0, "train__steps": 1, "reward__grader": "number"}
+    done = luffy(*arguments(run, home / "model", **options), cwd=home)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert not (run / "tokens").exists()
