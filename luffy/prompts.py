@@ -79,6 +79,8 @@ class PromptTemplate:
             )
         self.tokenizer, self.style, self.system, self.chat_template = tokenizer, style, system, chat_template
         self.vocab_size = vocab_size
+        self.doubt = ""
+        """What speaks against this form of prompts for this model (`luffy.markers`), if whoever loads it has looked."""
         self.eos_token_id = self._find_eos(eos_token)
         self.eos_text = str(tokenizer.convert_ids_to_tokens(self.eos_token_id))
         # Whether the prompt itself opens the think block, so that a trace must not open it again.

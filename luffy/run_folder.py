@@ -1,7 +1,7 @@
 """The run folder: everything a run leaves behind.
 
 config.toml        the resolved configuration; `luffy train config.toml` repeats the run
-environment.json   versions, git state, machine
+environment.json   versions, git state, machine, what speaks against the form of the prompts
 metrics.jsonl      one record a step           evals.jsonl   one record an evaluation
 samples/           what was answered in each evaluation, JSON lines
 tokens/            what the policy said of the tokens of a few groups at each evaluation (`luffy.token_records`)
@@ -161,13 +161,13 @@ class RunFolder:
         with disk_errors("resume"):
             sweep(self.checkpoints, "step-*")
 
-    def open(self, config: Config) -> None:
-        """Create the folder, or write down the configuration that a run goes on with."""
+    def open(self, config: Config, doubt: str = "") -> None:
+        """Create the folder, or write down the configuration that a run goes on with. doubt: of `luffy.markers`."""
         with disk_errors("train: cannot open the run folder"):
             self.samples.mkdir(parents=True, exist_ok=True)
             (self.path / "result.json").unlink(missing_ok=True)  # of a run that now goes on
         if not self.holds_a_run:
-            write_json(self.path / "environment.json", environment())
+            write_json(self.path / "environment.json", environment() | {"prompts": {"doubt": doubt}})
         write_text(self.path / "config.toml", tomli_w.dumps(config.model_dump(exclude_none=True, mode="json")))
 
     def finish(self, result: dict[str, Any]) -> None:

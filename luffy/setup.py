@@ -193,7 +193,7 @@ def _set_up(
     if given:  # whatever weights it has
         engine.sync(policy, dtype_of(config.rollout.dtype or config.model.dtype), loop["updates"])
     if world.is_main:
-        run.open(config)  # last, so that a start that fails leaves no run behind
+        run.open(config, template.doubt)  # last, so that a start that fails leaves no run behind
     best = "accuracy on eval.validation" if validation else None
     checkpoints = checkpoint.Checkpointer(run.checkpoints, config.checkpoint.keep, best=best)
     trainer = Trainer(

@@ -8,6 +8,7 @@ from luffy.config import Config, ModelConfig
 from luffy.data import Example, Problem, load_problems, tokenize
 from luffy.embedded import cache_dir, resolve_model
 from luffy.errors import UserError, user_errors
+from luffy.markers import doubt
 from luffy.problems import ProblemSpec, write_splits
 from luffy.prompts import PromptTemplate
 
@@ -31,6 +32,7 @@ def load_template(path: str, config: ModelConfig) -> PromptTemplate:
 
     with user_errors(f"model {path}"):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+        own, ends = tokenizer.chat_template, _ends(path, tokenizer.eos_token_id)
         # On the tokenizer, so that checkpoints carry both
         if config.chat_template is not None:
             tokenizer.chat_template = config.chat_template
@@ -38,8 +40,26 @@ def load_template(path: str, config: ModelConfig) -> PromptTemplate:
             if config.eos_token not in tokenizer.get_vocab():
                 raise ValueError(f"model.eos_token {config.eos_token!r} is not a token of the tokenizer")
             tokenizer.eos_token = config.eos_token
-        size = _vocab_size(path, config)
-        return PromptTemplate(tokenizer, style=config.prompt_style, system=config.system, vocab_size=size)
+        template = PromptTemplate(
+            tokenizer,
+            style=config.prompt_style,
+            system=config.system,
+            chat_template=config.chat_template if config.prompt_style == "chat" else None,
+            vocab_size=_vocab_size(path, config),
+        )
+        template.doubt = doubt(template, own if isinstance(own, str) else None, ends)
+        return template
+
+
+def _ends(path: str, eos: int | None) -> set[int]:
+    """Ids that end an answer by the model's own files."""
+    from transformers import GenerationConfig
+
+    try:
+        found = GenerationConfig.from_pretrained(path).eos_token_id
+    except (ValueError, OSError):
+        found = None
+    return {one for one in (eos, *(found if isinstance(found, list) else [found])) if one is not None}
 
 
 def _vocab_size(path: str, config: ModelConfig) -> int | None:
@@ -116,6 +136,8 @@ def load_sets(config: Config, template: PromptTemplate) -> Sets:
     judged = heldout | ({"eval.validation": validation} if validation else {})
     if said := check_overlap(config, training.examples, judged):
         notes.append(f"warning: {said}")
+    if template.doubt:
+        notes.append(f"warning: {template.doubt}; is that on purpose? (model.prompt_style, model.chat_template)")
     if not judged:
         notes.append("no held-out problems: set eval.path to measure accuracy before, during and after")
     return Sets(training, heldout, validation, notes)

@@ -88,12 +88,12 @@ def train_steps(t: Trainer, loop: dict[str, Any], ledger: Ledger) -> dict[str, A
                         sync(t)  # what is being sampled goes on with these
 
                 record = record_step(t, loop, parts, metrics, phases) | behind | counts | taught | t.objective.metrics()
-                if config.rollout.engine != "replay":
-                    check_engine(record)
                 record |= t.loggers.counts()
                 if t.world.is_main:
                     timeline.append(t.run.timeline, step, phases.events)
                 t.log.write(step, record)
+                if config.rollout.engine != "replay":
+                    check_engine(record)  # once it is written, for a report shows what was wrong
                 score, due = None, config.eval.every and step % config.eval.every == 0
                 if due and (t.validation or step < config.train.steps) and not must_stop(t):
                     score = evaluate_during(t, step, progress)
@@ -140,7 +140,7 @@ def check_engine(record: dict[str, Any]) -> None:
     if record.get("rollout/staleness_max") == 0 and gap is not None and gap > MOST_GAP:
         raise UserError(
             f"rollout: the engine's log-probs differ from the trainer's by {gap:.2f} nats a token, so it has other "
-            f"weights or another temperature; nothing of this step is saved. Resume the run; if it happens again, send "
+            f"weights or another temperature; no checkpoint has this step. Resume the run; if it happens again, send "
             f"us config.toml and the model's config.json"
         )
 

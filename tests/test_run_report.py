@@ -45,13 +45,14 @@ HEALTHY = {
 ACCURACY = (0.05, 0.4, 0.6)
 
 
-def make_run(path: Path, changes: dict | None = None, accuracy=ACCURACY, steps: int = 20) -> Path:
-    """A run folder whose metrics go from the first value to the second."""
+def make_run(path: Path, changes: dict | None = None, accuracy=ACCURACY, steps: int = 20, doubt: str = "") -> Path:
+    """A run folder whose metrics go from the first value to the second. accuracy: intervals of 0.1 to both sides."""
     (path / "samples").mkdir(parents=True)
     (path / "config.toml").write_text(
         '[objective]\nname = "luffy"\n[model]\nname = "tiny"\n[data]\npath = "sums.jsonl"\n[train]\nsteps = 20\n'
     )
-    (path / "environment.json").write_text(json.dumps({"packages": {"torch": "2.13.0"}, "machine": {"cores": 2}}))
+    environment = {"packages": {"torch": "2.13.0"}, "machine": {"cores": 2}, "prompts": {"doubt": doubt}}
+    (path / "environment.json").write_text(json.dumps(environment))
     numbers = HEALTHY | (changes or {})
     lines = []
     for at in range(steps):
@@ -175,6 +176,56 @@ def test_the_first_warning_names_the_cause(cause, tmp_path):
     assert found[0].cause == cause
     assert found[0].seen
     assert found[0].remedy
+
+
+FROZEN = "a sampler whose weights fall behind"
+AHEAD = {"rollout/staleness_max": (1, 1)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "steps", "warns"),
+    [
+        (
+            {"rollout/kl_k3": (0.002, 0.24), "rollout/staleness_max": (0, 0)},
+            4,
+            True,
+        ),  # so far a run gets before it stops
+        ({"rollout/kl_k3": (0.002, 0.015)}, 20, False),
+        ({"rollout/kl_k3": (0.01, 0.04)}, 20, False),  # coarse rounding from the first step on
+        ({"rollout/kl_k3": (0.001, 0.3)} | AHEAD, 20, False),  # as docs/correction.md has it for sampling ahead
+        ({"rollout/kl_k3": (0.001, 2.0)} | AHEAD, 20, True),
+    ],
+)
+def test_old_weights_are_told_from_rounding_and_from_sampling_ahead(changes, steps, warns, tmp_path):
+    found = [one.cause for one in findings(load(str(make_run(tmp_path / "run", changes, steps=steps))))]
+    assert found == [FROZEN] * warns
+
+
+DOUBT = "prompts have none of <|im_start|>"
+FAILS = {"on_off_metrics/on_score": (0.04, 0.04)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "doubt", "first"),
+    [
+        (FAILS, DOUBT, "prompts in a form that the model does not know"),
+        (FAILS | {"rollout/kl_k3": (0.001, 0.2)}, DOUBT, FROZEN),
+        (FAILS, "", "updates that are too large"),
+        ({}, DOUBT, "updates that are too large"),  # it learned from these prompts for a while
+    ],
+)
+def test_a_doubt_about_prompts_explains_a_run_that_fails_and_no_other(changes, doubt, first, tmp_path):
+    run = load(str(make_run(tmp_path / "run", changes, (0.1, 0.4, 0.02), doubt=doubt)))
+    assert findings(run)[0].cause == first
+
+
+def test_a_model_that_stopped_ending_answers_is_not_blamed_on_its_prompts(tmp_path):
+    changes = {"response_length/clip_ratio": (0.3, 0.9), "on_off_metrics/on_score": (0.0, 0.0)}
+    assert findings(load(str(make_run(tmp_path / "run", changes))))[0].cause == "truncated answers"
+
+
+def test_a_fall_that_chance_explains_is_none(tmp_path):
+    assert findings(load(str(make_run(tmp_path / "run", accuracy=(0.17, 0.06))))) == []
 
 
 def test_every_rule_is_seen_at_work():

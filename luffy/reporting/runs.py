@@ -32,6 +32,10 @@ class Run:
         """(step, value) of the steps that have a number under this key."""
         return [(one["step"], float(one[key])) for one in self.steps if isinstance(one.get(key), (int, float))]
 
+    def untouched(self, key: str) -> float | None:
+        """In the first step, whose weights no update has changed; None where there is no such number."""
+        return next((value for _, value in self.series(key)), None)
+
     def first(self, key: str, share: float = 0.2) -> float | None:
         """Mean over the first steps, None where there are none."""
         return _mean(self._part(key, share))
