@@ -6,6 +6,9 @@ from typing import Any
 
 from luffy.commands.arguments import add_command, add_json, add_source
 
+WIDEST = 48
+"""Characters of a value in a table."""
+
 
 def add_recipes(commands: Any) -> None:
     parser = add_command(
@@ -130,9 +133,9 @@ def _flat(values: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
             yield above + key, value
 
 
-def _shown(value: Any, most: int = 48) -> str:
+def _shown(value: Any) -> str:
     text = str(value).replace("\n", "\\n")
-    return text if len(text) <= most else f"{text[: most - 3]}..."
+    return text if len(text) <= WIDEST else f"{text[: WIDEST - 3]}..."
 
 
 def _print_table(head: list[str], rows: Sequence[tuple[str, ...]]) -> None:

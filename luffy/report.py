@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from luffy.rewards import Verdict
 
 COLORS = {"rollouts": "tab:blue", "rollout": "tab:blue", "traces": "tab:orange", "trace": "tab:orange"}
+WIDEST = 60
+"""Characters of a text in a table."""
 SET_NAMES = {"heldout": "held-out problems", "ood": "harder than any in training"}
 
 
@@ -65,9 +67,9 @@ def _mark(verdict: "Verdict") -> str:
     return f"{verdict.reward:g}" if verdict.status == "ok" else verdict.status
 
 
-def _short(text: Any, most: int = 60) -> str:
+def _short(text: Any) -> str:
     shown = repr(text)
-    return shown if len(shown) <= most else f"{shown[: most - 4]}...{shown[-1]}"
+    return shown if len(shown) <= WIDEST else f"{shown[: WIDEST - 4]}...{shown[-1]}"
 
 
 def draw_curves(run: RunFolder) -> Path:

@@ -27,6 +27,7 @@ from typing import Any, NoReturn, Self
 
 import torch.distributed as dist
 
+from luffy.errors import first_line
 from luffy.failure import Failure
 from luffy.hang import describe_hang
 from luffy.interrupt import StopOnInterrupt, Stopped
@@ -165,7 +166,7 @@ class Watchdog:
             except RuntimeError as error:  # torch's store errors are all of this kind
                 misses += 1
                 if misses == MISSES:
-                    text = f"lost the job's store: {str(error).splitlines()[0]}"
+                    text = f"lost the job's store: {first_line(error)}"
                     self._leaving.acquire()
                     self._leave(Failure(rank=self._rank, message=text, code=1, secondary=True), None)
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from luffy.data.problem import DataError
 from luffy.data.schemas import find_schema
+from luffy.errors import first_line
 
 SUFFIXES = (".parquet", ".jsonl")
 
@@ -113,7 +114,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
                     number += 1
                     yield f"{path}, row {number}", row
     except (pa.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise DataError(
             f"{path}: unreadable or truncated parquet after row {number}: {reason}; copy or download it again"
         ) from error

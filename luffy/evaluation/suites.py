@@ -20,7 +20,7 @@ from luffy.data.load import convert, unique
 from luffy.data.problem import DataError, Problem
 from luffy.data.rows import SUFFIXES, SourceRow, read_rows
 from luffy.embedded import cache_dir
-from luffy.errors import UserError
+from luffy.errors import UserError, first_line
 from luffy.seeds import derive
 
 Row = Mapping[str, Any]
@@ -149,7 +149,7 @@ def problems_of(name: str, *, seed: int = 0, limit: int | None = None) -> list[P
         if place is not None:
             raise UserError(f"eval: {error}") from error
         raise UserError(
-            f"eval: {benchmark.title} cannot be downloaded ({str(error).splitlines()[0]:.200}); place its rows at "
+            f"eval: {benchmark.title} cannot be downloaded ({first_line(error):.200}); place its rows at "
             f"{places[0]} (or .jsonl), with the columns {', '.join(benchmark.columns)} of {benchmark.source} or in a "
             f"schema of docs/data.md"
         ) from error

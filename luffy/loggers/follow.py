@@ -24,7 +24,7 @@ from typing import IO, Any
 from uuid import uuid4
 
 from luffy.config import load_config
-from luffy.errors import UserError
+from luffy.errors import UserError, first_line
 from luffy.files import write_json
 from luffy.loggers.sink import Opening, Sink, without_secrets
 
@@ -145,7 +145,7 @@ class Follower:
     def fail(self, error: Exception, lost: int = 1) -> None:
         """Note why the sink did not take a record, or could not be opened."""
         self.lost += lost
-        self.why = without_secrets(f"{type(error).__name__}: {error}".strip().splitlines()[0])
+        self.why = without_secrets(f"{type(error).__name__}: {first_line(error)}")
         self._write_note()
 
     def close(self) -> None:

@@ -36,12 +36,15 @@ class Run:
         """In the first step, whose weights no update has changed; None where there is no such number."""
         return next((value for _, value in self.series(key)), None)
 
-    def first(self, key: str, share: float = 0.2) -> float | None:
-        """Mean over the first steps, None where there are none."""
-        return _mean(self._part(key, share))
+    def first(self, key: str) -> float | None:
+        """Mean over the first fifth of the steps, None where there are none."""
+        values = self._values(key)
+        return _mean(values[: _fifth(values)])
 
-    def last(self, key: str, share: float = 0.2) -> float | None:
-        return _mean(self._part(key, -share))
+    def last(self, key: str) -> float | None:
+        """As `first`, over the last fifth."""
+        values = self._values(key)
+        return _mean(values[-_fifth(values) :])
 
     def total(self, key: str) -> float:
         return sum(value for _, value in self.series(key))
@@ -50,10 +53,12 @@ class Run:
         """(step, accuracy, low, high) of the evaluations on this set."""
         return [(one["step"], one["accuracy"], *one["interval"]) for one in self.evals if one["name"] == name]
 
-    def _part(self, key: str, share: float) -> Sequence[float]:
-        values = [value for _, value in self.series(key)]
-        count = max(1, round(abs(share) * len(values)))
-        return values[:count] if share > 0 else values[-count:]
+    def _values(self, key: str) -> list[float]:
+        return [value for _, value in self.series(key)]
+
+
+def _fifth(values: Sequence[float]) -> int:
+    return max(1, round(0.2 * len(values)))
 
 
 def _mean(values: Sequence[float]) -> float | None:
