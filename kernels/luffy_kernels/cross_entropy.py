@@ -42,19 +42,22 @@ def linear_cross_entropy(
     chunk_bytes: int | None = None,
     backend: Literal["auto", "torch", "cpp", "triton"] = "auto",
 ) -> Tensor:
-    """Negative log-likelihood of the targets, differentiable in hidden, weight and bias.
+    """Negative log-likelihood (nats) of the targets, differentiable in hidden, weight and bias.
 
     Args:
-        hidden, weight, targets, and every keyword not named here: as in `linear_logprobs`.
+        hidden, weight, targets, bias, temperature, and every keyword not named here: as in `linear_logprobs`.
         reduction: "mean" divides the sum over valid rows by `normalizer`, their number by default (0 rows give 0);
             "sum" divides by nothing; "none" gives targets' shape, 0 in ignored rows.
-        label_smoothing: in [0, 1). z_loss: coefficient of lse^2, at least 0.
+        normalizer: positive number or 0-d tensor.
+        label_smoothing: in [0, 1), the share that every entry gets alike (arXiv 1512.00567, section 7).
+        z_loss: coefficient of lse^2, at least 0 (arXiv 2204.02311, section 5).
 
     Returns:
-        float32 (float64 for float64 operands): 0-d, or targets' shape.
+        float32 (float64 for float64 operands): 0-d, or [...] in targets' shape.
 
     Raises:
-        ValueError: what `_checks` lists, an unknown reduction, a normaliser without "mean".
+        ValueError: as `linear_logprobs`; an unknown reduction, a normaliser that is not positive or without "mean",
+            label_smoothing or z_loss out of range.
     """
     check_head(OP, hidden, weight, targets, bias)
     require(reduction in REDUCTIONS, OP, "reduction", f"one of {REDUCTIONS}", repr(reduction))
