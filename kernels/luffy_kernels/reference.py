@@ -78,7 +78,7 @@ def linear_logprobs(
 
 
 def one_loss(spec: TokenLoss, logp: Tensor, advantages: Tensor, old_logp: Tensor) -> Tensor:
-    """The loss of every token under one spec, [...] like logp (nats), advantages and old_logp; differentiable in logp."""
+    """The loss of tokens under one spec, [...] like logp (nats), advantages and old_logp; differentiable in logp."""
     if spec.fn is not None:
         loss = spec.fn(logp, old_logp, advantages)
         return torch.where(logp.exp() > spec.p_max, 0.0, loss)
