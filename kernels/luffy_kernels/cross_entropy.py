@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from . import _chunks, _cpp_rows, _library, _torch_rows, _vocab
-from ._checks import check_head, check_head_values, checked_normalizer, per_token, require
+from ._checks import check_head, check_head_values, check_transform, checked_normalizer, per_token, require
 
 OP = "linear_cross_entropy"
 REDUCTIONS = ("mean", "sum", "none")
@@ -64,8 +64,7 @@ def linear_cross_entropy(
     require(normalizer is None or reduction == "mean", OP, "normalizer", "None unless reduction is 'mean'", normalizer)
     require(0 <= label_smoothing < 1, OP, "label_smoothing", "in [0, 1)", label_smoothing)
     require(0 <= z_loss < float("inf"), OP, "z_loss", "finite and at least 0", z_loss)
-    require(softcap is None or softcap > 0, OP, "softcap", "positive", softcap)
-    require(logit_scale > 0, OP, "logit_scale", "positive", logit_scale)
+    check_transform(OP, softcap, logit_scale)
     operand = torch.promote_types(hidden.dtype, weight.dtype)
     dtype = _chunks.compute_dtype(operand)
     grad = torch.is_grad_enabled()
@@ -177,23 +176,14 @@ def backward_sweep(
     return dh, dw, db
 
 
-def _fake_grads(hidden, weight, dtype, need):
-    operand = torch.promote_types(hidden.dtype, weight.dtype)
-    return (
-        hidden.new_empty(hidden.shape, dtype=operand) if need[0] else hidden.new_empty(0),
-        weight.new_empty(weight.shape, dtype=dtype) if need[1] else hidden.new_empty(0),
-        weight.new_empty(weight.shape[0], dtype=dtype) if need[2] else hidden.new_empty(0),
-    )
-
-
 def _fake(hidden, weight, bias, targets, label_smoothing, z_loss, temperature, *rest):
     dtype, (per_token, need) = temperature.dtype, rest[-2:]
-    grads = _fake_grads(hidden, weight, dtype, [False] * 3 if per_token else need)
+    grads = _chunks.fake_grads(hidden, weight, dtype, [False] * 3 if per_token else need)
     return (hidden.new_empty((), dtype=dtype), hidden.new_empty(targets.shape, dtype=dtype), *grads)
 
 
 def _fake_backward(upstream, hidden, weight, bias, targets, label_smoothing, z_loss, temperature, *rest):
-    return _fake_grads(hidden, weight, temperature.dtype, rest[-1])
+    return _chunks.fake_grads(hidden, weight, temperature.dtype, rest[-1])
 
 
 def _setup(ctx, inputs, output):

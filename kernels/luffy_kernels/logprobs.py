@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from . import _chunks, _library, _vocab
-from ._checks import check_head, check_head_values, per_token, positive, require
+from ._checks import check_head, check_head_values, check_transform, per_token, positive
 
 OP = "linear_logprobs"
 
@@ -76,8 +76,7 @@ def linear_logprobs(
             that is not positive (elsewhere those rows are NaN, and raise under LUFFY_KERNELS_DEBUG=1).
     """
     check_head(OP, hidden, weight, targets, bias)
-    require(softcap is None or softcap > 0, OP, "softcap", "positive", softcap)
-    require(logit_scale > 0, OP, "logit_scale", "positive", logit_scale)
+    check_transform(OP, softcap, logit_scale)
     operand = torch.promote_types(hidden.dtype, weight.dtype)
     group = _vocab.group_name(OP, tp_group)
     chosen = _library.resolve(OP, backend, hidden.device, operand, group is not None)

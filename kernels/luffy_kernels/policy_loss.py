@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from . import _chunks, _library, _vocab, token_losses
-from ._checks import check_head, check_kl, check_losses, checked_normalizer, per_token, require
+from ._checks import check_head, check_kl, check_losses, check_transform, checked_normalizer, per_token
 from ._policy_sweep import OP, CustomPolicyLoss
 from .logprobs import LogProbs, linear_logprobs
 from .token_loss import token_loss
@@ -95,8 +95,7 @@ def linear_policy_loss(
     dtype = _chunks.compute_dtype(operand)
     specs = check_losses(OP, losses, loss_id, old_logp, targets)
     check_kl(OP, kl_type, kl_coef, ref_logp)
-    require(softcap is None or softcap > 0, OP, "softcap", "positive", softcap)
-    require(logit_scale > 0, OP, "logit_scale", "positive", logit_scale)
+    check_transform(OP, softcap, logit_scale)
     chunk_bytes = _library.chunk_budget(OP, chunk_bytes, hidden.device)
 
     def token(name: str, value: float | Tensor | None) -> Tensor | None:
