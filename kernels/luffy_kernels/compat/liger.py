@@ -5,7 +5,7 @@
 GRPO with ratios by token runs in one sweep (`linear_policy_loss`, three GEMMs). Log-probs come from `linear_logprobs`,
 and the loss from the installed Liger, where a gradient needs a whole sequence's log-probs (`vespo`,
 `importance_sampling_level="sequence"`) or goes through the KL's weight (`use_bias_correction_kl`), and where a bound
-on the ratio is 1 or less (CISPO's, `delta`).
+on the ratio is 1 or less (CISPO's, `delta`) or an epsilon 0.
 
 Different on purpose: `luspo` leaves padding out of the loss, where Liger 0.8 lets it in. Not here: class weights, token
 scaling, z-loss as a result, accuracies and predictions of the cross-entropy.
