@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import luffy_kernels
 import pytest
-from luffy_kernels import TokenLoss, compat, token_losses
+from luffy_kernels import TokenLoss, _checks, compat, token_losses
 
 COMPAT = [f"{compat.__name__}.{m.name}" for m in pkgutil.iter_modules(compat.__path__) if not m.name.startswith("_")]
 KERNELS = ["luffy_kernels", "luffy_kernels.reference", "luffy_kernels.testing", *COMPAT]
@@ -98,7 +98,7 @@ def tree(function: Any) -> ast.FunctionDef:
 
 
 def raised(function: Any, seen: frozenset[str] = frozenset()) -> set[str]:
-    """Names of the exceptions that a function raises itself, or that helpers of its own module or `require` do."""
+    """Names of the exceptions that a function raises itself, or that helpers of its own module or of `_checks` do."""
     found: set[str] = set()
     for node in ast.walk(tree(function)):
         if isinstance(node, ast.Raise) and node.exc is not None:
@@ -106,8 +106,7 @@ def raised(function: Any, seen: frozenset[str] = frozenset()) -> set[str]:
             found.add(ast.unparse(made))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id not in seen:
             helper = function.__globals__.get(node.func.id)
-            near = getattr(helper, "__module__", "") == function.__module__ or node.func.id == "require"
-            if inspect.isfunction(helper) and near:
+            if inspect.isfunction(helper) and helper.__module__ in (function.__module__, _checks.__name__):
                 found |= raised(helper, seen | {node.func.id})
     return found
 
