@@ -100,7 +100,7 @@ class Case(NamedTuple):
 def cases(kernels: list[str], archs: list[str], quick: bool) -> Iterator[Case]:
     from luffy_kernels._triton import scaled, tuning
 
-    merges = {("merge", arch, ""): {"BLOCK": tuning.merge_block(1)} for arch in archs}
+    merges = {("merge", arch, ""): {"BLOCK": tuning.MERGE_BLOCK} for arch in archs}
     products = {("scaled", arch, ""): {"BLOCK": scaled.BLOCK, "num_warps": 8} for arch in archs}
     for kernel in kernels:
         for (name, arch, bucket), config in (tuning.TABLE | merges | products).items():

@@ -17,17 +17,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 
-from bench.ops import machine
+from bench.machine import RESULTS, ROOT, machine
+from bench.memory import forget_peak, resident
 from bench.report import put
 
-ROOT = Path(__file__).resolve().parent.parent
-PAGE, RESULTS = ROOT / "docs" / "compat" / "README.md", ROOT / "bench" / "results" / "compat.json"
+PAGE, STORED = ROOT / "docs" / "compat" / "README.md", RESULTS / "compat.json"
 SIZES = {
     "vocab_size": 151_936,
     "hidden_size": 256,
@@ -155,12 +154,6 @@ def trainer(ours: bool) -> dict[str, float]:
     return {"ms": 1e3 * median(spent[1:]), "peak_mib": (resident("VmHWM") - before) / 2**20}
 
 
-def resident(what: str) -> int:
-    """VmRSS or VmHWM of this process, bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(what))
-
-
 def peak(framework: str, ours: bool) -> float:
     """MiB, in a fresh process."""
     command = [sys.executable, "-m", "bench.compat", "--memory", framework, *(["--ours"] if ours else [])]
@@ -225,7 +218,7 @@ def main() -> int:
     if args.memory:
         update = UPDATES[args.memory](args.ours)
         before = resident("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+        forget_peak()
         update()
         print((resident("VmHWM") - before) / 2**20)
         return 0
@@ -235,7 +228,7 @@ def main() -> int:
     found = measure(args.rounds)
     print(table(found))
     if args.store:
-        RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+        STORED.write_text(json.dumps(found, indent=1) + "\n")
         put(PAGE, "saved", table(found))
     return 0
 

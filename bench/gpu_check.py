@@ -18,16 +18,12 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import platform
 import re
-import shutil
 import statistics
-import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -36,16 +32,13 @@ import torch
 
 from bench import contenders, roofline
 from bench.contenders import Call, Problem
+from bench.machine import Record, environment, file_name
 from bench.peers import CE, ENTROPY, LOGP, MODES, POLICY, find
 from luffy.files import write_json
 
-ROOT = Path(__file__).resolve().parent.parent
 SHAPES = ("llama3-8b", "qwen2.5-7b", "qwen3-0.6b")
 TINY = {"shapes": ["32x509"], "tokens": [32], "minutes": 1.0}
-CLOCKS = "name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu"
-PROPERTIES = ("major", "minor", "total_memory", "multi_processor_count", "L2_cache_size")  # nothing that names one card
 WARMUPS, ROUNDS, SAMPLE = 3, 20, 64
-Record = dict[str, Any]
 Clock = Callable[[], float]
 
 
@@ -61,43 +54,6 @@ class Budget:
 
 def device_name(where: str) -> str:
     return torch.cuda.get_device_name() if where == "cuda" else where
-
-
-def environment() -> Record:
-    """What a figure depends on, as far as it can be asked for without a further package."""
-    properties = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
-    packages = ("triton", "liger-kernel", "cut-cross-entropy", "verl", "quack-kernels", "trl")
-    return {
-        "properties": {name: getattr(properties, name, None) for name in PROPERTIES} if properties else None,
-        "nvidia-smi": said("nvidia-smi", "--query-gpu=" + CLOCKS, "--format=csv"),
-        "rocm-smi": said("rocm-smi", "--showdriverversion", "--showclocks", "--showpower"),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "hip": torch.version.hip,
-        "packages": {name: version for name in packages if (version := _version(name))},
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "commit": said("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"),
-        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
-
-
-def said(*command: str) -> str | None:
-    """What a program prints; None where it does not exist or fails."""
-    if shutil.which(command[0]) is None:
-        return None
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
-    except subprocess.TimeoutExpired:
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def tests(junit: Path | None) -> Record | None:
@@ -298,7 +254,7 @@ def main(argv: list[str] | None = None) -> int:
     budget = Budget(60 * args.minutes)
     where = "cuda" if torch.cuda.is_available() else "cpu"
     device = device_name(where)
-    path = args.out / f"gpu_check-{re.sub(r'[^A-Za-z0-9]+', '-', device)}.json" if args.out.is_dir() else args.out
+    path = args.out / file_name("gpu_check", device, "json") if args.out.is_dir() else args.out
     report: Record = {"device": device, "where": where, "environment": environment(), "complete": False}
     report |= {"tests": tests(args.junit), "results": [], "unmodelled": [], "skipped": []}
 

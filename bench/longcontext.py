@@ -28,6 +28,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from bench.memory import forget_peak, resident
+
 ROOT = Path(__file__).resolve().parent.parent
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
 HIDDEN, LAYERS, VOCABULARY, HEADS = 64, 2, 50_000, 4
@@ -53,10 +55,10 @@ def measure(variant: str, length: int) -> float:
     optimizer = optim.make_optimizer(policy, config.optim)
     step(policy, optimizer, world, 256)  # libraries, thread pools and Adam's moments are not what is measured
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
+    forget_peak()
     before = resident("VmRSS")
     step(policy, optimizer, world, length)
-    peak = resident("VmHWM") - before
+    peak = (resident("VmHWM") - before) / 2**20
     [peak] = world.largest([peak])
     distributed.close()
     return peak
@@ -123,13 +125,6 @@ def step(policy: Any, optimizer: Any, world: Any, length: int) -> None:
     out = policy(micro, losses=(policy_gradient(),), normalizer=float(length), entropy_coef=0.0)
     getattr(out, "loss", out).backward()
     optim.step(optimizer, policy, 1.0, 0.0, 1e-6)
-
-
-def resident(name: str) -> float:
-    """MiB."""
-    found = re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found.group(1)) / 1024
 
 
 def in_processes(variant: str, length: int, ranks: int) -> float:
@@ -216,7 +211,7 @@ def report(lengths: list[int], out: Path | None) -> int:
     times = fits["eager"][0] / fits["update"][0]
     print(f"sp = 2 leaves {share:.2f} of the body's slope; eager takes {times:.0f} times ours")
     if out is not None:
-        from bench.ops import machine
+        from bench.machine import machine
         from luffy.files import write_json
 
         slopes = {name: {"bytes_per_token": slope, "r2": r2} for name, (slope, r2) in fits.items()}

@@ -24,7 +24,6 @@ import gc
 import itertools
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -34,17 +33,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from luffy_kernels import status
 
 from bench import contenders, roofline
 from bench.contenders import Call, Problem
-from bench.gpu_check import environment, error, gradients, spread, step, timed
+from bench.gpu_check import error, gradients, spread, step, timed
+from bench.machine import RESULTS, ROOT, Record, file_name, machine
+from bench.memory import forget_peak, resident
 from bench.peers import CE, ENTROPY, LOGP, MODES, POLICY
 from luffy.process import keep_freed_memory
 from luffy.run_folder import cpu_name
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "bench" / "results"
 CHOICES = ("shapes", "tokens", "modes", "dtype", "active", "zero", "head", "fresh", "impl")  # of the command line
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 SEQUENCE = 128
@@ -60,7 +58,6 @@ CPU_SKIPS = ("verl_triton", "quack")  # device kernels
 HEADER = (
     f"{'implementation':16s} {'median ms':>10s}{'p20':>10s}{'p80':>10s} {'extra MiB':>9s} {'error':>9s} {'dx, dW':>9s}"
 )
-Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -236,30 +233,14 @@ def measure_memory(case: Case, impl: str) -> float:
     p = case.problem()
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # nor is what the first step left behind
-    status_file = Path("/proc/self/status")
-
-    def read(name: str) -> int:
-        return 1024 * int(re.search(rf"{name}:\s+(\d+)", status_file.read_text()).group(1))  # type: ignore[union-attr]
-
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
-    before = read("VmRSS")
+    forget_peak()
+    before = resident("VmRSS")
     if case.mode == LOGP:
         step(call, p, case.mode)
         kept = 0
     else:
         kept = sum(g.nbytes for g in gradients(call(p), p, case.mode))
-    return (read("VmHWM") - before - kept) / 2**20
-
-
-def instruction_sets() -> list[str]:
-    cpuinfo = Path("/proc/cpuinfo")
-    flags = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
-    return [name for name in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if name in flags]
-
-
-def machine() -> Record:
-    about = {"cpu": cpu_name(), "isa": instruction_sets(), "threads": torch.get_num_threads(), "backends": status()}
-    return about | {k: v for k, v in environment().items() if v not in (None, {})}
+    return (resident("VmHWM") - before - kept) / 2**20
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -343,7 +324,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     out = args.out
     if out is None and args.standard:
-        out = RESULTS / f"ops-{re.sub(r'[^A-Za-z0-9]+', '-', cpu_name()).strip('-')}.jsonl"
+        out = RESULTS / file_name("ops", cpu_name(), "jsonl")
     lines = [json.dumps({"machine": machine()})]
     partial = None if out is None else out.with_suffix(".partial")
     try:

@@ -25,6 +25,7 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
+from bench.memory import resident
 from luffy import flops, step_time
 from luffy.footprint import GIB, PARTS, Load, Segment, moments, peak
 from luffy.machines import Machine, machine_of
@@ -234,9 +235,9 @@ def measure(case: Case) -> dict[str, Any]:
     tiny = case.model | {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 64, "vocab_size": 512}
     tiny |= {"num_attention_heads": 4, "num_key_value_heads": 2}
     run(dataclasses.replace(case, model=tiny, groups=2, prompt=8, rows=(9, 9), budget=64))
-    before = memory("VmRSS")
+    before = resident("VmRSS")
     tokens, _ = run(case)
-    return {"peak": memory("VmHWM") - before, "tokens": tokens}
+    return {"peak": resident("VmHWM") - before, "tokens": tokens}
 
 
 def measure_on_gpu(case: Case) -> dict[str, Any]:
@@ -251,11 +252,6 @@ def measure_on_gpu(case: Case) -> dict[str, Any]:
         "allocated": torch.cuda.max_memory_allocated(),
         "device": torch.cuda.get_device_name(),
     }
-
-
-def memory(field: str) -> float:
-    with open("/proc/self/status") as status:
-        return next(1024.0 * int(line.split()[1]) for line in status if line.startswith(f"{field}:"))
 
 
 def run(case: Case) -> tuple[int, float]:

@@ -63,7 +63,6 @@ TRACES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 # Steps and not minutes end a run; looking and saving meanwhile change nothing.
 COMMON = {"train.max_minutes": 1000, "eval.every": 0, "checkpoint.every": 0}
-BEGIN, END = "<!-- study -->", "<!-- /study -->"
 
 
 def train(options: dict[str, Any]) -> tuple[dict, list[dict], dict]:
@@ -181,13 +180,6 @@ def _row(label: str, steps: str, minutes: str, evaluations: list[dict]) -> str:
     )
 
 
-def write_readme(text: str) -> None:
-    readme = ROOT / "README.md"
-    before, rest = readme.read_text().split(BEGIN, 1)
-    after = rest.split(END, 1)[1]
-    readme.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -219,7 +211,7 @@ def main() -> None:
         parser.error("no table yet: run `--pace` and `--only luffy` first")
     text = table(have)
     if args.readme:
-        write_readme(text)
+        put(ROOT / "README.md", "study", text)
         put(ROOT / "docs" / "study.md", "several", traces_table(have))
     print(text, traces_table(have), sep="\n\n")
 

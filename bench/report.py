@@ -1,10 +1,14 @@
-"""README's table, the tables and the plot of docs/cpu-kernels.md, from bench/results/ops-*.jsonl and step-*.jsonl.
+"""Tables of README and docs, and the plot of docs/cpu-kernels.md, from the files of bench/results.
 
     python -m bench.report            write them
     python -m bench.report --print    print the tables, write nothing
 
-Nothing here measures: `python -m bench.ops --standard` and `python -m bench.step` do. Rows in which a peer wins are
-shown like all others.
+    ops-*.jsonl            python -m bench.ops --standard    README.md, docs/cpu-kernels.md
+    step-*.json            python -m bench.step              docs/cpu-kernels.md
+    longcontext-*.json     python -m bench.longcontext       docs/distributed.md
+    plan-*.json            python -m bench.plan              docs/planning.md
+
+Nothing here measures. Rows in which a peer wins are shown like all others.
 """
 
 from __future__ import annotations
@@ -16,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from bench import roofline, schedule
+from bench.machine import RESULTS, ROOT, Record
 from bench.ops import SHARES, TOKENS, VOCABULARIES
 from bench.peers import LOGP, POLICY
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS, README, DOC = ROOT / "bench" / "results", ROOT / "README.md", ROOT / "docs" / "cpu-kernels.md"
+README, DOC = ROOT / "README.md", ROOT / "docs" / "cpu-kernels.md"
 PLOT = ROOT / "docs" / "cpu-kernels.png"
 MAIN = (("smollm2-135m", 2048), ("qwen2.5-0.5b", 1024))
 LABELS = {
@@ -42,7 +46,6 @@ LABELS = {
     "ours_ignored": "**ours**, 75 % of the rows ignored",
     "ours_zero": "**ours**, 75 % of the sequences at advantage 0",
 }
-Record = dict[str, Any]
 PLAIN = {"dtype": "bf16", "active": 1.0, "zero": 0.0, "frozen": False, "kept": True}
 
 
@@ -104,7 +107,7 @@ def _ratio(case: dict[str, Record], impl: str) -> str:
 
 
 def ratios(results: Results) -> Iterator[str]:
-    """The issue's lines, for both shapes; a missing measurement leaves a dash."""
+    """What ours is compared by, for both shapes; a missing measurement leaves a dash."""
 
     def ms(name: str, impl: str, **case: Any) -> Callable[[tuple[str, int]], float]:
         return lambda shape: float(results.of(*shape, **case)[impl][name])

@@ -20,7 +20,6 @@ import argparse
 import functools
 import importlib.util
 import random
-import re
 import statistics
 import sys
 import tempfile
@@ -30,10 +29,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from luffy_kernels import PolicyLoss
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from bench.ops import RESULTS, machine
+from bench.machine import RESULTS, file_name, machine
 from luffy import distributed, model, optim
 from luffy.config import Config, load_config
 from luffy.data import Example
@@ -155,9 +155,7 @@ def body_update(bench: Bench) -> None:
         zeros = torch.zeros(hidden.shape[0])
         total = hidden.float().mean()
         fields = dict.fromkeys(("logp", "entropy", "ratio", "kl"), zeros)
-        return model_output(total, clipped=zeros.bool(), **fields)
-
-    from luffy_kernels.policy_loss import PolicyLoss as model_output
+        return PolicyLoss(total, clipped=zeros.bool(), **fields)
 
     kept, model.linear_policy_loss = model.linear_policy_loss, trivial
     try:
@@ -286,7 +284,7 @@ def main(argv: list[str] | None = None) -> int:
     with_trl = not args.no_trl and importlib.util.find_spec("trl") is not None
     if not with_trl and not args.no_trl:
         print("luffy: trl is not installed and is left out; scripts/bench.sh installs it", file=sys.stderr)
-    out = args.out or RESULTS / f"step-{re.sub(r'[^A-Za-z0-9]+', '-', cpu_name()).strip('-')}.json"
+    out = args.out or RESULTS / file_name("step", cpu_name(), "json")
     try:
         bench = Bench()
         result = measure(bench, args.rounds, with_trl)

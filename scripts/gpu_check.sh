@@ -63,8 +63,7 @@ for name, least in wanted.items():
             pass
     version = tuple(map(int, (re.findall(r"\d+", found or "") + ["0", "0"])[:2]))
     if found is None or version < least:
-        atleast = "" if least == (0, 0) else " " + ".".join(map(str, least)) + " or newer"
-        print(name + atleast + (" (found " + found + ")" if found else ""))
+        print(name, ".".join(map(str, least)), "or newer" + (" (found " + found + ")" if found else ""))
 CHECK
 ) || die "$python does not run."
 if [ -n "$missing" ]; then

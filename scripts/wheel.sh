@@ -1,17 +1,39 @@
 #!/usr/bin/env bash
-# An sdist, and a wheel for the torch of .venv that any Linux with glibc 2.28 takes: scripts/wheel.sh [FOLDER] [--check]
-# --check also installs the wheel into an empty environment, with torch, pytest and nothing else of this project, and runs
-# the kernels' tests there. The default folder is dist/.
+# What others install: an sdist, and a wheel for the torch of .venv. docs/packages.md says for whom.
 set -euo pipefail
+
+usage() {
+    cat <<'HELP'
+usage: scripts/wheel.sh [FOLDER] [--check]
+
+Sets up as scripts/test.sh does, and makes an sdist and a wheel in FOLDER (default: dist/ in this project).
+
+  --check   also install the wheel into an empty environment, with torch, triton, pytest and nothing else of this
+            project, and run the kernels' tests there
+HELP
+}
+
+out='' check=''
+for argument in "$@"; do
+    case $argument in
+    -h | --help)
+        usage
+        exit 0
+        ;;
+    --check) check=yes ;;
+    -*)
+        printf 'luffy: unknown argument %s; scripts/wheel.sh --help\n' "$argument" >&2
+        exit 2
+        ;;
+    *) out=$(realpath -m -- "$argument") ;;
+    esac
+done
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
 # shellcheck source=scripts/setup.sh
 source "$root/scripts/setup.sh"
 bin=$LUFFY_VENV/bin
-out=$root/dist check=
-for argument in "$@"; do
-    if [ "$argument" = --check ]; then check=yes; else out=$(realpath -m -- "$argument"); fi
-done
+out=${out:-$root/dist}
 
 made=$(mktemp -d)
 trap 'rm -rf -- "$made"' EXIT

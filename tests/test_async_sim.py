@@ -8,7 +8,8 @@ import pytest
 from tiny import ROOT
 
 from bench import async_sim
-from bench.async_sim import Rates, Simulation, computed, log_normal
+from bench.async_sim import computed, log_normal
+from bench.pipeline import Rates, Simulation
 from luffy.shapes import KNOWN
 
 RATES = Rates(decode=0.01, sequence=0.0, prompt=0.0, update=5.0, token=0.0, sync=0.5, verify=0.25, slots=1000)

@@ -3,6 +3,12 @@
 from bench import quickstart
 
 
+def shown_in(page: str, marker: str) -> str:
+    """What stands between the markers of a page."""
+    text = (quickstart.ROOT / page).read_text()
+    return text.split(f"<!-- {marker} -->")[1].split(f"<!-- /{marker} -->")[0].strip()
+
+
 def test_the_readme_shows_the_stored_results():
     results = quickstart.load()
     have = quickstart.current(results)
@@ -10,8 +16,7 @@ def test_the_readme_shows_the_stored_results():
     assert set(have) == {"pace", *quickstart.VARIANTS, *quickstart.TRACES}, (
         "python -m bench.quickstart runs what is missing"
     )
-    shown = (quickstart.ROOT / "README.md").read_text().split(quickstart.BEGIN)[1].split(quickstart.END)[0]
-    assert shown.strip() == quickstart.table(have).strip()
+    assert shown_in("README.md", "study") == quickstart.table(have).strip()
 
 
 def test_baselines_get_luffys_steps_or_its_minutes():
@@ -28,8 +33,6 @@ def test_another_recipe_is_another_digest(monkeypatch):
 
 
 def test_the_study_shows_one_two_and_four_traces():
-    text = (quickstart.ROOT / "docs" / "study.md").read_text()
-    shown = text.split("<!-- several -->")[1].split("<!-- /several -->")[0]
-    assert shown.strip() == quickstart.traces_table(quickstart.load()).strip()
+    assert shown_in("docs/study.md", "several") == quickstart.traces_table(quickstart.load()).strip()
     tokens = [quickstart.load()[name]["response_tokens"] for name in quickstart.TRACES]
     assert max(tokens) <= 1.1 * min(tokens)

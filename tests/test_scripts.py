@@ -44,6 +44,26 @@ def test_help_needs_no_set_up(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("script", ["bench.sh", "gpu_check.sh", "quickstart.sh", "slurm.sh", "wheel.sh"])
+def test_every_script_says_what_it_is_for(script, tmp_path):
+    """And makes nothing: `wheel.sh --help` once took it for a folder's name."""
+    command = [shutil.which("bash") or "bash", str(ROOT / "scripts" / script), "--help"]
+    environment = {"PATH": "/usr/bin:/bin", "LUFFY_VENV": str(tmp_path / "venv")}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("usage: ")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("script", ["bench.sh", "wheel.sh"])
+def test_an_unknown_option_is_refused(script, tmp_path):
+    command = [shutil.which("bash") or "bash", str(ROOT / "scripts" / script), "--chek"]
+    environment = {"PATH": "/usr/bin:/bin", "LUFFY_VENV": str(tmp_path / "venv")}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == f"luffy: unknown argument --chek; scripts/{script} --help\n"
+
+
 class Project:
     """A copy of the scripts in a folder with a space, an environment whose installer only takes notes, a bare PATH."""
 

@@ -56,6 +56,11 @@ def check_head(op: str, hidden: Tensor, weight: Tensor, targets: Tensor, bias: T
         require(tensor.device == hidden.device, op, name, f"on {hidden.device} like hidden", tensor.device)
 
 
+def check_transform(op: str, softcap: float | None, logit_scale: float) -> None:
+    require(softcap is None or softcap > 0, op, "softcap", "positive", softcap)
+    require(logit_scale > 0, op, "logit_scale", "positive", logit_scale)
+
+
 def check_losses(
     op: str,
     losses: TokenLoss | tuple[TokenLoss, ...],

@@ -219,3 +219,13 @@ class Gradients:
             self.fresh = False
         if self.bias is not None:
             self.bias.add_(dz.sum(0, dtype=self.bias.dtype))
+
+
+def fake_grads(hidden: Tensor, weight: Tensor, dtype: torch.dtype, need: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
+    """What a sweep returns of `Gradients.all`, for tracing: empty where not needed. dtype: the compute dtype."""
+    operand = torch.promote_types(hidden.dtype, weight.dtype)
+    return (
+        hidden.new_empty(hidden.shape, dtype=operand) if need[0] else hidden.new_empty(0),
+        weight.new_empty(weight.shape, dtype=dtype) if need[1] else hidden.new_empty(0),
+        weight.new_empty(weight.shape[0], dtype=dtype) if need[2] else hidden.new_empty(0),
+    )

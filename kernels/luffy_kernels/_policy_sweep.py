@@ -56,9 +56,8 @@ class Tokens(NamedTuple):
 
     def may_matter(self) -> Tensor:
         """[N] bool: rows whose gradient is not known to be zero before the forward pass."""
-        live = (self.advantages != 0) | (
-            self.table[self.ids, 0] >= token_losses.NLL
-        )  # nll and custom need no advantage
+        needs_no_advantage = self.table[self.ids, 0] >= token_losses.NLL  # nll and custom
+        live = (self.advantages != 0) | needs_no_advantage
         live = live if self.weight is None else live & (self.weight != 0)
         for coefficient in (self.entropy_coef, self.kl_coef):
             live = live if coefficient is None else live | (coefficient != 0)
@@ -178,14 +177,9 @@ def _fused_chunk(
 
 
 def _fake(hidden, weight, bias, targets, losses, loss_id, advantages, *rest):
-    need, dtype = rest[-1], advantages.dtype
-    operand = torch.promote_types(hidden.dtype, weight.dtype)
+    dtype = advantages.dtype
     per_row = [targets.new_empty(targets.shape, dtype=dtype) for _ in range(4)]
-    grads = (
-        hidden.new_empty(hidden.shape if need[0] else (0,), dtype=operand if need[0] else None),
-        weight.new_empty(weight.shape, dtype=dtype) if need[1] else hidden.new_empty(0),
-        weight.new_empty(weight.shape[0], dtype=dtype) if need[2] else hidden.new_empty(0),
-    )
+    grads = _chunks.fake_grads(hidden, weight, dtype, rest[-1])
     return (advantages.new_empty(()), *per_row, targets.new_empty(targets.shape, dtype=torch.bool), *grads)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from . import _chunks, _cpp_rows, _library, _torch_rows, _vocab
-from ._checks import check_head, check_head_values, checked_normalizer, per_token, require
+from ._checks import check_head, check_head_values, check_transform, checked_normalizer, per_token, require
 
 OP = "linear_cross_entropy"
 REDUCTIONS = ("mean", "sum", "none")
@@ -42,27 +42,29 @@ def linear_cross_entropy(
     chunk_bytes: int | None = None,
     backend: Literal["auto", "torch", "cpp", "triton"] = "auto",
 ) -> Tensor:
-    """Negative log-likelihood of the targets, differentiable in hidden, weight and bias.
+    """Negative log-likelihood (nats) of the targets, differentiable in hidden, weight and bias.
 
     Args:
-        hidden, weight, targets, and every keyword not named here: as in `linear_logprobs`.
+        hidden, weight, targets, bias, temperature, and every keyword not named here: as in `linear_logprobs`.
         reduction: "mean" divides the sum over valid rows by `normalizer`, their number by default (0 rows give 0);
             "sum" divides by nothing; "none" gives targets' shape, 0 in ignored rows.
-        label_smoothing: in [0, 1). z_loss: coefficient of lse^2, at least 0.
+        normalizer: positive number or 0-d tensor.
+        label_smoothing: in [0, 1), the share that every entry gets alike (arXiv 1512.00567, section 7).
+        z_loss: coefficient of lse^2, at least 0 (arXiv 2204.02311, section 5).
 
     Returns:
-        float32 (float64 for float64 operands): 0-d, or targets' shape.
+        float32 (float64 for float64 operands): 0-d, or [...] in targets' shape.
 
     Raises:
-        ValueError: what `_checks` lists, an unknown reduction, a normaliser without "mean".
+        ValueError: as `linear_logprobs`; an unknown reduction, a normaliser that is not positive or without "mean",
+            label_smoothing or z_loss out of range.
     """
     check_head(OP, hidden, weight, targets, bias)
     require(reduction in REDUCTIONS, OP, "reduction", f"one of {REDUCTIONS}", repr(reduction))
     require(normalizer is None or reduction == "mean", OP, "normalizer", "None unless reduction is 'mean'", normalizer)
     require(0 <= label_smoothing < 1, OP, "label_smoothing", "in [0, 1)", label_smoothing)
     require(0 <= z_loss < float("inf"), OP, "z_loss", "finite and at least 0", z_loss)
-    require(softcap is None or softcap > 0, OP, "softcap", "positive", softcap)
-    require(logit_scale > 0, OP, "logit_scale", "positive", logit_scale)
+    check_transform(OP, softcap, logit_scale)
     operand = torch.promote_types(hidden.dtype, weight.dtype)
     dtype = _chunks.compute_dtype(operand)
     grad = torch.is_grad_enabled()
@@ -174,23 +176,14 @@ def backward_sweep(
     return dh, dw, db
 
 
-def _fake_grads(hidden, weight, dtype, need):
-    operand = torch.promote_types(hidden.dtype, weight.dtype)
-    return (
-        hidden.new_empty(hidden.shape, dtype=operand) if need[0] else hidden.new_empty(0),
-        weight.new_empty(weight.shape, dtype=dtype) if need[1] else hidden.new_empty(0),
-        weight.new_empty(weight.shape[0], dtype=dtype) if need[2] else hidden.new_empty(0),
-    )
-
-
 def _fake(hidden, weight, bias, targets, label_smoothing, z_loss, temperature, *rest):
     dtype, (per_token, need) = temperature.dtype, rest[-2:]
-    grads = _fake_grads(hidden, weight, dtype, [False] * 3 if per_token else need)
+    grads = _chunks.fake_grads(hidden, weight, dtype, [False] * 3 if per_token else need)
     return (hidden.new_empty((), dtype=dtype), hidden.new_empty(targets.shape, dtype=dtype), *grads)
 
 
 def _fake_backward(upstream, hidden, weight, bias, targets, label_smoothing, z_loss, temperature, *rest):
-    return _fake_grads(hidden, weight, temperature.dtype, rest[-1])
+    return _chunks.fake_grads(hidden, weight, temperature.dtype, rest[-1])
 
 
 def _setup(ctx, inputs, output):

@@ -40,8 +40,8 @@ class LinearHead(nn.Module):
 
     @classmethod
     def of(cls, linear: nn.Linear, **options: Any) -> LinearHead:
-        """A head with the very parameters of this layer. Adapters of the layer (LoRA) would be ignored: merge them into
-        the weight, or pass the composed weight to the operator.
+        """A head with the very parameters of this layer. options: softcap, logit_scale. Adapters of the layer (LoRA)
+        would be ignored: merge them into the weight, or pass the composed weight to the operator.
 
         Raises:
             ValueError: the layer is not a plain nn.Linear.
@@ -52,6 +52,9 @@ class LinearHead(nn.Module):
         return cls(linear.weight, linear.bias, **options)
 
     def forward(self, op: Callable[..., Result], hidden: Tensor, targets: Tensor, **options: Any) -> Result:
-        """op(hidden, weight, targets, bias=, softcap=, logit_scale=, **options), for any operator of this package."""
+        """op(hidden, weight, targets, bias=, softcap=, logit_scale=, **options), for any operator of this package.
+
+        hidden: [..., H]. targets: [...] int64. options: the operator's, and win over the head's own.
+        """
         own = {"bias": self.bias, "softcap": self.softcap, "logit_scale": self.logit_scale}
         return op(hidden, self.weight, targets, **(own | options))

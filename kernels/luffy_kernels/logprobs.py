@@ -19,13 +19,13 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from . import _chunks, _library, _vocab
-from ._checks import check_head, check_head_values, per_token, positive, require
+from ._checks import check_head, check_head_values, check_transform, per_token, positive
 
 OP = "linear_logprobs"
 
 
 class LogProbs(NamedTuple):
-    """Float32 (float64 for float64 operands), in targets' shape, 0 in ignored rows."""
+    """In nats, float32 (float64 for float64 operands), [...] in targets' shape, 0 in ignored rows."""
 
     logp: Tensor
     """Log-probability of the target, nats."""
@@ -53,28 +53,33 @@ def linear_logprobs(
     chunk_bytes: int | None = None,
     backend: Literal["auto", "torch", "cpp", "triton"] = "auto",
 ) -> LogProbs:
-    """Log-probability of each target token, without storing the logits.
+    """Log-probability (nats) of each target token, without storing the logits.
 
     Args:
-        hidden: [..., H] float. weight: [V, H] float, same device; GEMMs run in the promoted dtype of the two.
+        hidden: [..., H] bfloat16, float16, float32 or float64. weight: [V, H] likewise, same device; GEMMs run in the
+            promoted dtype of the two.
         targets: [...] int64, already aligned with hidden; rows holding `ignore_index` give 0 and no gradient.
-        bias: [V] float; -inf masks an entry. temperature: positive number, or tensor broadcastable to targets.
-        softcap: cap * tanh(x / cap), before the temperature; masked entries stay masked.
+        bias: [V] float; -inf masks an entry.
+        temperature: positive number, or tensor that broadcasts to targets, with as many dimensions or none.
+        softcap: positive: cap * tanh(x / cap), before the temperature; masked entries stay masked.
+        logit_scale: positive, multiplies the logits before the cap.
         return_entropy: also return the entropy; it costs no GEMM.
         tp_group: ranks that hold a part of the vocabulary each (uneven parts, in any order); weight and bias are this
             rank's rows, from entry `vocab_start` on, and everything else is the same on all ranks. The gradient of
             hidden comes out summed over the ranks.
         chunk_bytes: bound of the [C, V] buffers (torch backend, and every backward); 256 MiB on CPU, 1 GiB on a device.
+        backend: "auto" takes what `status()` says.
 
     Returns:
         LogProbs(logp, entropy or None, lse, gap).
 
     Raises:
-        ValueError: what `_checks` lists, an unknown or unavailable backend.
+        ValueError: shapes, dtypes or devices that do not fit together, a DTensor as weight, a number out of its range,
+            an unknown or unavailable backend; on CPU also a target outside the vocabulary or a temperature in a tensor
+            that is not positive (elsewhere those rows are NaN, and raise under LUFFY_KERNELS_DEBUG=1).
     """
     check_head(OP, hidden, weight, targets, bias)
-    require(softcap is None or softcap > 0, OP, "softcap", "positive", softcap)
-    require(logit_scale > 0, OP, "logit_scale", "positive", logit_scale)
+    check_transform(OP, softcap, logit_scale)
     operand = torch.promote_types(hidden.dtype, weight.dtype)
     group = _vocab.group_name(OP, tp_group)
     chosen = _library.resolve(OP, backend, hidden.device, operand, group is not None)
@@ -229,7 +234,7 @@ def backward_triton(
     chunk_bytes: int,
     need: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `backward_torch`, over slices of the vocabulary, from the statistics of the forward pass."""
+    """As `backward_chunks`, over slices of the vocabulary, from the statistics of the forward pass."""
     from ._triton import logprobs
 
     shard = _vocab.make_shard(OP, tp_group, vocab_start, weight.shape[0], weight.device)

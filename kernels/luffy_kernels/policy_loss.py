@@ -24,14 +24,15 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from . import _chunks, _library, _vocab, token_losses
-from ._checks import check_head, check_kl, check_losses, checked_normalizer, per_token, require
+from ._checks import check_head, check_kl, check_losses, check_transform, checked_normalizer, per_token
 from ._policy_sweep import OP, CustomPolicyLoss
 from .logprobs import LogProbs, linear_logprobs
 from .token_loss import token_loss
 
 
 class PolicyLoss(NamedTuple):
-    """`loss` carries the gradient; the rest is detached, per token, in targets' shape, 0 in ignored rows."""
+    """`loss` carries the gradient; the rest is detached, per token, [...] in targets' shape, 0 in ignored rows. float32
+    (float64 for float64 operands)."""
 
     loss: Tensor
     """[] float32 (float64 for float64 operands)."""
@@ -75,35 +76,32 @@ def linear_policy_loss(
     """Sum of token losses over valid rows, divided by `normalizer`; differentiable in hidden, weight and bias.
 
     Args:
-        hidden: [..., H] float. weight: [V, H] float, same device; GEMMs run in the promoted dtype of the two.
-        targets: [...] int64, already aligned with hidden (nothing is shifted); `ignore_index` marks rows to skip.
-        advantages: number or tensor broadcastable to targets with as many dimensions ([B, 1] for per-sequence ones).
-        losses: one `token_losses` spec, or a tuple of them that `loss_id` (int64, targets' shape) indexes.
-        old_logp: tensor like targets, or "current" for this pass's own log-probs (ratio 1). Read only where a token's
-            loss is a function of it; elsewhere it may hold anything. ref_logp: tensor like targets, for the KL term.
-        token_weight: multiplies the policy term only.
+        hidden, weight, targets, bias, temperature, and every keyword not named here: as in `linear_logprobs`.
+        advantages: number or tensor that broadcasts to targets, with as many dimensions ([B, 1] for per-sequence ones).
+        losses: one `TokenLoss`, or a tuple of them that `loss_id` ([...] integer, targets' shape) indexes.
+        old_logp: tensor like advantages, nats, or "current" for this pass's own log-probs (ratio 1). Read only where a
+            token's loss is a function of it; elsewhere it may hold anything.
+        ref_logp: tensor like advantages, nats, for the KL term.
+        token_weight: number or tensor like advantages, multiplies the policy term only.
         normalizer: positive number or 0-d tensor; nothing else is divided by (no token mean, no row mean).
-        entropy_coef, kl_coef: number, 0-d or per-token tensor. kl_type, with d = logp - ref_logp: k1 = d, k2 = d^2/2,
-            k3 = exp(-d) + d - 1.
-        temperature: positive number or tensor like advantages. softcap: cap * tanh(x / cap), before the temperature.
-        tp_group: ranks that hold a part of the vocabulary each (uneven parts, in any order); weight and bias are this
-            rank's rows, from entry `vocab_start` on, and everything else is the same on all ranks. The gradient of
-            hidden comes out summed over the ranks.
-        chunk_bytes: bound of the [C, V] buffers; default 256 MiB on CPU, 1 GiB on a device.
+        entropy_coef, kl_coef: number, 0-d or per-token tensor, per nat.
+        kl_type: estimate of KL(policy || reference), with d = logp - ref_logp: k1 = d, k2 = d^2/2, k3 = exp(-d) + d - 1
+            (the names of Schulman, "Approximating KL divergence", 2020).
+        chunk_bytes: bound of the [C, V] buffers; 256 MiB on CPU, 1 GiB on a device.
 
     Returns:
         PolicyLoss. Gradients have the inputs' dtypes; none is computed under no_grad or for inputs that need none.
 
     Raises:
-        ValueError: what `_checks` lists, a loss that needs an absent old_logp, an unknown or unavailable backend.
+        ValueError: as `linear_logprobs`; losses without the `loss_id` or the `old_logp` that they need, a KL term
+            without `ref_logp`, a normaliser that is not positive; on CPU also a `loss_id` outside the table.
     """
     check_head(OP, hidden, weight, targets, bias)
     operand = torch.promote_types(hidden.dtype, weight.dtype)
     dtype = _chunks.compute_dtype(operand)
     specs = check_losses(OP, losses, loss_id, old_logp, targets)
     check_kl(OP, kl_type, kl_coef, ref_logp)
-    require(softcap is None or softcap > 0, OP, "softcap", "positive", softcap)
-    require(logit_scale > 0, OP, "logit_scale", "positive", logit_scale)
+    check_transform(OP, softcap, logit_scale)
     chunk_bytes = _library.chunk_budget(OP, chunk_bytes, hidden.device)
 
     def token(name: str, value: float | Tensor | None) -> Tensor | None:

@@ -35,7 +35,7 @@ def logits(
     logit_scale: float = 1.0,
     ignore_index: int = -100,
 ) -> tuple[Tensor, Tensor]:
-    """z [..., V] and which rows are valid."""
+    """z [..., V] and which rows are valid, [...]. Arguments as in `luffy_kernels.linear_logprobs`."""
     valid = targets != ignore_index
     # Cut ignored rows off before the product: 0 * NaN would carry their junk into the weight's gradient.
     z = torch.where(valid[..., None], hidden, 0.0) @ weight.T
@@ -58,6 +58,7 @@ def linear_logprobs(
     logit_scale: float = 1.0,
     ignore_index: int = -100,
 ) -> LogProbs:
+    """As `luffy_kernels.linear_logprobs` with the entropy, [...] each."""
     z, valid = logits(
         hidden,
         weight,
@@ -77,7 +78,7 @@ def linear_logprobs(
 
 
 def one_loss(spec: TokenLoss, logp: Tensor, advantages: Tensor, old_logp: Tensor) -> Tensor:
-    """The loss of every token under one spec, differentiable in logp."""
+    """The loss of tokens under one spec, [...] like logp (nats), advantages and old_logp; differentiable in logp."""
     if spec.fn is not None:
         loss = spec.fn(logp, old_logp, advantages)
         return torch.where(logp.exp() > spec.p_max, 0.0, loss)
@@ -112,6 +113,7 @@ def token_loss(
     loss_id: Tensor | None = None,
     old_logp: Tensor | str | None = None,
 ) -> Tensor:
+    """The loss, as `luffy_kernels.token_loss` without a weight and a KL term; per-token arguments [...] like logp."""
     specs = (losses,) if isinstance(losses, TokenLoss) else losses
     loss_id = torch.zeros_like(logp, dtype=torch.int64) if loss_id is None else loss_id
     given = old_logp if isinstance(old_logp, Tensor) else logp.detach()
@@ -132,6 +134,7 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     **head,
 ) -> Tensor:
+    """[] or [...], as `luffy_kernels.linear_cross_entropy`."""
     z, valid = logits(hidden, weight, targets, ignore_index=ignore_index, **head)
     lse = z.logsumexp(-1)
     nll = lse - z.gather(-1, torch.where(valid, targets, 0)[..., None])[..., 0]
@@ -144,6 +147,7 @@ def linear_cross_entropy(
 
 
 def kl_estimate(logp: Tensor, ref_logp: Tensor, kl_type: str) -> Tensor:
+    """[...], k1, k2 or k3 in nats of log-probs [...]; see `luffy_kernels.linear_policy_loss`."""
     d = logp - ref_logp
     return {"k1": d, "k2": d.square() / 2, "k3": (-d.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)).exp() + d - 1}[kl_type]
 
@@ -166,6 +170,7 @@ def linear_policy_loss(
     ignore_index: int = -100,
     **head,
 ) -> PolicyLoss:
+    """As `luffy_kernels.linear_policy_loss`, with per-token arguments in targets' shape, [...]."""
     logp, entropy, *_ = linear_logprobs(hidden, weight, targets, ignore_index=ignore_index, **head)
     assert entropy is not None, "the reference always computes the entropy"
     specs = (losses,) if isinstance(losses, TokenLoss) else losses

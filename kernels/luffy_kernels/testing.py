@@ -10,8 +10,12 @@ def assert_as_good_as(ours: Tensor, baseline: Tensor, truth: Tensor, *, atol: fl
     """Asserts |ours - truth| <= |baseline - truth| + atol, element by element.
 
     Args:
-        ours: the result under test. baseline: the plain computation in the same low precision. truth: float64.
+        ours: [...], the result under test. baseline: likewise, the plain computation in the same low precision. truth:
+            likewise, float64.
         atol: allowance, in the result's own units. A NaN of ours where truth has none always fails.
+
+    Raises:
+        AssertionError: an element of ours is further off than that. ValueError: shapes that differ.
     """
     if not ours.shape == baseline.shape == truth.shape:
         raise ValueError(f"assert_as_good_as: shapes must agree, got {ours.shape}, {baseline.shape}, {truth.shape}")

@@ -19,7 +19,7 @@ OP = "token_loss"
 
 
 class TokenLosses(NamedTuple):
-    """In logp's shape. `loss` carries the gradient, the rest is detached."""
+    """[...] in logp's shape and dtype. `loss` carries the gradient, the rest is detached."""
 
     loss: Tensor
     """token_weight * loss + kl_coef * kl."""
@@ -48,8 +48,12 @@ def token_loss(
     Args:
         logp: [...] float32 or float64, nats. The other arguments as in `linear_policy_loss`, with logp for targets.
 
+    Returns:
+        TokenLosses.
+
     Raises:
-        ValueError: a loss that needs an absent old_logp, shapes that do not broadcast, a loss_id outside the table.
+        ValueError: losses without the `loss_id` or the `old_logp` that they need, a KL term without `ref_logp`, shapes
+            that do not broadcast, another dtype of logp; on CPU also a `loss_id` outside the table.
     """
     require(isinstance(logp, Tensor), OP, "logp", "a tensor", type(logp).__name__)
     require(logp.dtype in (torch.float32, torch.float64), OP, "logp", "float32 or float64", logp.dtype)

@@ -26,8 +26,7 @@
 for every kind. All but `custom` encode to one fp32 row, so a table of specs is an ordinary tensor and `loss_id` chooses
 a row per token.
 
-Sources: PPO (arXiv 1707.06347), dual clip (arXiv 1912.09729), LUFFY's shaping (arXiv 2504.14945, eq. 6; the options of
-its code), CISPO (arXiv 2506.13585), SAPO (arXiv 2511.20347).
+Sources are with the functions. "LUFFY's code" is that of arXiv 2504.14945.
 """
 
 from __future__ import annotations
@@ -59,12 +58,12 @@ class TokenLoss:
     constant: float = 0.0  # gamma, eps, the exponent a, tau for A > 0
     second: float = 0.0  # the weight w of the logarithm, tau for A <= 0
     old: bool = False  # x is r rather than p
-    clip_low: float = math.inf
-    clip_high: float = math.inf
-    dual_clip: float = math.inf
-    x_min: float = -math.inf
+    clip_low: float = math.inf  # distance below 1 from which u is clipped, where A < 0
+    clip_high: float = math.inf  # distance above 1, where A > 0
+    dual_clip: float = math.inf  # most that u counts for where A < 0
+    x_min: float = -math.inf  # x is held within these, with zero gradient outside
     x_max: float = math.inf
-    p_max: float = math.inf
+    p_max: float = math.inf  # tokens whose probability exceeds it are dropped: loss and gradient 0
     needs_old_logp: bool = field(default=False, compare=False)
     fn: CustomLoss | None = None  # of `custom` alone
 
@@ -80,12 +79,22 @@ def policy_gradient(
     *,
     p_max: float | None = None,
 ) -> TokenLoss:
-    """PPO's ratio loss, unclipped by default. Clips are distances from 1; `dual_clip` > 1 bounds r where A < 0."""
+    """PPO's ratio loss max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)) (arXiv 1707.06347, eq. 7).
+
+    clip_low, clip_high: positive distances from 1; None, the default, does not clip. dual_clip: above 1, the most that
+    r counts for where A < 0 (arXiv 1912.09729, eq. 5). p_max: as in `TokenLoss`.
+
+    Raises:
+        ValueError: a clip that is not positive, a dual_clip of 1 or less.
+    """
     return _surrogate("policy_gradient", POWER, 1.0, ratio="old", clips=(clip_low, clip_high, dual_clip), p_max=p_max)
 
 
 def reinforce(*, p_max: float | None = None) -> TokenLoss:
-    """-A logp: no ratio at all (also AsymRE and RLOO, by their advantages)."""
+    """-A logp: no ratio at all. By their advantages also RLOO (arXiv 2402.14740) and AsymRE (arXiv 2506.20520).
+
+    p_max: as in `TokenLoss`.
+    """
     return _surrogate("reinforce", PROB_PLUS_LOG, 0.0, second=1.0, p_max=p_max)
 
 
@@ -99,7 +108,14 @@ def shaped(
     x_max: float | None = None,
     p_max: float | None = None,
 ) -> TokenLoss:
-    """LUFFY's shaping -A x/(x+gamma); x is p ("prob": the teacher's probability is taken as 1) or the ratio ("old")."""
+    """LUFFY's shaping -A x / (x + gamma) (arXiv 2504.14945, eq. 6).
+
+    gamma: positive. ratio: x is p ("prob": the teacher's probability is taken as 1) or r ("old"). clip_low, clip_high:
+    of the shaped x, as in `policy_gradient`. x_min, x_max, p_max: as in `TokenLoss`.
+
+    Raises:
+        ValueError: a gamma or a clip that is not positive, an unknown ratio.
+    """
     _positive("shaped", "gamma", gamma)
     return _surrogate(
         "shaped", SHAPED, gamma, ratio=ratio, clips=(clip_low, clip_high, None), x=(x_min, x_max), p_max=p_max
@@ -109,7 +125,14 @@ def shaped(
 def shaped_relative(
     gamma: float = 0.1, clip_low: float | None = None, clip_high: float | None = None, *, p_max: float | None = None
 ) -> TokenLoss:
-    """-A f(p)/f(p_old) with f(p) = p/(p+gamma): LUFFY's reshaping of the on-policy ratio."""
+    """-A f(p) / f(q) with f(p) = p / (p + gamma) and q = exp(old_logp): the on-policy ratio reshaped, an option of
+    LUFFY's code (arXiv 2504.14945).
+
+    gamma: positive. Clips: as in `policy_gradient`. p_max: as in `TokenLoss`.
+
+    Raises:
+        ValueError: a gamma or a clip that is not positive.
+    """
     _positive("shaped_relative", "gamma", gamma)
     return _surrogate(
         "shaped_relative", SHAPED_RELATIVE, gamma, clips=(clip_low, clip_high, None), p_max=p_max, needs_old_logp=True
@@ -126,7 +149,13 @@ def power(
     x_max: float | None = None,
     p_max: float | None = None,
 ) -> TokenLoss:
-    """-A x^a; a = 1/2 is LUFFY's `square_root`."""
+    """-A x^a; a = 1/2 is `square_root` of LUFFY's code (arXiv 2504.14945).
+
+    exponent: a, positive. Options: as in `shaped`.
+
+    Raises:
+        ValueError: an exponent or a clip that is not positive, an unknown ratio.
+    """
     _positive("power", "exponent", exponent)
     return _surrogate(
         "power", POWER, exponent, ratio=ratio, clips=(clip_low, clip_high, None), x=(x_min, x_max), p_max=p_max
@@ -143,7 +172,13 @@ def log_prob(
     x_max: float | None = None,
     p_max: float | None = None,
 ) -> TokenLoss:
-    """-A w log x: LUFFY's `logp`."""
+    """-A w log x: `logp` of LUFFY's code (arXiv 2504.14945).
+
+    weight: w. Options: as in `shaped`; clips are of w log x.
+
+    Raises:
+        ValueError: a clip that is not positive, an unknown ratio.
+    """
     return _surrogate(
         "log_prob",
         PROB_PLUS_LOG,
@@ -166,7 +201,13 @@ def prob_plus_log(
     x_max: float | None = None,
     p_max: float | None = None,
 ) -> TokenLoss:
-    """-A (x + w log x): LUFFY's `p_logp`."""
+    """-A (x + w log x): `p_logp` of LUFFY's code (arXiv 2504.14945).
+
+    weight: w. Options: as in `shaped`; clips are of the sum.
+
+    Raises:
+        ValueError: a clip that is not positive, an unknown ratio.
+    """
     return _surrogate(
         "prob_plus_log",
         PROB_PLUS_LOG,
@@ -182,20 +223,40 @@ def prob_plus_log(
 def behaviour_ratio(
     eps: float = 1e-6, *, x_min: float | None = None, x_max: float | None = None, p_max: float | None = None
 ) -> TokenLoss:
-    """True importance ratio -A p/(q+eps), q = exp(old_logp) the probability under the policy that wrote the token."""
+    """The true importance ratio -A p / (q + eps), q = exp(old_logp) the probability under the policy that wrote the
+    token: what arXiv 2504.14945 has before it takes q as 1.
+
+    eps: at least 0. Bounds are of p, as in `TokenLoss`.
+
+    Raises:
+        ValueError: a negative eps.
+    """
     if not eps >= 0.0:
         raise ValueError(f"behaviour_ratio: eps must be at least 0, got {eps}")
     return _surrogate("behaviour_ratio", BEHAVIOUR_RATIO, eps, x=(x_min, x_max), p_max=p_max, needs_old_logp=True)
 
 
 def cispo(clip_high: float = 0.28, *, p_max: float | None = None) -> TokenLoss:
-    """-A sg(min(r, 1 + clip_high)) logp: the ratio is a truncated weight, and no token loses its gradient."""
+    """-A sg(min(r, 1 + clip_high)) logp: the ratio is a truncated weight, and no token loses its gradient (arXiv
+    2506.13585, eq. 4).
+
+    p_max: as in `TokenLoss`.
+
+    Raises:
+        ValueError: a clip_high that is not positive.
+    """
     _positive("cispo", "clip_high", clip_high)
     return TokenLoss("cispo", CISPO, constant=1 + clip_high, old=True, p_max=_or(p_max, math.inf), needs_old_logp=True)
 
 
 def sapo(tau_positive: float = 1.0, tau_negative: float = 1.05, *, p_max: float | None = None) -> TokenLoss:
-    """-A 4 sigmoid(tau (r - 1)) / tau: a soft gate in place of the clip, tau by the sign of the advantage."""
+    """-A 4 sigmoid(tau (r - 1)) / tau: a soft gate in place of the clip (arXiv 2511.20347).
+
+    tau_positive, tau_negative: tau where A > 0 and elsewhere. p_max: as in `TokenLoss`.
+
+    Raises:
+        ValueError: a tau that is not positive.
+    """
     _positive("sapo", "tau_positive", tau_positive)
     _positive("sapo", "tau_negative", tau_negative)
     bound = _or(p_max, math.inf)
@@ -203,15 +264,18 @@ def sapo(tau_positive: float = 1.0, tau_negative: float = 1.05, *, p_max: float 
 
 
 def nll(*, p_max: float | None = None) -> TokenLoss:
-    """Negative log-likelihood; ignores advantages (weigh it with `token_weight`)."""
+    """Negative log-likelihood; ignores advantages (weigh it with `token_weight`). p_max: as in `TokenLoss`."""
     return TokenLoss("nll", NLL, p_max=_or(p_max, math.inf))
 
 
 def custom(fn: CustomLoss, *, needs_old_logp: bool = False) -> TokenLoss:
-    """A loss of your own: fn(logp, old_logp, advantages) -> loss, [n] tensors each, differentiable in logp.
+    """A loss of your own: fn(logp, old_logp, advantages) -> loss, [n] tensors each, differentiable in logp (nats).
 
     It sees all tokens of a chunk that use it, in no promised order: a token's loss must depend on that token alone.
-    Without an `old_logp` it gets logp, detached.
+    Without an `old_logp` it gets logp, detached. needs_old_logp: whether a call without one is an error.
+
+    Raises:
+        ValueError: fn is not callable; and, when it is called, what it returns is no tensor like logp.
     """
     if not callable(fn):
         raise ValueError(f"custom: fn must be callable, got {type(fn).__name__}")
@@ -219,13 +283,32 @@ def custom(fn: CustomLoss, *, needs_old_logp: bool = False) -> TokenLoss:
 
 
 def truncated_weight(old_logp: Tensor, sampler_logp: Tensor, cap: float = 2.0) -> Tensor:
-    """min(pi_old / mu, cap) as a `token_weight`: truncated importance sampling (the sampler is mu)."""
+    """min(pi_old / mu, cap) as a `token_weight`: truncated importance sampling, mu being the sampler (Yao et al. 2025,
+    "Your efficient RL framework secretly brings you off-policy RL training").
+
+    old_logp, sampler_logp: [...] float, nats, of one shape. cap: positive.
+
+    Returns:
+        [...] in their dtype, detached; 0 where either is not a number.
+
+    Raises:
+        ValueError: a cap that is not positive.
+    """
     _positive("truncated_weight", "cap", cap)
     return _sampler_ratio(old_logp, sampler_logp).clamp(max=cap)
 
 
 def masked_weight(old_logp: Tensor, sampler_logp: Tensor, low: float = 0.5, high: float = 5.0) -> Tensor:
-    """pi_old / mu inside [low, high] and 0 outside, as a `token_weight` (IcePop: arXiv 2510.18855)."""
+    """pi_old / mu inside low..high and 0 outside, as a `token_weight` (IcePop: arXiv 2510.18855).
+
+    old_logp, sampler_logp: [...] float, nats, of one shape.
+
+    Returns:
+        [...] in their dtype, detached; 0 where either is not a number.
+
+    Raises:
+        ValueError: low is negative, or not below high.
+    """
     if not 0 <= low < high:
         raise ValueError(f"masked_weight: 0 <= low < high must hold, got {low} and {high}")
     ratio = _sampler_ratio(old_logp, sampler_logp)
@@ -324,7 +407,8 @@ def evaluate(logp: Tensor, advantages: Tensor, old_logp: Tensor | None, rows: Te
 def kl(logp: Tensor, ref_logp: Tensor, kl_type: str) -> tuple[Tensor, Tensor]:
     """Estimate of KL(policy || reference) per token and its derivative in logp.
 
-    With d = logp - ref_logp: k1 = d, k2 = d^2/2, k3 = exp(-d) + d - 1 (d bounded as a ratio's logarithm is).
+    With d = logp - ref_logp: k1 = d, k2 = d^2/2, k3 = exp(-d) + d - 1 (d bounded as a ratio's logarithm is). The names
+    are those of Schulman, "Approximating KL divergence", 2020.
     """
     d = logp - ref_logp
     if kl_type == "k1":

@@ -411,8 +411,8 @@ def _statistics(
         **read.flags,
     )
     out = torch.empty((4, count), dtype=torch.float32, device=hidden.device)
-    block = tuning.merge_block(count)
-    merge_kernel[(triton.cdiv(count, block),)](partial, found, out, count, splits, BLOCK=block)
+    programs = triton.cdiv(count, tuning.MERGE_BLOCK)
+    merge_kernel[(programs,)](partial, found, out, count, splits, BLOCK=tuning.MERGE_BLOCK)
     return _vocab.Merged(out[0], out[1], torch.where(out[1] == 0, 0.0, out[2]), out[3], None)
 
 

@@ -22,6 +22,9 @@ ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942
 
 
 GROUP = 16
+MERGE_BLOCK = 128
+"""Rows of a program of `merge_kernel`. One size for any number of rows: lanes do not mix, so it changes no bits, and it
+spares a compilation per size."""
 
 
 def tile(
@@ -148,11 +151,6 @@ def searching(kernel: str, architecture: str, bucket: str) -> bool:
     """Whether to time candidates now: asked for, on a device, and the bucket has no row of its own yet."""
     asked = os.environ.get("LUFFY_KERNELS_TUNE") == "1"
     return asked and architecture != "interpreter" and (kernel, architecture, bucket) not in TABLE
-
-
-def merge_block(count: int) -> int:
-    """One size for any count: lanes do not mix, so it changes no bits, and it spares a compilation per size."""
-    return 128
 
 
 def dot_dtype(operand: torch.dtype) -> tl.dtype:

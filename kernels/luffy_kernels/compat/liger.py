@@ -5,7 +5,7 @@
 GRPO with ratios by token runs in one sweep (`linear_policy_loss`, three GEMMs). Log-probs come from `linear_logprobs`,
 and the loss from the installed Liger, where a gradient needs a whole sequence's log-probs (`vespo`,
 `importance_sampling_level="sequence"`) or goes through the KL's weight (`use_bias_correction_kl`), and where a bound
-on the ratio is 1 or less (CISPO's, `delta`).
+on the ratio is 1 or less (CISPO's, `delta`) or an epsilon 0.
 
 Different on purpose: `luspo` leaves padding out of the loss, where Liger 0.8 lets it in. Not here: class weights, token
 scaling, z-loss as a result, accuracies and predictions of the cross-entropy.
@@ -31,11 +31,7 @@ ONE_SWEEP = (*BY_SEQUENCE, *BY_TOKEN, "bnpo", "dr_grpo", "luspo")
 
 
 class LigerFusedLinearCrossEntropyLoss(nn.Module):
-    """Liger's, weight first.
-
-    Raises:
-        ValueError: an option that needs the logits' argmax or weights by class.
-    """
+    """Liger's, weight first."""
 
     def __init__(
         self,
@@ -51,6 +47,12 @@ class LigerFusedLinearCrossEntropyLoss(nn.Module):
         return_token_accuracy: bool = False,
         return_predicted_tokens: bool = False,
     ) -> None:
+        """Liger's options, in its order. accum_dtype is taken and means nothing: sums are in fp32.
+
+        Raises:
+            ValueError: an option that is not computed here: weights by class (ce_weight [V]) or token, accuracies,
+                predictions, the z-loss as a result.
+        """
         super().__init__()
         given = {"ce_weight": ce_weight, "return_z_loss": return_z_loss, "use_token_scaling": use_token_scaling}
         given |= {"return_token_accuracy": return_token_accuracy, "return_predicted_tokens": return_predicted_tokens}
@@ -63,7 +65,12 @@ class LigerFusedLinearCrossEntropyLoss(nn.Module):
         self.lse_square_scale, self.label_smoothing = lse_square_scale, label_smoothing
 
     def forward(self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Scalar, or [N] where nothing is reduced. lin_weight: [V, H]. _input: [N, H]. target: [N]. bias: [V]."""
+        """Nats, fp32: a scalar, or [N] where nothing is reduced. lin_weight: [V, H] float. _input: [N, H] float.
+        target: [N] integer. bias: [V] float.
+
+        Raises:
+            ValueError: what `luffy_kernels.linear_cross_entropy` raises, unknown reductions among it.
+        """
         return linear_cross_entropy(
             _input,
             lin_weight,
@@ -78,7 +85,7 @@ class LigerFusedLinearCrossEntropyLoss(nn.Module):
 
 
 class LigerFusedLinearGRPOLoss(nn.Module):
-    """Liger's. `compiled` and `chunk_size` are taken and have no meaning here."""
+    """Liger's GRPO and its relatives (`loss_type`)."""
 
     def __init__(
         self,
@@ -101,6 +108,11 @@ class LigerFusedLinearGRPOLoss(nn.Module):
         vespo_k_neg: float = 3.0,
         vespo_lambda_neg: float = 2.0,
     ) -> None:
+        """Liger's options, in its order. compiled and chunk_size are taken and mean nothing.
+
+        Raises:
+            ValueError: an unknown loss_type, "dr_grpo" without max_completion_length, a delta that is not positive.
+        """
         super().__init__()
         if loss_type not in (*ONE_SWEEP, "vespo"):
             raise ValueError(f"LigerFusedLinearGRPOLoss: loss_type must be Liger's, got {loss_type!r}")
@@ -144,15 +156,18 @@ class LigerFusedLinearGRPOLoss(nn.Module):
         vllm_is_ratio: Tensor | None = None,
         num_items_in_batch: float | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """(loss, (mean KL where beta is not 0, share of clipped tokens)).
+        """(loss, (mean KL in nats where beta is not 0, share of clipped tokens)).
 
         Args:
-            _input: [B, T, H]. lin_weight: [V, H]. selected_token_ids: [B, T]. attention_mask: [B, T], 0 or 1.
-            advantages: [B]. bias: [V]. ref_per_token_logps, old_per_token_logps: [B, T]; without old ones ratios are 1.
+            _input: [B, T, H] float. lin_weight: [V, H] float. selected_token_ids: [B, T] integer. attention_mask:
+                [B, T], 0 or 1. advantages: [B]. bias: [V].
+            ref_per_token_logps, old_per_token_logps: [B, T] nats; without old ones ratios are 1.
             ref_input, ref_weight, ref_bias: of the reference model, in place of its log-probs.
             vllm_is_ratio: [B, T] or [B, 1]. num_items_in_batch: normaliser of dapo, cispo and vespo.
 
         Raises:
+            ValueError: a KL term without the reference's log-probs or its hidden states and weight, and what
+                `luffy_kernels.linear_policy_loss` raises.
             ImportError: the loss is one that Liger itself must compute (see the module), and Liger is not installed.
         """
         targets = selected_token_ids.long().masked_fill(attention_mask == 0, IGNORED)

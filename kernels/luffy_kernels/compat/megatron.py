@@ -33,8 +33,8 @@ def linear_cross_entropy(
     """Negative log-likelihood in nats, fp32: [N] or a scalar, the same on all ranks; mean over labels not ignored.
 
     Args:
-        hidden: [..., H], the same on all ranks; with `sequence_parallel` this rank's part of the first dimension.
-        weight: [V / ranks, H], parts in the order of ranks. labels: all of them, N in all.
+        hidden: [..., H] float, the same on all ranks; with `sequence_parallel` this rank's part of the first dimension.
+        weight: [V / ranks, H] float, parts in the order of ranks. labels: [...] integer, all of them, N in all.
 
     Raises:
         ValueError: what `luffy_kernels.linear_cross_entropy` raises.
@@ -54,6 +54,8 @@ def linear_cross_entropy(
 
 
 class ChunkedDistributedHiddenStatesToLogprobs:
+    """NeMo RL's, of which its callers use `apply` alone."""
+
     @staticmethod
     def apply(
         tensor_parallel_hidden_states: Tensor,
@@ -67,8 +69,12 @@ class ChunkedDistributedHiddenStatesToLogprobs:
     ) -> Tensor:
         """[B, S] log-probs, nats, fp32; differentiable unless `inference_only`.
 
-        tensor_parallel_hidden_states: [S / ranks, B, H]. target: [B, S], shifted already. output_weight_layer:
-        [V / ranks, H], entries from vocab_start_index on. chunk_size: taken and not needed.
+        tensor_parallel_hidden_states: [S / ranks, B, H] float. target: [B, S] integer, shifted already.
+        output_weight_layer: [V / ranks, H] float, entries from vocab_start_index on. vocab_end_index, chunk_size: taken
+        and not needed.
+
+        Raises:
+            ValueError: what `luffy_kernels.linear_logprobs` raises.
         """
         hidden = gathered(tensor_parallel_hidden_states, tp_group).transpose(0, 1)
         return shard_logprobs(hidden, output_weight_layer, target, vocab_start_index, tp_group, inference_only)
@@ -82,7 +88,8 @@ def shard_logprobs(
     group: dist.ProcessGroup | None,
     inference_only: bool,
 ) -> Tensor:
-    """hidden: [B, S, H], the same on all ranks. target: [B, S]. Its gradient comes out summed over the ranks."""
+    """[B, S] log-probs, nats, fp32. hidden: [B, S, H], the same on all ranks; its gradient comes out summed over them.
+    weight: [V / ranks, H], entries from `vocab_start` on. target: [B, S] integer."""
     with torch.set_grad_enabled(torch.is_grad_enabled() and not inference_only):
         return linear_logprobs(hidden, weight, target.long(), tp_group=spread(group), vocab_start=vocab_start).logp
 
@@ -93,12 +100,12 @@ def spread(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
 
 
 def first_entry(group: dist.ProcessGroup | None, weight: Tensor) -> int:
-    """Of this rank, where ranks hold equal parts of the vocabulary in their order."""
+    """Of this rank's weight, [V / ranks, H], where ranks hold equal parts of the vocabulary in their order."""
     return 0 if group is None else dist.get_rank(group) * weight.shape[0]
 
 
 def gathered(part: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """[ranks * n, ...] from equal parts [n, ...] along the first dimension."""
+    """[ranks * n, ...] along the first dimension; part: this rank's, [n, ...], as long as the others'."""
     return part if spread(group) is None else _Gathered.apply(part, group)
 
 
@@ -123,9 +130,11 @@ class Shared(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, ranks: int) -> Tensor:
+        """hidden [..., H] as it is."""
         ctx.ranks = ranks
         return hidden.view_as(hidden)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        """grad [..., H], the sum over the ranks, divided by their number."""
         return grad / ctx.ranks, None

@@ -24,40 +24,48 @@ from .transformers import backbone_of, compare, head_of, head_options, kind_of, 
 
 
 class Logits:
-    """[..., V] logits that nobody has computed. hidden: [..., H]. targets: [...], the likely labels."""
+    """[..., V] logits that nobody has computed."""
 
     def __init__(self, hidden: Tensor, head: nn.Linear, options: dict[str, Any], targets: Tensor) -> None:
+        """hidden: [..., H]. options: softcap, logit_scale. targets: [...] int64, the likely labels."""
         self.hidden, self.head, self.options, self.targets = hidden, head, options, targets
         self.temperature = 1.0
         self._known: LogProbs | None = None
 
     @property
     def shape(self) -> torch.Size:
+        """[..., V]"""
         return torch.Size([*self.hidden.shape[:-1], self.head.weight.shape[0]])
 
     @property
     def dtype(self) -> torch.dtype:
+        """What the actor would turn them into."""
         return torch.float32
 
     def to(self, dtype: torch.dtype) -> Logits:
-        """Themselves: statistics are in float32, whatever the model's dtype."""
+        """Themselves: statistics are in float32, whatever the model's dtype.
+
+        Raises:
+            TypeError: another dtype is asked for.
+        """
         if dtype != torch.float32:
             raise TypeError(f"luffy_kernels: logits that are not computed are float32, and cannot become {dtype}")
         return self
 
     def div_(self, temperature: float) -> Logits:
+        """Themselves, at this temperature times the one before."""
         self.temperature, self._known = self.temperature * temperature, None
         return self
 
     def log_probs(self, labels: Tensor) -> Tensor:
-        """[...] of the labels, nats; differentiable."""
+        """[...] of the labels ([...] int64), nats, float32; differentiable."""
         if not torch.equal(labels, self.targets):
             self.targets, self._known = labels, None
         return self._swept.logp
 
     @property
     def entropy(self) -> Tensor:
-        """[...], nats; differentiable."""
+        """[...], nats, float32; differentiable."""
         assert self._swept.entropy is not None
         return self._swept.entropy
 
@@ -79,8 +87,8 @@ class Logits:
 
 
 def without_logits(model: nn.Module, *, check: bool = True) -> nn.Module:
-    """Make a transformers model give `Logits`, in place. Its output takes part in nothing else: `generate` needs the
-    model unpatched.
+    """Make a transformers model give `Logits`, in place; returns the model. Its output takes part in nothing else:
+    `generate` needs the model unpatched. check: compare logits on a few tokens first.
 
     Raises:
         ValueError: as `compat.transformers.patch`.

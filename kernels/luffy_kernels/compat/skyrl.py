@@ -19,6 +19,8 @@ from .megatron import Shared, shard_logprobs, spread
 
 
 class FusedLinearChunkedDistributedLogprob:
+    """SkyRL's, of which its callers use `apply` alone."""
+
     @staticmethod
     def apply(
         hidden: Tensor,
@@ -32,8 +34,11 @@ class FusedLinearChunkedDistributedLogprob:
     ) -> Tensor:
         """[B, S] log-probs, nats, fp32, the same on all ranks; differentiable unless `inference_only`.
 
-        hidden: [B, S, H], the same on all ranks. weight: [V / ranks, H], entries from vocab_start_index on. target:
-        [B, S], shifted already. chunk_size: taken and not needed.
+        hidden: [B, S, H] float, the same on all ranks. weight: [V / ranks, H] float, entries from vocab_start_index on.
+        target: [B, S] integer, shifted already. vocab_end_index, chunk_size: taken and not needed.
+
+        Raises:
+            ValueError: what `luffy_kernels.linear_logprobs` raises.
         """
         if spread(tp_group) is not None:
             hidden = Shared.apply(hidden, dist.get_world_size(tp_group))

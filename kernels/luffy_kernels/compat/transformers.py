@@ -84,7 +84,9 @@ def kind_of(model: Any) -> str:
 
 
 def refuse_patched(model: Any) -> None:
-    """Raises ValueError where the model is patched in another way already."""
+    """Raises:
+    ValueError: the model is patched in another way already.
+    """
     if kind := kind_of(model):
         raise ValueError(f"luffy_kernels: {type(model).__name__} is patched for its {kind}; unpatch it first")
 
@@ -120,10 +122,11 @@ def token_logprobs(
     ignore: Tensor | None = None,
     **kwargs: Any,
 ) -> LogProbs:
-    """Log-prob (nats) of each token but the first given those before it, [B, T - 1], differentiable, without logits.
+    """Log-prob (nats) of each token but the first given those before it, [B, T - 1] fp32, differentiable, without
+    logits.
 
-    input_ids: [B, T] int64. ignore: [B, T] bool, tokens that get 0 and no gradient. kwargs: of the model
-    (attention_mask, position_ids, ...).
+    input_ids: [B, T] integer. temperature: number, or tensor that broadcasts to [B, T - 1]. ignore: [B, T] bool, tokens
+    that get 0 and no gradient. kwargs: of the model (attention_mask, position_ids, ...).
 
     Raises:
         ValueError: as `patch`, but for the comparison.
@@ -144,7 +147,11 @@ def token_logprobs(
 
 
 def head_of(model: Any) -> nn.Linear:
-    """Raises ValueError where there is none that is a matrix alone, by its name and with the reason."""
+    """The output embedding, a plain matrix.
+
+    Raises:
+        ValueError: there is none, or it is something else; by its name and with the reason.
+    """
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if head is None:
         raise ValueError(
@@ -165,7 +172,7 @@ def head_of(model: Any) -> nn.Linear:
 
 
 def operands(hidden: Tensor, head: nn.Linear) -> tuple[Tensor, Tensor, Tensor | None]:
-    """hidden, weight and bias as the head itself would multiply them: whole, and in autocast's dtype.
+    """hidden [..., H], weight [V, H] and bias [V] as the head would multiply them: whole, and in autocast's dtype.
 
     Raises:
         ValueError: DeepSpeed holds the weight in parts (ZeRO-3).
@@ -185,7 +192,11 @@ def operands(hidden: Tensor, head: nn.Linear) -> tuple[Tensor, Tensor, Tensor | 
 
 
 def compare(model: Any, loss_too: bool = True) -> None:
-    """Raises ValueError where logits are not those of the head and its options, or the loss is another."""
+    """Run the model on a few tokens, in evaluation mode and without gradients.
+
+    Raises:
+        ValueError: its logits are not those of the head and its options, or (with loss_too) its loss is another.
+    """
     head, options = head_of(model), head_options(_text_config(model))
     ids = torch.arange(1, 1 + PROBE, device=head.weight.device)[None] % head.weight.shape[0]
     modes = [(module, module.training) for module in model.modules()]

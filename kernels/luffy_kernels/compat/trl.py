@@ -39,7 +39,8 @@ def chunked_logprobs(theirs: Any) -> type:
             outputs: tuple[str, ...] = OUTPUTS,
         ) -> tuple[Tensor | None, ...]:
             """(log-probs, entropy, log of the sum of squared probabilities, mean logit, whether the target is the most
-            likely token), [N] each, None for what is not among the outputs; hidden [N, H], weight [V, H], targets [N].
+            likely token), [N] each, in nats but for the last two, None for what is not among the outputs; hidden
+            [N, H], weight [V, H], bias [V], targets [N].
             """
             softcap = final_logit_softcapping or None
             in_parts = hasattr(weight, "ds_id")  # ZeRO-3: theirs gathers it once more for the backward

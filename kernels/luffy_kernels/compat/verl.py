@@ -62,16 +62,22 @@ def linear_cross_entropy(
 
 
 class FusedLinearForPPO(nn.Module):
-    """chunk_size, impl_backend: verl's; the operator chooses for itself."""
+    """verl's torch backend, a module of the same calls."""
 
     def __init__(self, chunk_size: int = 512, impl_backend: str = "torch") -> None:
+        """Both are verl's, taken and not needed: the operator chooses for itself."""
         super().__init__()
         self.chunk_size, self.impl_backend = chunk_size, impl_backend
 
     def forward(
         self, hidden_states: Tensor, vocab_weights: Tensor, input_ids: Tensor, temperature: float = 1.0
     ) -> tuple[Tensor, Tensor]:
-        """(log-probs, entropy) like input_ids, [T] or [B, T]; hidden_states [..., H], vocab_weights [V, H]."""
+        """(log-probs in fp32, entropy in hidden's dtype) in nats, like input_ids, [T] or [B, T] integer; hidden_states
+        [..., H], vocab_weights [V, H] float.
+
+        Raises:
+            ValueError: what `linear_logprobs` raises.
+        """
         found = linear_logprobs(
             hidden_states, vocab_weights, input_ids.long(), temperature=temperature, return_entropy=True
         )
