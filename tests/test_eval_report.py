@@ -189,13 +189,8 @@ def test_the_command_writes_it(tmp_path):
 
 
 @pytest.mark.parametrize("width", [1280, 390])
-def test_in_a_browser_without_a_network(browser, page, width):
-    context = browser.new_context(viewport={"width": width, "height": 900}, offline=True)
-    tab, said, asked = context.new_page(), [], []
-    tab.on("console", lambda message: said.append(message.text))
-    tab.on("pageerror", lambda error: said.append(str(error)))
-    tab.on("request", lambda request: asked.append(request.url))
-    tab.goto(page.as_uri())
+def test_in_a_browser_without_a_network(opened, page, width):
+    tab, said, asked = opened(page, width)
     assert tab.title() == "Evaluation: mine, <b>other</b>"  # and no script of an answer has changed it
     assert (said, asked) == ([], [page.as_uri()])
     assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")  # wide tables scroll by themselves

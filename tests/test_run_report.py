@@ -320,19 +320,14 @@ def test_nothing_of_a_run_becomes_part_of_the_page(tmp_path):
 
 
 @pytest.mark.parametrize("width", [1280, 390])
-def test_in_a_browser_without_a_network(browser, tmp_path, width):
+def test_in_a_browser_without_a_network(opened, tmp_path, width):
     runs = [
         load(str(make_run(tmp_path / name, changes)))
         for name, changes in [("one", None), ("two", {"batch/zero_rows": (32, 32)})]
     ]
     page = tmp_path / "report.html"
     write_report(page, runs)
-    context = browser.new_context(viewport={"width": width, "height": 900}, offline=True)
-    tab, said, asked = context.new_page(), [], []
-    tab.on("console", lambda message: said.append(message.text))
-    tab.on("pageerror", lambda error: said.append(str(error)))
-    tab.on("request", lambda request: asked.append(request.url))
-    tab.goto(page.as_uri())
+    tab, said, asked = opened(page, width)
     assert tab.title() == f"Runs: {runs[0].name}, {runs[1].name}"
     assert (said, asked) == ([], [page.as_uri()])
     assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
@@ -370,18 +365,14 @@ def test_in_a_browser_without_a_network(browser, tmp_path, width):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 390])
-def test_tokens_in_a_browser(browser, tmp_path, width, scheme):
+def test_tokens_in_a_browser(opened, tmp_path, width, scheme):
     run = make_run(tmp_path / "run")
     text = (run / "config.toml").read_text().replace('name = "luffy"', 'name = "luffy"\ngamma = 0.1')
     (run / "config.toml").write_text(text)
     add_tokens(run)
     page = tmp_path / "report.html"
     write_report(page, [load(str(run))])
-    context = browser.new_context(viewport={"width": width, "height": 900}, offline=True, color_scheme=scheme)
-    tab, said = context.new_page(), []
-    tab.on("console", lambda message: said.append(message.text))
-    tab.on("pageerror", lambda error: said.append(str(error)))
-    tab.goto(page.as_uri())
+    tab, said, _ = opened(page, width, scheme)
     assert tab.title().startswith("Runs: ")
     assert tab.locator(".row").count() == 2
     assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")

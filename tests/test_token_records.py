@@ -134,7 +134,7 @@ def test_a_resumed_run_goes_on_with_the_same_records(home, tmp_path):
 
 
 @pytest.mark.parametrize("width", [1280, 390])
-def test_the_report_of_a_real_run_in_a_browser(home, browser, tmp_path, width):
+def test_the_report_of_a_real_run_in_a_browser(home, opened, tmp_path, width):
     """Of the quickstart that is here, where there is one with records, and of this file's run of its recipe."""
     runs = [home / "whole"] + [path for path in [ROOT / "runs" / "quickstart"] if (path / "tokens").is_dir()]
     for number, run in enumerate(runs):
@@ -142,12 +142,7 @@ def test_the_report_of_a_real_run_in_a_browser(home, browser, tmp_path, width):
         done = luffy("report", run, "--out", page, cwd=home)
         assert done.returncode == 0, done.stderr
         assert page.stat().st_size <= 5e6
-        context = browser.new_context(viewport={"width": width, "height": 900}, offline=True)
-        tab, said, asked = context.new_page(), [], []
-        tab.on("console", lambda message, said=said: said.append(message.text))
-        tab.on("pageerror", lambda error, said=said: said.append(str(error)))
-        tab.on("request", lambda request, asked=asked: asked.append(request.url))
-        tab.goto(page.as_uri())
+        tab, said, asked = opened(page, width)
         assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
         plots = "[...document.querySelectorAll('svg.plot')].map(svg => svg.querySelectorAll('path').length)"
         drawn = tab.evaluate(plots)
