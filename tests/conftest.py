@@ -52,13 +52,18 @@ def browser():
 def opened(browser):
     """A page from a file, without a network: (its tab, what it said on the console or threw, what it asked for)."""
 
+    contexts = []
+
     def open_page(page: Path, width: int, scheme: str = "light"):
         context = browser.new_context(viewport={"width": width, "height": 900}, offline=True, color_scheme=scheme)
         tab, said, asked = context.new_page(), [], []
         tab.on("console", lambda message: said.append(message.text))
         tab.on("pageerror", lambda error: said.append(str(error)))
         tab.on("request", lambda request: asked.append(request.url))
+        contexts.append(context)
         tab.goto(page.as_uri())
         return tab, said, asked
 
-    return open_page
+    yield open_page
+    for context in contexts:
+        context.close()

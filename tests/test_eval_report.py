@@ -217,4 +217,3 @@ def test_in_a_browser_without_a_network(opened, page, width):
     drawn = first.locator("math mfrac").first.bounding_box()
     assert drawn["height"] > 8  # a fraction, not a line of text
     assert said == []
-    context.close()

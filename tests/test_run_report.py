@@ -360,7 +360,6 @@ def test_in_a_browser_without_a_network(opened, tmp_path, width):
     assert tab.evaluate(order) == sorted(tab.evaluate(order))
     tab.locator("#which").select_option("1")
     assert tab.locator("#count").text_content() == "2 of 12"
-    context.close()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
