@@ -5,12 +5,15 @@
     fresh     groups of the step before an evaluation, with the rollouts of that time; scored once
 
 `tokens/step-000010.parquet` is of the weights after ten steps, a line a row of a group. A token's numbers are what an
-update on its group would begin with then: its advantage, and the slope of its loss in its log-prob, weights included.
+update of that moment would begin with on its group, as if it had just been sampled: the objective assigns advantages
+and losses anew, since they may depend on how far the run is. The slope of a token's loss in its log-prob is that of the
+policy loss, weights included; entropy bonus and KL term are left out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +33,7 @@ if TYPE_CHECKING:
     from luffy.setup import Trainer
 
 MOST_TOKENS = 2048
-"""Of a row; what follows is counted and not kept."""
+"""Of a row that is shown; those of watched rows are all kept, to be scored again."""
 MOST_TEXT = 2000
 """Characters of a question."""
 MOST_BYTES = 4
@@ -49,81 +52,122 @@ class TokenRecords:
 
     def __init__(self, folder: Path, count: int) -> None:
         self.folder, self.count = folder, count
-        self.watched: list[tuple[int, Group]] = []
-        """(step that sampled it, group)"""
+        self.watched: list[Group] = []
         self._latest: list[Group] = []
-        self._step = 0
-        self._written = -1
+        self._sampled = self._written = -1
 
     def resume(self, t: Trainer, step: int) -> None:
-        """Go on after `step`: later files go, watched groups are those of the first file. Collective."""
+        """Go on after `step`: later files go, watched groups are those of the first file. Collective.
+
+        Raises:
+            UserError: the folder cannot be written, or the first file is damaged.
+        """
+        groups, written = [], -1
         if t.world.is_main:
             with disk_errors("tokens"):
                 for path in self.folder.glob("step-*.parquet"):
                     if step == 0 or step_of(path) > step:
                         path.unlink()
-        first = self.folder / name_of(0)
-        found = read_groups(first, t) if t.world.is_main and self.count and first.is_file() else []
-        self.watched = t.world.everyone(found)[0]
+            written = max(map(step_of, self.folder.glob("step-*.parquet")), default=-1)
+            first = self.folder / name_of(0)
+            groups = read_groups(first, t) if self.count and first.is_file() else []
+        self.watched, self._written = t.world.everyone((groups, written))[0]
 
     def see(self, t: Trainer, step: int, groups: list[Group]) -> None:
-        """A step's groups, their advantages known, before its update; the first step's are scored. Collective."""
-        self._latest, self._step = groups, step
-        if step == 1 and self.count:
-            self.watched = [(1, group) for group in telling(groups, self.count)]
+        """A step's groups, graded and judged, before the objective assigns anything; the first step's are scored.
+        Collective."""
+        if not self.count:
+            return
+        self._latest, self._sampled = [untouched(group) for group in telling(groups, self.count)], step
+        if step == 1:
+            self.watched = self._latest
             self._write(t, 0, [])
 
     def write(self, t: Trainer, step: int) -> None:
         """Score the watched groups, and fresh ones, by the weights after `step`. Collective."""
         if self.count and step != self._written:
-            fresh = [] if self._step in (0, 1) else telling(self._latest, self.count)
-            self._write(t, step, [(self._step, group) for group in fresh])
+            self._write(t, step, self._latest if self._sampled > 1 else [])
 
-    def _write(self, t: Trainer, step: int, fresh: list[tuple[int, Group]]) -> None:
+    def _write(self, t: Trainer, step: int, fresh: list[Group]) -> None:
         groups = [*self.watched, *fresh]
+        self._written = step
         if not groups:
             return
-        said = said_of(t, [group for _, group in groups], lambda group: group.rows, lambda micro: numbers(t, micro))
-        self._written = step
+        scored = score(t, groups, step / t.config.train.steps)
         if not t.world.is_main:
             return
-        lines, rest = [], iter(said)
-        for number, (sampled, group) in enumerate(groups):
-            for row in group.rows:
-                line = self._line(t, group, row, next(rest))
-                lines.append({"group": number, "watched": number < len(self.watched), "sampled": sampled} | line)
+        lines = []
+        for number, (group, rows) in enumerate(zip(groups, scored, strict=True)):
+            watched = number < len(self.watched)
+            place = {"group": number, "watched": watched, "sampled": 1 if watched else self._sampled}
+            lines += [
+                place | line(t, group, row, said, whole=step == 0) for row, said in zip(group.rows, rows, strict=True)
+            ]
         with disk_errors("tokens"):
             self.folder.mkdir(exist_ok=True)
         write(self.folder / name_of(step), lines)
 
-    def _line(self, t: Trainer, group: Group, row: Row, said: Tensor) -> dict[str, Any]:
-        ids = row.token_ids[:MOST_TOKENS]
-        known = torch.full((len(row.token_ids), len(NUMBERS)), torch.nan)
-        known[row.unlearned :] = said
-        of_tokens = {name: column.tolist() for name, column in zip(NUMBERS, known[: len(ids)].T, strict=True)}
-        return {
-            "example": group.index,
-            "id": group.example.problem.id,
-            "question": group.example.problem.messages[-1]["content"][:MOST_TEXT],
-            "answer": group.example.problem.answer,
-            "is_trace": row.is_trace,
-            "teacher": row.teacher,
-            "reward": row.reward,
-            "finished": row.finished,
-            "prefix": row.prefix,
-            "prefix_loss": row.prefix_loss,
-            "prefix_weight": row.prefix_weight,
-            "loss_id": row.loss_id,
-            "weight": row.weight,
-            "row_advantage": row.advantage,
-            "row_advantages": [] if row.advantages is None else row.advantages[:MOST_TOKENS].tolist(),
-            "length": len(row.token_ids),
-            "token_ids": ids,
-            "tokens": pieces(t.template.tokenizer, ids),
-            "sampler_logp": row.sampler_logp[:MOST_TOKENS],
-            "behaviour": row.behaviour[:MOST_TOKENS],
-            **of_tokens,
-        }
+
+def score(t: Trainer, groups: list[Group], progress: float) -> list[list[Tensor]]:
+    """[n, len(NUMBERS)] of every row of every group, by the policy as it is; NaN where no loss sees a token.
+
+    The objective assigns copies of the rows. One that it leaves out has slope 0; what it learns of a copy of a row is
+    added to the row's. Collective.
+    """
+    copies = [untouched(group) for group in groups]
+    terms = t.objective.terms(copies, progress)
+    rows = {id(group): list(group.rows) for group in copies}  # every row's log-probs, learned of or not
+    for group, learned in zip(copies, terms.rows, strict=True):
+        rows[id(group)] += [row for row in learned if not any(row is one for one in group.rows)]
+    said = iter(said_of(t, copies, lambda group: rows[id(group)], lambda micro: numbers(t, micro)))
+    found = []
+    for group, learned in zip(copies, terms.rows, strict=True):
+        taught = [id(row) for row in learned]
+        values = [(row, padded(row, next(said))) for row in rows[id(group)]]
+        of_group = []
+        for row, value in values[: len(group.rows)]:
+            slope = value[:, -1] * (id(row) in taught)
+            for other, more in values[len(group.rows) :]:
+                slope = slope + more[:, -1] * (other.token_ids == row.token_ids and other.is_trace == row.is_trace)
+            of_group.append(torch.cat([value[:, :-1], slope[:, None]], dim=1))
+        found.append(of_group)
+    return found
+
+
+def padded(row: Row, said: Tensor) -> Tensor:
+    """[n, ...] of all tokens of a row, NaN where no loss sees them."""
+    known = torch.full((len(row.token_ids), *said.shape[1:]), torch.nan)
+    known[row.unlearned :] = said
+    return known
+
+
+def line(t: Trainer, group: Group, row: Row, said: Tensor, whole: bool) -> dict[str, Any]:
+    """What is stored of a row; whole: with what scoring it again needs."""
+    ids, answer = row.token_ids[:MOST_TOKENS], group.example.problem.answer
+    known = {
+        "example": group.index,
+        "id": group.example.problem.id,
+        "question": group.example.problem.messages[-1]["content"][:MOST_TEXT],
+        "answer": answer if isinstance(answer, str) else ", ".join(answer),
+        "is_trace": row.is_trace,
+        "teacher": row.teacher,
+        "reward": float(row.reward),
+        "verdict": row.verdict,
+        "finished": row.finished,
+        "prefix": row.prefix,
+        "length": len(row.token_ids),
+        "tokens": pieces(t.template.tokenizer, ids),
+        "sampler_logp": list(row.sampler_logp if whole else row.sampler_logp[:MOST_TOKENS]),
+        "behaviour": list(row.behaviour if whole else row.behaviour[:MOST_TOKENS]),
+        "token_ids": list(row.token_ids if whole else ids),
+        **{name: column.tolist() for name, column in zip(NUMBERS, said[: len(ids)].T, strict=True)},
+    }
+    return known | {f"said/{name}": values.tolist() for name, values in row.said.items() if whole}
+
+
+def untouched(group: Group) -> Group:
+    """With copies of its rows, which an objective may write on."""
+    return replace(group, rows=[replace(row, said=dict(row.said)) for row in group.rows])
 
 
 def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
@@ -163,32 +207,26 @@ def telling(groups: Sequence[Group], count: int) -> list[Group]:
     return sorted((group for group in groups if group.rows), key=dullness)[:count]
 
 
-def read_groups(path: Path, t: Trainer) -> list[tuple[int, Group]]:
-    """The watched groups of a file, with what scoring them again needs. A row that was too long to be kept whole is
-    what was kept of it."""
-    found: dict[int, tuple[int, Group]] = {}
-    for line in read(path):
-        if not line["watched"]:
-            continue
-        example = t.examples[line["example"]]
-        _, group = found.setdefault(line["group"], (line["sampled"], Group(example=example, index=line["example"])))
-        ids = tuple(line["token_ids"])
+def read_groups(path: Path, t: Trainer) -> list[Group]:
+    """The watched groups of a run's first file, as they were before the objective assigned anything."""
+    found: dict[int, Group] = {}
+    for kept in read(path):
+        example = t.examples[kept["example"]]
+        group = found.setdefault(kept["group"], Group(example=example, index=kept["example"]))
+        ids = tuple(kept["token_ids"])
+        said = {key.removeprefix("said/"): torch.tensor(kept[key]) for key in kept if key.startswith("said/")}
         row = Row(
             token_ids=ids,
             text=t.template.decode(ids),
-            is_trace=line["is_trace"],
-            teacher=line["teacher"],
-            finished=line["finished"],
-            sampler_logp=tuple(line["sampler_logp"]),
-            behaviour=tuple(line["behaviour"]),
-            reward=line["reward"],
-            advantage=line["row_advantage"],
-            advantages=torch.tensor(line["row_advantages"]) if line["row_advantages"] else None,
-            loss_id=line["loss_id"],
-            weight=line["weight"],
-            prefix=line["prefix"],
-            prefix_loss=line["prefix_loss"],
-            prefix_weight=line["prefix_weight"],
-        )  # fmt: skip
+            is_trace=kept["is_trace"],
+            teacher=kept["teacher"],
+            finished=kept["finished"],
+            sampler_logp=tuple(kept["sampler_logp"]),
+            behaviour=tuple(kept["behaviour"]),
+            reward=kept["reward"],
+            verdict=kept["verdict"],
+            prefix=kept["prefix"],
+            said=said,
+        )
         group.rows.append(row)
     return list(found.values())

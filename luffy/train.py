@@ -79,8 +79,9 @@ def train_steps(t: Trainer, loop: dict[str, Any], ledger: Ledger) -> dict[str, A
                 behind = staleness(groups, t.version)
                 with phases("update"):
                     taught = judge(t, groups, loop["updates"])
+                t.tokens.see(t, step, groups)
+                with phases("update"):
                     parts = split(t, groups, (step - 1) / config.train.steps)
-                    t.tokens.see(t, step, groups)
                     metrics = update(t, parts, loop)
                 t.objective.observe(groups)
                 if config.rollout.max_staleness:
@@ -103,13 +104,14 @@ def train_steps(t: Trainer, loop: dict[str, Any], ledger: Ledger) -> dict[str, A
                     save(t, loop, score)
                 progress.step(step, record, share_done(config, loop))
 
+        if not must_stop(t):
+            t.tokens.write(t, loop["step"])
         save(t, loop)
         t.checkpoints.wait()
         t.watch.phase("evaluate", loop["step"])
         after = [] if must_stop(t) else [e.record() for e in evaluate_all(t, loop["step"])]
         if must_stop(t):  # what was saved goes on, evaluation included
             raise Stopped(t.stop.preempted)
-        t.tokens.write(t, loop["step"])
     result = {
         "objective": config.objective.name,
         "steps": loop["step"],

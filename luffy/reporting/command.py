@@ -72,6 +72,10 @@ def watch(names: list[str], port: int) -> int:
         load(name)  # one that does not exist is better known now
 
     class Page(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.send_response(200 if self.path == "/" else 404)
+            self.end_headers()
+
         def do_GET(self) -> None:
             if self.path != "/":
                 self.send_error(404)

@@ -7,13 +7,13 @@ const MEASURES = {
   },
   "gradient share": {
     of: token => token.share, hue: "--c0",
-    says: "of the group's gradient in the tokens' own logits, |slope| (1 - p)",
+    says: "of the group's gradient in the tokens' own logits, |slope| (1 - p), as if the group had just been sampled",
   },
   "shaping weight": {
     of: token => token.shaping, hue: "--c0",
-    says: "gamma p / (p + gamma)^2 of a trace's token: what its advantage is multiplied by; rollouts are not shaped",
+    says: "gamma p / (p + gamma)^2 of a trace's token: what its advantage is multiplied by",
   },
-  advantage: { of: token => token.advantage, signed: true, says: "above the group's mean, or below it" },
+  advantage: { of: token => token.advantage, signed: true, says: "of the token, as the objective has it" },
   "importance ratio": {
     of: token => token.ratio, scale: "log", signed: true,
     says: "policy over who wrote the token: the sampler of that time, a trace's teacher where it is known, else 1",
@@ -66,7 +66,7 @@ const luminance = rgb => {
 // strength, and what has a sign is blue or orange: both can be told apart without red and green.
 function scaleOf(measure, values) {
   const forward = value => measure.scale === "log" ? Math.log(Math.max(value, 1e-6)) : value;
-  const found = values.filter(known), largest = Math.max(...found.map(value => Math.abs(forward(value))), 1e-9);
+  const largest = values.filter(known).reduce((most, value) => Math.max(most, Math.abs(forward(value))), 1e-9);
   let low = measure.low ?? 0, high = measure.high ?? (measure.scale === "log" ? Math.exp(largest) : largest);
   if (measure.signed && measure.low === undefined) low = measure.scale === "log" ? 1 / high : -high;
   const back = variable("--back"), [plus, minus] = ["--c0", "--c1"].map(variable), hue = variable(measure.hue ?? "--c0");
@@ -90,40 +90,48 @@ const paint = (element, rgb) => {
 const visible = text => text.replace(/\n/g, "\u21b5\n").replace(/^$/, "\u00b7");
 const titleOf = (row, group, n) => {
   const number = group.rows.slice(0, n + 1).filter(one => one.trace === row.trace).length;
-  return row.trace ? `trace${row.teacher ? ` of ${row.teacher}` : ""}` : `rollout ${number}`;
+  return row.own ? "earlier answer" : row.trace ? `trace${row.teacher ? ` of ${row.teacher}` : ""}` : `rollout ${number}`;
 };
 
-// The claim that shaping makes, on this trace: who has its gradient, with and without it.
-function emphasis(tokens, gamma) {
-  const rare = token => token.p < 0.2, sum = (of, which) => tokens.filter(which).reduce((all, one) => all + of(one), 0);
-  const share = of => sum(of, rare) / (sum(of, () => true) || 1);
-  const plain = token => token.p * (1 - token.p), shaped = token => token.shaping * (1 - token.p);
-  const few = tokens.filter(rare).length;
-  if (!few) return "No token is less likely than 0.2.";
-  return `Tokens less likely than 0.2: ${percent(few / tokens.length)} of the trace, ${percent(share(shaped))} of its gradient; unshaped (weight p) ${percent(share(plain))}.`;
+// The claim that shaping makes, on this trace: who has its gradient, with and without it. "" where it has none.
+function emphasis(tokens) {
+  const seen = tokens.filter(token => known(token.p)), rare = seen.filter(token => token.p < 0.2);
+  const sum = (some, of) => some.reduce((all, one) => all + of(one), 0);
+  const shaped = token => token.gradient, plain = token => token.p * (1 - token.p);
+  if (!sum(seen, shaped) || !sum(seen, plain)) return "";
+  if (!rare.length) return "No token is less likely than 0.2.";
+  const [has, had] = [shaped, plain].map(of => percent(sum(rare, of) / sum(seen, of)));
+  return `Tokens less likely than 0.2: ${percent(rare.length / seen.length)} of the trace, ${has} of its gradient; unshaped (weight p) ${had}.`;
 }
 
-// Weight over probability, with and without shaping, and where the tokens of the group's first trace are.
+// Gradient in a token's own logit over its probability, with and without shaping, and where the tokens of the group's
+// first trace are.
 function drawShape(tokens, gamma) {
-  const box = part("shape"), W = 540, top = 10, left = 40, right = 128, height = 130;
+  const box = part("shape"), W = 540, top = 10, left = 40, right = 128, height = 130, most = 0.3;
   box.replaceChildren();
   if (!tokens || !gamma) return;
-  const svg = made("svg", {viewBox: `0 0 ${W} 150`, role: "img"}, box), x = p => left + (W - left - right) * p, y = w => height - (height - top) * w;
-  svg.setAttribute("aria-label", "weight of a trace's token over its probability: with shaping the least likely tokens have more than unshaped");
-  for (const at of [0, 0.5, 1]) {
+  const svg = made("svg", {viewBox: `0 0 ${W} 150`, role: "img"}, box);
+  const x = p => left + (W - left - right) * p, y = w => height - (height - top) * w / most;
+  const curves = [
+    ["shaped", "--c0", "", p => gamma * p / (p + gamma) ** 2 * (1 - p)],
+    ["unshaped", "--c1", "6 4", p => p * (1 - p)],
+  ];
+  const crossing = Math.sqrt(gamma) - gamma;  // gamma p / (p + gamma)^2 = p
+  svg.setAttribute("aria-label", `gradient of a trace's token over its probability: shaped it is larger below ${three(Math.max(0, crossing))} and smaller above`);
+  for (const at of [0, 0.1, 0.2, 0.3]) {
     made("line", {class: "axis", x1: left, x2: W - right, y1: y(at), y2: y(at)}, svg);
     made("text", {class: "tick", x: left - 5, y: y(at) + 4, "text-anchor": "end"}, svg).textContent = at;
-    made("text", {class: "tick", x: x(at), y: 146, "text-anchor": "middle"}, svg).textContent = at === 0.5 ? "probability" : at;
   }
-  const curve = (weight, style, dash, text, end) => {
-    const points = Array.from({length: 201}, (_, at) => [x(at / 200), y(weight(at / 200))]);
-    made("path", {class: "curve", d: "M" + points.map(([a, b]) => `${a.toFixed(1)},${b.toFixed(1)}`).join("L"), style: `stroke:var(${style})`, "stroke-dasharray": dash}, svg);
-    made("text", {class: "tick", x: W - right + 6, y: y(end) + 4}, svg).textContent = text;
-  };
-  curve(p => 4 * gamma * p / (p + gamma) ** 2, "--c0", "", "shaped (scaled)", 4 * gamma / (1 + gamma) ** 2);
-  curve(p => p, "--c1", "6 4", "unshaped: p", 1);
-  tag("figcaption", {textContent: "What a trace's token weighs, by its probability; ticks are the tokens of this group's first trace."}, box);
+  for (const [at, text] of [[0, 0], [0.5, "probability"], [1, 1]])
+    made("text", {class: "tick", x: x(at), y: 146, "text-anchor": "middle"}, svg).textContent = text;
+  curves.forEach(([name, hue, dash, of], n) => {
+    const points = Array.from({length: 201}, (_, at) => `${x(at / 200).toFixed(1)},${y(of(at / 200)).toFixed(1)}`);
+    made("path", {class: "curve", d: "M" + points.join("L"), style: `stroke:var(${hue})`, "stroke-dasharray": dash}, svg);
+    made("line", {class: "curve", x1: W - right + 10, x2: W - right + 34, y1: 30 + 22 * n, y2: 30 + 22 * n, style: `stroke:var(${hue})`, "stroke-dasharray": dash}, svg);
+    made("text", {class: "tick", x: W - right + 40, y: 34 + 22 * n}, svg).textContent = name;
+  });
   for (const token of tokens) if (known(token.p)) made("line", {x1: x(token.p), x2: x(token.p), y1: height - 14, y2: height, style: "stroke:var(--text)", opacity: 0.45}, svg);
+  tag("figcaption", {textContent: "What a trace's token of advantage 1 adds to the gradient in its own logit, by its probability; ticks are the tokens of this group's first trace."}, box);
 }
 
 function tell(row, token, title) {
@@ -139,63 +147,82 @@ function tell(row, token, title) {
   told.append(` ${title}, token ${token.n + 1} of ${row.length}${token.given ? " (given)" : ""}: ${numbers.join(", ")}`);
 }
 
-function drawTokens() {
-  const group = GROUPS[+part("group").value], at = +part("step").value, measure = MEASURES[part("measure").value];
-  const all = tokensOf(group, at), scale = scaleOf(measure, all.flat().map(measure.of));
-  part("after").textContent = group.steps[at];
-  part("question").textContent = `${group.question}\nanswer: ${group.answer}`;
-  part("meaning").textContent = measure.says + (all.flat().some(token => known(measure.of(token))) ? "" : "; not known of this group");
+// What is looked at, as long as the page is open: [row, token], and of each group its tokens at every step.
+let looked = null;
+const seen = new Map();
+const allOf = group => {
+  if (!seen.has(group)) seen.set(group, group.steps.map((_, at) => tokensOf(group, at)));
+  return seen.get(group);
+};
+
+function drawScale(measure, scale) {
   for (const [id, value] of [["low", scale.low], ["high", scale.high]]) part(id).textContent = three(value);
   const canvas = part("scale").getContext("2d");
   for (let px = 0; px < 176; px++) {
-    const share = px / 175;
-    canvas.fillStyle = `rgb(${scale.colour(measure.scale === "log" ? scale.low * (scale.high / scale.low) ** share : scale.low + (scale.high - scale.low) * share)})`;
+    const share = px / 175, [low, high] = [scale.low, scale.high];
+    canvas.fillStyle = `rgb(${scale.colour(measure.scale === "log" ? low * (high / low) ** share : low + (high - low) * share)})`;
     canvas.fillRect(px, 0, 1, 1);
   }
-  const first = group.rows.findIndex(row => row.trace);
-  drawShape(all[first], group.gamma);
-  part("rows").replaceChildren(...group.rows.map((row, number) => {
-    const box = tag("section", {className: "row"}), title = titleOf(row, group, number), tokens = all[number];
-    tag("h3", {textContent: title}, box);
-    const share = tokens.reduce((sum, token) => sum + (token.share ?? 0), 0);
-    const facts = [`reward ${shown(row.reward)}`, `${row.length} tokens${row.finished ? "" : ", cut off"}`, `${percent(share)} of the group's gradient`];
-    if (row.length > row.tokens.length) facts.push(`the first ${row.tokens.length} are shown`);
-    tag("p", {textContent: facts.join(", ")}, box);
-    const text = tag("div", {className: "text", tabIndex: 0}, box);
-    text.setAttribute("role", "group");
-    text.setAttribute("aria-label", `${title}: its tokens; arrow keys go from one to the next`);
-    const spans = tokens.map(token => {
-      const span = tag("span", {textContent: visible(token.text)}, text), value = measure.of(token);
-      if (token.given) span.className = "given";
-      if (known(value)) paint(span, scale.colour(value));
-      return span;
-    });
-    if (row.trace && group.gamma) tag("p", {textContent: emphasis(tokens, group.gamma)}, box);
-    let here = -1;
-    const go = next => {
-      spans[here]?.classList.remove("at");
-      here = next;
-      spans[here]?.classList.add("at");
-      tell(row, tokens[here], title);
-    };
-    text.onpointerover = event => { const next = spans.indexOf(event.target); if (next >= 0) go(next); };
-    text.onpointerleave = text.onblur = () => go(-1);
-    text.onkeydown = event => {
-      const next = {ArrowLeft: here - 1, ArrowRight: here + 1, ArrowUp: here - 10, ArrowDown: here + 10, Home: 0, End: spans.length - 1}[event.key];
-      if (next === undefined || event.ctrlKey || event.altKey || event.metaKey) return;
-      event.preventDefault();
-      go(Math.max(0, Math.min(spans.length - 1, next)));
-      spans[here]?.scrollIntoView({block: "nearest"});
-    };
-    return box;
-  }));
-  tell();
+}
+
+function drawRow(group, number, tokens, measure, scale) {
+  const row = group.rows[number], title = titleOf(row, group, number), box = tag("section", {className: "row"});
+  tag("h3", {textContent: title}, box);
+  const share = tokens.reduce((sum, token) => sum + (token.share ?? 0), 0);
+  const facts = [`reward ${shown(row.reward)}`, `${row.length} tokens${row.finished ? "" : ", cut off"}`, `${percent(share)} of the group's gradient`];
+  if (row.length > row.tokens.length) facts.push(`the first ${row.tokens.length} are shown`);
+  tag("p", {textContent: facts.join(", ")}, box);
+  const text = tag("div", {className: "text", tabIndex: 0}, box);
+  text.setAttribute("role", "group");
+  text.setAttribute("aria-label", `${title}: its tokens; arrow keys go from one to the next`);
+  const spans = tokens.map(token => {
+    const span = tag("span", {textContent: visible(token.text)}, text), value = measure.of(token);
+    if (token.given) span.className = "given";
+    if (known(value)) paint(span, scale.colour(value));
+    return span;
+  });
+  const said = row.trace && group.gamma ? emphasis(tokens) : "";
+  if (said) tag("p", {textContent: said}, box);
+  let here = -1;
+  const go = next => {
+    document.querySelector(".row .at")?.classList.remove("at");
+    here = next;
+    looked = next < 0 ? null : [number, next];
+    spans[here]?.classList.add("at");
+    tell(row, tokens[here], title);
+  };
+  text.onpointerover = text.onpointerdown = event => { const next = spans.indexOf(event.target); if (next >= 0) go(next); };
+  text.onpointerleave = event => { if (event.pointerType === "mouse") go(-1); };  // a finger leaves as soon as it is lifted
+  text.onkeydown = event => {
+    const next = {ArrowLeft: here - 1, ArrowRight: here + 1, ArrowUp: here - 10, ArrowDown: here + 10, Home: 0, End: spans.length - 1}[event.key];
+    if (next === undefined || event.ctrlKey || event.altKey || event.metaKey) return;
+    event.preventDefault();
+    go(Math.max(0, Math.min(spans.length - 1, next)));
+    spans[here]?.scrollIntoView({block: "nearest"});
+  };
+  if (looked?.[0] === number) go(looked[1]);
+  return box;
+}
+
+function drawTokens() {
+  const group = GROUPS[+part("group").value], slider = part("step"), measure = MEASURES[part("measure").value];
+  const steps = allOf(group), all = steps[+slider.value], step = group.steps[+slider.value];
+  const scale = scaleOf(measure, steps.flat(2).map(measure.of));  // one for all steps: their colours can be compared
+  part("after").textContent = step;
+  slider.setAttribute("aria-valuetext", `step ${step}`);
+  part("question").textContent = `${group.question}\nanswer: ${group.answer}`;
+  part("meaning").textContent = measure.says + (all.flat().some(token => known(measure.of(token))) ? "" : "; not known of this group");
+  drawScale(measure, scale);
+  drawShape(all[group.rows.findIndex(row => row.trace)], group.gamma);
+  if (!looked) tell();
+  part("rows").replaceChildren(...group.rows.map((_, number) => drawRow(group, number, all[number], measure, scale)));
 }
 
 GROUPS.forEach((group, at) => tag("option", {value: at, textContent: `${NAMES.length > 1 ? NAMES[group.run] + ": " : ""}${group.id} (sampled in step ${group.sampled}${group.steps.length > 1 ? ", watched" : ""})`}, part("group")));
 for (const name of Object.keys(MEASURES)) tag("option", {value: name, textContent: name}, part("measure"));
 const chooseGroup = () => {
   const slider = part("step"), last = GROUPS[+part("group").value].steps.length - 1;
+  looked = null;
   Object.assign(slider, {max: last, value: last, disabled: last === 0});
   drawTokens();
 };
