@@ -122,15 +122,14 @@ def score(t: Trainer, groups: list[Group], progress: float) -> list[list[Tensor]
     said = iter(said_of(t, copies, lambda group: rows[id(group)], lambda micro: numbers(t, micro)))
     found = []
     for group, learned in zip(copies, terms.rows, strict=True):
-        taught = [id(row) for row in learned]
         values = [(row, padded(row, next(said))) for row in rows[id(group)]]
-        of_group = []
-        for row, value in values[: len(group.rows)]:
-            slope = value[:, -1] * (id(row) in taught)
-            for other, more in values[len(group.rows) :]:
-                slope = slope + more[:, -1] * (other.token_ids == row.token_ids and other.is_trace == row.is_trace)
-            of_group.append(torch.cat([value[:, :-1], slope[:, None]], dim=1))
-        found.append(of_group)
+        stored, copied = values[: len(group.rows)], values[len(group.rows) :]
+        for row, value in stored:
+            value[:, -1] *= any(row is one for one in learned)
+            for other, more in copied:
+                if (other.token_ids, other.is_trace) == (row.token_ids, row.is_trace):
+                    value[:, -1] += more[:, -1]
+        found.append([value for _, value in stored])
     return found
 
 

@@ -18,8 +18,8 @@ from luffy.errors import UserError
 from luffy.reporting.page import POINTS, render, thinned, write_report
 from luffy.reporting.rules import RULES, findings
 from luffy.reporting.runs import SAMPLES, load
-from luffy.reporting.tokens import MOST_NUMBERS, MOST_STEPS, MOST_TOKENS, spread, token_groups
-from luffy.token_file import NUMBERS, name_of, write
+from luffy.reporting.tokens import MOST_BYTES, MOST_STEPS, SIZES, bytes_of, spread, token_groups
+from luffy.token_file import name_of, write
 
 HOSTILE = "</script><script>document.title='run'</script><img src=x onerror=\"document.title='run'\">"
 HEALTHY = {
@@ -76,9 +76,10 @@ def make_run(path: Path, changes: dict | None = None, accuracy=ACCURACY, steps: 
     return path
 
 
-def add_tokens(
-    run: Path, steps=(0, 10, 20), tokens=("12", "+", "7", " is", "\n", "19", HOSTILE), fresh: int = 1
-) -> None:
+SUM = ("12", "+", "7", " is", "\n", "19", HOSTILE)
+
+
+def add_tokens(run: Path, steps=(0, 10, 20), tokens=SUM, fresh: int = 1, rows: int = 1) -> None:
     """Records of a watched group, whose trace becomes likelier, and of fresh ones at the end."""
     (run / "tokens").mkdir()
     count = len(tokens)
@@ -89,13 +90,13 @@ def add_tokens(
         slopes = [-advantage * (0.1 * x / (x + 0.1) ** 2 if trace else 1.0) for x in p]
         said = {"logp": [math.log(x) for x in p], "entropy": [1 - x for x in p]}
         said |= {"advantage": [advantage] * count, "slope": slopes}
-        wrote = {"sampler_logp": [] if trace else [math.log(0.5)] * count, "behaviour": [], "row_advantages": []}
+        wrote = {"sampler_logp": [] if trace else [math.log(0.5)] * count, "behaviour": []}
         return {"id": "sum/1", "question": "What is 12+7?", "answer": "19", "is_trace": trace, "teacher": "T" * trace,
-                "reward": float(trace), "finished": True, "prefix": 0, "length": count, "tokens": list(tokens),
-                "token_ids": list(range(count)), **said, **wrote, **more}  # fmt: skip
+                "reward": float(trace), "verdict": "ok", "finished": True, "prefix": 0, "length": count,
+                "tokens": list(tokens), "token_ids": list(range(count)), **said, **wrote, **more}  # fmt: skip
 
     for at, step in enumerate(steps):
-        lines = [row(at, trace, group=0, watched=True, sampled=1) for trace in (False, True)]
+        lines = [row(at, trace, group=0, watched=True, sampled=1) for trace in [False] * rows + [True]]
         last = fresh if step == steps[-1] else 0
         lines += [row(at, False, group=1 + n, watched=False, sampled=step) for n in range(last)]
         write(run / "tokens" / name_of(step), lines)
@@ -113,23 +114,48 @@ def test_tokens_of_a_group_over_its_evaluations(tmp_path):
     assert len(fresh["rows"][0]["logp"]) == 1
 
 
-def test_a_page_has_room_for_so_many_tokens(tmp_path):
-    """Long rows are cut, evaluations thinned, and the newest fresh groups taken; what is left out is said."""
-    run = make_run(tmp_path / "run")
-    add_tokens(run, steps=range(0, 40), tokens=["x"] * 3000, fresh=90)
-    groups, left = token_groups([load(str(run))])
-    numbers = sum(len(values) for one in groups for row in one["rows"] for name in NUMBERS for values in row[name])
-    assert MOST_NUMBERS / 2 < numbers <= MOST_NUMBERS
-    watched = groups[0]
-    assert watched["steps"][0] == 0
-    assert watched["steps"][-1] == 39
-    assert len(watched["rows"][0]["tokens"]) == MOST_TOKENS < watched["rows"][0]["length"] == 3000
-    assert len(groups) + left == 91
+@pytest.mark.parametrize("count", [1, 4])
+def test_a_page_has_room_for_so_many_tokens(tmp_path, count):
+    """Long rows are cut, evaluations thinned, the newest fresh groups taken; every run has its part."""
+    runs = []
+    for number in range(count):
+        run = make_run(tmp_path / str(number))
+        add_tokens(run, steps=range(0, 40), tokens=["\u4e2d"] * 3000, fresh=90)
+        runs.append(load(str(run)))
+    groups, left = token_groups(runs)
+    assert MOST_BYTES / 2 < sum(map(bytes_of, groups)) <= MOST_BYTES
+    watched = [group for group in groups if len(group["steps"]) > 1]
+    assert [group["run"] for group in watched] == list(range(count))
+    assert watched[0]["steps"][0] == 0
+    assert watched[0]["steps"][-1] == 39
+    assert len(watched[0]["rows"][0]["tokens"]) == SIZES[0][1] < watched[0]["rows"][0]["length"] == 3000
+    assert len(groups) + left == 91 * count
     assert left > 0
     page = tmp_path / "page.html"
-    write_report(page, [load(str(run))])
+    write_report(page, runs)
     assert page.stat().st_size < 5e6
     assert f"{left} more have no room" in page.read_text()
+
+
+def test_a_group_of_many_long_rows_is_cut_until_it_fits(tmp_path):
+    run = make_run(tmp_path / "run")
+    add_tokens(run, tokens=["x"] * 2048, rows=64)
+    groups, left = token_groups([load(str(run))])
+    assert len(groups[0]["rows"]) == 65
+    assert len(groups[0]["rows"][0]["tokens"]) < SIZES[0][1]
+    assert len(groups) + left == 2
+
+
+def test_a_damaged_file_of_tokens(tmp_path):
+    run = make_run(tmp_path / "run")
+    add_tokens(run)
+    newest = run / "tokens" / name_of(20)
+    newest.write_bytes(newest.read_bytes()[:200])
+    (run / "tokens" / "step-other.parquet").write_text("not ours")
+    done = luffy("report", run, cwd=tmp_path)
+    assert done.returncode == 2
+    assert f"luffy: tokens: {newest} is not a Parquet file of token records" in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 def test_checkpoints_are_thinned_evenly():
@@ -382,6 +408,20 @@ def test_tokens_in_a_browser(opened, tmp_path, width, scheme):
     assert "trace of T, token 1 of 7: probability 0.45" in told.text_content(), "the newest weights come first"
     assert "shaping weight 0.149" in told.text_content()  # 0.1 * 0.45 / 0.55^2
     assert "change since step 0 0.4" in told.text_content()
+    rollout = tab.locator(".row", has_text="rollout 1").locator(".text span")
+    rollout.nth(0).hover()
+    assert "ratio 0.9," in told.text_content()  # 0.45 of the policy over 0.5 of the sampler
+    p = [min(0.99, 0.45 + 0.1 * n) for n in range(7)]
+    slopes = {"trace": [0.5 * 0.1 * x / (x + 0.1) ** 2 for x in p], "rollout": [0.5] * 7}
+    parts = {name: [slope * (1 - x) for slope, x in zip(of, p, strict=True)] for name, of in slopes.items()}
+    whole = sum(map(sum, parts.values()))
+    assert f"gradient share {100 * parts['rollout'][0] / whole:.0f} %" in told.text_content()
+    said_of = tab.locator(".row", has_text="trace of T").locator("p")
+    assert f"{100 * sum(parts['trace']) / whole:.0f} % of the group's gradient" in said_of.first.text_content()
+    assert said_of.last.text_content() == "No token is less likely than 0.2."
+    assert tab.locator("#shape path").count() == 2
+    scale = "[...document.getElementById('scale').getContext('2d').getImageData(0, 0, 176, 1).data].join()"
+    assert len(set(tab.evaluate(scale).split(","))) > 20
 
     tab.locator("#measure").select_option("probability")
     tab.locator("#step").fill("0")
@@ -389,6 +429,18 @@ def test_tokens_in_a_browser(opened, tmp_path, width, scheme):
     trace.focus()
     trace.press("Home")
     assert "token 1 of 7: probability 0.05" in told.text_content()
+    tab.locator("#step").fill("1")
+    assert "token 1 of 7: probability 0.25" in told.text_content(), "a token is followed over the steps"
+    assert tab.locator("#step").get_attribute("aria-valuetext") == "step 10"
+    tab.locator("#step").fill("0")
+    p = [0.05 + 0.1 * n for n in range(7)]
+    shaped = [0.1 * x / (x + 0.1) ** 2 * (1 - x) for x in p]
+    plain = [x * (1 - x) for x in p]
+    has, had = (100 * sum(values[:2]) / sum(values) for values in (shaped, plain))
+    expected = f"{100 * 2 / 7:.0f} % of the trace, {has:.0f} % of its gradient; unshaped (weight p) {had:.0f} %."
+    assert said_of.last.text_content() == f"Tokens less likely than 0.2: {expected}"
+    trace.focus()
+    trace.press("Home")
     trace.press("ArrowRight")
     assert "token 2 of 7: probability 0.15" in told.text_content()
     contrasts = tab.evaluate(CONTRASTS)
@@ -406,11 +458,23 @@ def test_tokens_in_a_browser(opened, tmp_path, width, scheme):
         looks.add("".join(one.get_attribute("style") or "" for one in tab.locator(".row span").all()))
         assert min(tab.evaluate(CONTRASTS)) >= 4.5, measure.get_attribute("value")
     assert len(looks) == tab.locator("#measure option").count() == 7, "every measure has colours of its own"
-    assert "less likely than 0.2" in tab.locator(".row", has_text="trace of T").text_content()
     tab.locator("#group").select_option(index=1)
     assert tab.locator(".row").count() == 1
     assert tab.locator("#step").is_disabled()
     assert (said, tab.title().startswith("Runs: ")) == ([], True), "a token's text is text"
+
+
+def test_a_finger_on_a_token_says_its_numbers(browser, tmp_path):
+    run = make_run(tmp_path / "run")
+    add_tokens(run)
+    page = tmp_path / "report.html"
+    write_report(page, [load(str(run))])
+    context = browser.new_context(viewport={"width": 390, "height": 844}, has_touch=True, offline=True)
+    tab = context.new_page()
+    tab.goto(page.as_uri())
+    tab.locator(".row .text span").nth(2).tap()
+    assert "token 3 of 7" in tab.locator("#told").text_content()
+    context.close()
 
 
 _LUMINANCE = """const lum = text => { const [r, g, b] = text.match(/[0-9.]+/g).map(one => (one /= 255) <= 0.04045

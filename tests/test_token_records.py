@@ -3,18 +3,24 @@
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
 import torch
-from test_train import arguments
+from test_train import arguments, assert_same_state
+from test_update import groups, trainer
 from tiny import ROOT, luffy, make_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from luffy.config import load_config
+from luffy.config import config_of, load_config
+from luffy.data import Example, Problem
+from luffy.groups import Group, Row
+from luffy.packing import pack
 from luffy.sources import load_template, resolve
-from luffy.token_file import read
-from luffy.token_records import pieces
+from luffy.token_file import NUMBERS, name_of, read, write
+from luffy.token_records import MOST_TOKENS, line, pieces, score
+from luffy.train import split, update
 
 GAMMA = 0.2  # of the quickstart recipe
 
@@ -169,9 +175,89 @@ def test_the_report_of_a_real_run_in_a_browser(home, opened, tmp_path, width):
         assert (said, asked) == ([], [page.as_uri()])
 
 
-def test_none_are_kept_where_none_are_asked_for(home, tmp_path):
+def test_a_run_that_keeps_none_learns_the_same(home, tmp_path):
+    """Bit for bit: looking at tokens changes nothing of a training."""
     run = tmp_path / "none"
-    options = {"eval__token_groups": 0, "train__steps": 1, "reward__grader": "number"}
+    options = {"eval__token_groups": 0, "train__steps": 4, "reward__grader": "number"}
     done = luffy(*arguments(run, home / "model", **options), cwd=home)
     assert done.returncode == 0, done.stderr[-3000:]
     assert not (run / "tokens").exists()
+    assert_same_state(run, home / "whole", "step-000004")
+
+
+def test_a_problem_with_several_answers_beside_one_with_one(tmp_path):
+    t = SimpleNamespace(template=SimpleNamespace(tokenizer=make_tokenizer()))
+    lines = []
+    for number, answer in enumerate(["2", ("two", "2")]):
+        problem = Problem(id="p", data_source="s", messages=({"role": "user", "content": "1+1?"},), answer=answer)
+        group = Group(example=Example(problem, (1,), ()), rows=[Row(token_ids=(70,), text="a", sampler_logp=(-1.0,))])
+        said = torch.full((1, len(NUMBERS)), 0.5)
+        lines.append({"group": number, "watched": True, "sampled": 1} | line(t, group, group.rows[0], said, whole=True))
+    write(tmp_path / name_of(0), lines)
+    found = read(tmp_path / name_of(0))
+    assert [one["answer"] for one in found] == ["2", "two, 2"]
+    assert found[0]["tokens"] == found[1]["tokens"]
+
+
+def test_long_rows_are_kept_whole_where_they_are_scored_again():
+    t = SimpleNamespace(template=SimpleNamespace(tokenizer=make_tokenizer()))
+    count = MOST_TOKENS + 5
+    problem = Problem(id="p", data_source="s", messages=({"role": "user", "content": "1+1?"},), answer="2")
+    row = Row(token_ids=(70,) * count, text="", sampler_logp=(-1.0,) * count, said={"value": torch.zeros(count)})
+    group, said = Group(example=Example(problem, (1,), ()), rows=[row]), torch.zeros(count, len(NUMBERS))
+    first, later = (line(t, group, row, said, whole=whole) for whole in (True, False))
+    for kept, most in ((first, count), (later, MOST_TOKENS)):
+        assert (len(kept["token_ids"]), len(kept["sampler_logp"]), kept["length"]) == (most, most, count)
+        assert len(kept["tokens"]) == len(kept["logp"]) == MOST_TOKENS
+    assert len(first["said/value"]) == count
+    assert "said/value" not in later
+
+
+CASES = {
+    "luffy": {},
+    "luffy with weights": {"objective__trace_weight": 2.0, "objective__rollout_weight": 0.5},
+    "luffy by sequences": {"objective__normalizer": "sequences"},
+    "luffy that masks": {"correction__kind": "mask", "correction__low": 0.05, "correction__high": 5.0},
+    "gspo": {},
+    "cispo": {},
+    "chord": {},
+    "srft": {},
+    "prefix_rft": {"objective__normalizer": 10.0},
+    "sft": {},
+}
+
+
+@pytest.mark.parametrize("progress", [0.0, 0.5])
+@pytest.mark.parametrize("case", CASES)
+def test_slopes_are_the_gradient_of_an_update(case, progress):
+    """The weights move by what the slopes say, through the log-probs of each row by itself."""
+    objective = case.split()[0]
+    settings = {"optim__lr": 1.0, "optim__warmup_steps": 0, "optim__schedule": "constant"} | CASES[case]
+    if hasattr(config_of(objective)().objective, "entropy_coef"):
+        settings["objective__entropy_coef"] = 0.0
+    t, batch = trainer(objective, **settings), groups()
+    if objective == "prefix_rft":
+        for group in batch:
+            group.rows[0].prefix = 2
+            group.rows[0].sampler_logp = (math.nan,) * 2 + group.rows[0].sampler_logp[2:]
+    before = [p.detach().clone() for p in t.policy.parameters()]
+    scored = score(t, batch, progress)
+    assert all(row.advantage == 0 for group in batch for row in group.rows), "the groups stay as they were"
+
+    total = torch.zeros(())
+    for group, values in zip(batch, scored, strict=True):
+        for row, value in zip(group.rows, values, strict=True):
+            [alone] = pack([Group(example=group.example, rows=[row])], lambda one: one.rows, 1000)
+            logp = t.policy(alone)
+            assert torch.allclose(value[:, 0], logp.detach(), atol=1e-4, equal_nan=True)
+            total = total + (value[:, -1].nan_to_num() * logp).sum()
+    gradients = torch.autograd.grad(total, list(t.policy.parameters()))
+
+    [part, *more] = split(t, batch, progress)
+    assert not more
+    update(t, [part], {"step": 1, "updates": 0, "bad_in_a_row": 0})
+    largest = max(gradient.abs().max() for gradient in gradients) / part.normalizer
+    assert largest > 1e-6
+    for old, new, gradient in zip(before, t.policy.parameters(), gradients, strict=True):
+        moved = old - new.detach()
+        torch.testing.assert_close(moved, gradient / part.normalizer, atol=2e-4 * largest.item(), rtol=1e-3)

@@ -21,8 +21,10 @@ SHAPED = ("luffy", "exgrpo")
 """Objectives whose traces have LUFFY's loss alone."""
 OWN = ("exgrpo",)
 """Objectives whose stored answers are the policy's own."""
-SHOWN = ("group", "watched", "sampled", "id", "question", "answer", "is_trace", "teacher", "reward", "finished", "prefix",
-         "length", "tokens", "sampler_logp", "behaviour", *NUMBERS)  # fmt: skip
+SHOWN = (
+    *("group", "watched", "sampled", "id", "question", "answer", "is_trace", "teacher", "reward", "finished"),
+    *("prefix", "length", "tokens", "sampler_logp", "behaviour", *NUMBERS),
+)
 
 Lines = list[dict[str, Any]]
 
