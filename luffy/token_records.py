@@ -101,7 +101,7 @@ class TokenRecords:
             watched = number < len(self.watched)
             place = {"group": number, "watched": watched, "sampled": 1 if watched else self._sampled}
             lines += [
-                place | line(t, group, row, said, whole=step == 0) for row, said in zip(group.rows, rows, strict=True)
+                place | stored(t, group, row, said, whole=step == 0) for row, said in zip(group.rows, rows, strict=True)
             ]
         with disk_errors("tokens"):
             self.folder.mkdir(exist_ok=True)
@@ -123,13 +123,13 @@ def score(t: Trainer, groups: list[Group], progress: float) -> list[list[Tensor]
     found = []
     for group, learned in zip(copies, terms.rows, strict=True):
         values = [(row, padded(row, next(said))) for row in rows[id(group)]]
-        stored, copied = values[: len(group.rows)], values[len(group.rows) :]
-        for row, value in stored:
+        own, copied = values[: len(group.rows)], values[len(group.rows) :]
+        for row, value in own:
             value[:, -1] *= any(row is one for one in learned)
             for other, more in copied:
                 if (other.token_ids, other.is_trace) == (row.token_ids, row.is_trace):
                     value[:, -1] += more[:, -1]
-        found.append([value for _, value in stored])
+        found.append([value for _, value in own])
     return found
 
 
@@ -140,7 +140,7 @@ def padded(row: Row, said: Tensor) -> Tensor:
     return known
 
 
-def line(t: Trainer, group: Group, row: Row, said: Tensor, whole: bool) -> dict[str, Any]:
+def stored(t: Trainer, group: Group, row: Row, said: Tensor, whole: bool) -> dict[str, Any]:
     """What is stored of a row; whole: with what scoring it again needs."""
     ids, answer = row.token_ids[:MOST_TOKENS], group.example.problem.answer
     known = {

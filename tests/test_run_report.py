@@ -254,8 +254,12 @@ def test_a_fall_that_chance_explains_is_none(tmp_path):
     assert findings(load(str(make_run(tmp_path / "run", accuracy=(0.17, 0.06))))) == []
 
 
-def test_every_rule_is_seen_at_work():
-    assert len(RULES) <= len(CAUSES)
+def test_every_rule_is_seen_at_work(tmp_path):
+    seen = set()
+    for number, (changes, accuracy) in enumerate(CAUSES.values()):
+        run = load(str(make_run(tmp_path / str(number), changes, accuracy)))
+        seen |= {rule.__name__ for rule in RULES if list(rule(run))}
+    assert seen == {rule.__name__ for rule in RULES}
 
 
 def test_a_run_of_two_steps_has_no_trends(tmp_path):

@@ -19,7 +19,7 @@ from luffy.groups import Group, Row
 from luffy.packing import pack
 from luffy.sources import load_template, resolve
 from luffy.token_file import NUMBERS, name_of, read, write
-from luffy.token_records import MOST_TOKENS, line, pieces, score
+from luffy.token_records import MOST_TOKENS, pieces, score, stored
 from luffy.train import split, update
 
 GAMMA = 0.2  # of the quickstart recipe
@@ -192,7 +192,9 @@ def test_a_problem_with_several_answers_beside_one_with_one(tmp_path):
         problem = Problem(id="p", data_source="s", messages=({"role": "user", "content": "1+1?"},), answer=answer)
         group = Group(example=Example(problem, (1,), ()), rows=[Row(token_ids=(70,), text="a", sampler_logp=(-1.0,))])
         said = torch.full((1, len(NUMBERS)), 0.5)
-        lines.append({"group": number, "watched": True, "sampled": 1} | line(t, group, group.rows[0], said, whole=True))
+        lines.append(
+            {"group": number, "watched": True, "sampled": 1} | stored(t, group, group.rows[0], said, whole=True)
+        )
     write(tmp_path / name_of(0), lines)
     found = read(tmp_path / name_of(0))
     assert [one["answer"] for one in found] == ["2", "two, 2"]
@@ -205,7 +207,7 @@ def test_long_rows_are_kept_whole_where_they_are_scored_again():
     problem = Problem(id="p", data_source="s", messages=({"role": "user", "content": "1+1?"},), answer="2")
     row = Row(token_ids=(70,) * count, text="", sampler_logp=(-1.0,) * count, said={"value": torch.zeros(count)})
     group, said = Group(example=Example(problem, (1,), ()), rows=[row]), torch.zeros(count, len(NUMBERS))
-    first, later = (line(t, group, row, said, whole=whole) for whole in (True, False))
+    first, later = (stored(t, group, row, said, whole=whole) for whole in (True, False))
     for kept, most in ((first, count), (later, MOST_TOKENS)):
         assert (len(kept["token_ids"]), len(kept["sampler_logp"]), kept["length"]) == (most, most, count)
         assert len(kept["tokens"]) == len(kept["logp"]) == MOST_TOKENS
