@@ -207,10 +207,13 @@ def telling(groups: Sequence[Group], count: int) -> list[Group]:
 
 
 def read_groups(path: Path, t: Trainer) -> list[Group]:
-    """The watched groups of a run's first file, as they were before the objective assigned anything."""
+    """The watched groups of a run's first file, as they were before the objective assigned anything; without those
+    whose problem is no longer where it was in the data."""
     found: dict[int, Group] = {}
     for kept in read(path):
-        example = t.examples[kept["example"]]
+        [example] = t.examples[kept["example"] : kept["example"] + 1] or [None]
+        if example is None or example.problem.id != kept["id"]:
+            continue
         group = found.setdefault(kept["group"], Group(example=example, index=kept["example"]))
         ids = tuple(kept["token_ids"])
         said = {key.removeprefix("said/"): torch.tensor(kept[key]) for key in kept if key.startswith("said/")}
