@@ -211,10 +211,10 @@ def read_groups(path: Path, t: Trainer) -> list[Group]:
     whose problem is no longer where it was in the data."""
     found: dict[int, Group] = {}
     for kept in read(path):
-        [example] = t.examples[kept["example"] : kept["example"] + 1] or [None]
-        if example is None or example.problem.id != kept["id"]:
+        at = kept["example"]
+        if not 0 <= at < len(t.examples) or t.examples[at].problem.id != kept["id"]:
             continue
-        group = found.setdefault(kept["group"], Group(example=example, index=kept["example"]))
+        group = found.setdefault(kept["group"], Group(example=t.examples[at], index=at))
         ids = tuple(kept["token_ids"])
         said = {key.removeprefix("said/"): torch.tensor(kept[key]) for key in kept if key.startswith("said/")}
         row = Row(
