@@ -97,7 +97,7 @@ class Client:
         self.resume()
         return _missing(found)
 
-    def pause(self, timeout: float) -> None:
+    def pause(self, timeout: float = 60) -> None:
         """Requests in flight wait."""
         self._post("/pause", {}, timeout, params={"mode": "keep"})
 
