@@ -131,6 +131,16 @@ def test_what_training_would_refuse(here, options):
     assert planned[2].startswith("luffy: ")
 
 
+def test_no_secrets_are_printed(here):
+    """Of what was given."""
+    urls = "http://me:pass1234@10.0.0.7:8001/?key=word5678"
+    for form in ([], ["--json"]):
+        code, plan, _ = here("--dry-run", "--rollout.engine=server", f"--rollout.urls={urls}", *form)
+        assert code == 0
+        assert "http://***@10.0.0.7:8001/?key=***" in plan.replace("\n", "")
+        assert not any(secret in plan for secret in ("pass1234", "word5678"))
+
+
 def test_the_state_of_the_run_folder(home, here):
     shown = luffy("recipes", "show", "quickstart", cwd=home).stdout
     run = home / "held"

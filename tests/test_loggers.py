@@ -321,10 +321,33 @@ def test_other_loggers_are_no_other_run(tmp_path):
     run.check(config, resume=True)
 
 
-def test_secrets_are_taken_out(monkeypatch):
-    monkeypatch.setenv("MY_API_KEY", "abcdefgh1234")
-    value = {"urls": ["http://me:pw@host:1/x"], "n": 3, "why": "401 for abcdefgh1234"}
-    assert without_secrets(value) == {"urls": ["http://***@host:1/x"], "n": 3, "why": "401 for ***"}
+@pytest.mark.parametrize("name", ["MY_API_KEY", "PGPASS", "SENTRY_AUTH", "AUTHORIZATION", "AWS_CREDENTIALS"])
+def test_secrets_of_the_environment_are_taken_out(monkeypatch, name):
+    monkeypatch.setenv(name, "abcdefgh1234")
+    value = {"n": 3, "why": "401 for abcdefgh1234", "of abcdefgh1234": None}
+    assert without_secrets(value) == {"n": 3, "why": "401 for ***", "of ***": None}
+
+
+@pytest.mark.parametrize("name", ["GIT_AUTHOR_NAME", "XAUTHORITY"])
+def test_who_wrote_it_is_no_secret(monkeypatch, name):
+    monkeypatch.setenv(name, "abcdefgh1234")
+    assert without_secrets("abcdefgh1234") == "abcdefgh1234"
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("http://me:pw@host:1/x", "http://***@host:1/x"),
+        ("http://me:p/w@host", "http://***@host"),
+        ("http://me:p@w@host", "http://***@host"),
+        ("https://h/x?api_key=abc", "https://h/x?api_key=***"),
+        ("https://h?a=1&token=a/b#part", "https://h?a=***&token=***#part"),
+        ("what? a=1", "what? a=1"),
+    ],
+)
+def test_secrets_of_urls_are_taken_out(url, shown):
+    assert without_secrets({"urls": [url]}) == {"urls": [shown]}
+    assert without_secrets({url: f"no answer of {url} so far"}) == {shown: f"no answer of {shown} so far"}
 
 
 def test_lines_are_read_when_they_are_whole(tmp_path):
