@@ -163,6 +163,21 @@ def test_the_state_of_the_run_folder(home, here):
     assert stage["seconds"]["steps_left"] == 0
 
 
+@pytest.mark.parametrize("text", ['{"asked": {"ste', "\udcff", "[]", "{}"])
+def test_a_damaged_result_is_named(home, here, text):
+    """By a plan and by a run."""
+    shown = luffy("recipes", "show", "quickstart", cwd=home).stdout
+    run = home / "damaged"
+    run.mkdir(exist_ok=True)
+    (run / "config.toml").write_text(shown.replace("embedded:smollm2-135m-instruct", str(home / "model")))
+    (run / "result.json").write_text(text, errors="surrogateescape")
+    planned, trained = here("--resume", "--dry-run", folder="damaged"), here("--resume", folder="damaged")
+    assert planned == trained
+    assert planned[0] == 2
+    assert planned[2].startswith("luffy: damaged/result.json ")
+    assert planned[2].endswith("; remove it and resume the run, which writes it anew from the last checkpoint")
+
+
 def test_two_stages(home):
     done = dry(home, "--first.objective.name", "sft", "--first.train.steps", "5", run="two")
     assert done.returncode == 0, done.stderr[-2000:]

@@ -41,8 +41,18 @@ EVERY = [
     for name in SINKS
 ]
 INSTALLED = [name for name in SINKS if find_spec(name)]
+HAND_ON = [sys.executable, "-m", "luffy.loggers"]
 Points = dict[tuple[str, int], list[float]]
 """(key, step) -> values, of which there should be one."""
+
+
+def a_run(folder: Path) -> RunFolder:
+    """That has its configuration, and nothing in its logs."""
+    run = RunFolder(folder)
+    run.open(Config())
+    run.metrics.touch()
+    run.evals.touch()
+    return run
 
 
 def train(folder: Path, to: list[str], first: int, last: int, scale: float = 1.0, die: bool = False) -> RunFolder:
@@ -238,7 +248,7 @@ def test_one_that_cannot_open_is_told_once_and_counted(tmp_path, capsys):
     assert said.count("warning: tensorboard does not take all metrics (") == 2  # one a run
     assert "FileExistsError" in said or "NotADirectoryError" in said
     (run / "tensorboard").unlink()
-    done = subprocess.run([sys.executable, "-m", "luffy.loggers", str(run), "tensorboard"])
+    done = subprocess.run([*HAND_ON, str(run), "tensorboard"])
     assert done.returncode == 0
     assert_has_everything(run, "tensorboard")
 
@@ -361,6 +371,31 @@ def test_lines_are_read_when_they_are_whole(tmp_path):
     assert Tail(path).starts_with(tail.bytes, tail.crc)
     path.write_text('{"step": 1}\n{"step": 3}\n')
     assert not Tail(path).starts_with(tail.bytes, tail.crc)
+
+
+@pytest.mark.parametrize(
+    ("file", "line"),
+    [
+        ("evals.jsonl", '{"step": 2, "name": "heldo'),
+        ("evals.jsonl", '{"step": 2}'),
+        ("metrics.jsonl", "[1]"),
+        ("metrics.jsonl", "\udcff"),
+    ],
+)
+def test_a_line_that_is_no_record_is_named(tmp_path, file, line):
+    run = a_run(tmp_path / "run")
+    with run.metrics.open("a") as metrics, run.evals.open("a") as evals:
+        metrics.write('{"step": 1}\n')
+        evals.write('{"step": 1, "name": "heldout", "accuracy": 0.5}\n')
+    with (run.path / file).open("a", encoding="utf-8", errors="surrogateescape") as broken:
+        broken.write(line + "\n")
+    before = (run.path / file).read_bytes()
+    done = subprocess.run([*HAND_ON, str(run.path), "tensorboard"], capture_output=True, text=True)
+    assert done.returncode == 2
+    said = f"error: loggers: line 2 of {run.path / file} is no record: expected a JSON object with "
+    assert done.stderr.startswith(said)
+    assert done.stderr.endswith("; take the line out, then hand the run on again\n")
+    assert (run.path / file).read_bytes() == before
 
 
 def test_help_and_training_import_none_of_them():

@@ -36,15 +36,18 @@ SINKS = {
 }
 """Module of this package and class, by the name in `log.to`, which is also that of the package that it needs."""
 METRICS, EVALS = "metrics.jsonl", "evals.jsonl"
+NEEDED = {METRICS: {"step"}, EVALS: {"step", "name"}}
+"""Keys of every record."""
 
 
 class Tail:
     """Whole lines of a file as it grows. The file is held open: one that replaces it belongs to a later process."""
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         self._file: IO[bytes] = path.open("rb") if path.exists() else BytesIO()
         self._rest = b""
-        self.bytes = self.crc = 0
+        self.bytes = self.crc = self._lines = 0
 
     def starts_with(self, size: int, crc: int) -> bool:
         """Before the first `read`."""
@@ -53,11 +56,27 @@ class Tail:
         return len(begin) == size and zlib.crc32(begin) == crc
 
     def read(self, size: int = -1) -> list[dict[str, Any]]:
-        """Records that are new, or those of the next `size` bytes."""
+        """Records that are new, or those of the next `size` bytes.
+
+        Raises:
+            UserError: a whole line is no record.
+        """
         whole, end, self._rest = (self._rest + self._file.read(size)).rpartition(b"\n")
         lines = whole + end
         self.bytes, self.crc = self.bytes + len(lines), zlib.crc32(lines, self.crc)
-        return [json.loads(line) for line in lines.splitlines()]
+        return [self._record(line) for line in lines.splitlines()]
+
+    def _record(self, line: bytes) -> dict[str, Any]:
+        self._lines += 1
+        with suppress(ValueError, AttributeError):
+            record: dict[str, Any] = json.loads(line)
+            if record.keys() >= NEEDED[self._path.name]:
+                return record
+        raise UserError(
+            f"loggers: line {self._lines} of {self._path} is no record: expected a JSON object with "
+            f"{' and '.join(sorted(NEEDED[self._path.name]))}, got {line[:40]!r}; take the line out, then hand the run "
+            f"on again"
+        )
 
 
 class Follower:
