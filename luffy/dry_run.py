@@ -19,6 +19,7 @@ from luffy.errors import UserError, user_errors
 from luffy.files import read_jsonl
 from luffy.load import read_config
 from luffy.loggers import started as loggers
+from luffy.loggers.sink import without_secrets
 from luffy.machines import Machine, find_machine
 from luffy.objectives import Objective
 from luffy.plan import Asked, Plan
@@ -61,8 +62,8 @@ def plan(
 
 
 def _changed(source: str, overrides: list[str]) -> list[dict[str, Any]]:
-    """Keys that were given, with what the recipe has; null where it has none."""
-    pairs = differences(spelled_out(source), spelled_out(source, overrides))
+    """Keys that were given, with what the recipe has; null where it has none. Without secrets: plans are shown."""
+    pairs = without_secrets(list(differences(spelled_out(source), spelled_out(source, overrides))))
     return [{"key": key, "recipe": before, "given": now} for key, before, now in pairs]
 
 

@@ -54,6 +54,10 @@ PACKAGES = (
 )
 
 
+MEND = "remove it and resume the run, which writes it anew from the last checkpoint"
+"""Of a damaged result.json."""
+
+
 class RunFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -93,9 +97,21 @@ class RunFolder:
 
     @property
     def result(self) -> dict[str, Any] | None:
-        """What `finish` wrote, or None while the run is not complete."""
+        """What `finish` wrote, or None while the run is not complete.
+
+        Raises:
+            UserError: the file is damaged.
+        """
         file = self.path / "result.json"
-        return json.loads(file.read_text()) if file.is_file() else None
+        if not file.is_file():
+            return None
+        try:
+            found = json.loads(file.read_text())
+        except (ValueError, OSError) as error:
+            raise UserError(f"{file} cannot be read: {error}; {MEND}") from error
+        if not isinstance(found, dict) or "asked" not in found:
+            raise UserError(f"{file} does not hold an object with the key `asked`, as each run writes; {MEND}")
+        return found
 
     def is_complete(self, config: Config) -> bool:
         """Whether the run went as far as `config` asks."""

@@ -61,9 +61,9 @@ class Trainer:
     evals: MetricsLog | NoLog
     tokens: TokenRecords
     loggers: Loggers
-    """Of the rank that writes; the others have none."""
+    """Of the rank that writes; the others start none."""
     resources: ExitStack
-    """Closes the folder's lock, the logs, the verifier, the engine and the process group, newest first."""
+    """Closes the folder's lock, the logs, the verifier, the engine, the process group and the loggers, newest first."""
     version: int = 0
     """Updates that the policy has seen; the engine may have fewer of them."""
 
@@ -95,11 +95,13 @@ def set_up(
     engine: one that is there already, as `luffy.train.train` says.
     """
     with ExitStack() as resources:
+        # first, so that it closes last: they may take a while, in which nothing else is held
+        loggers = resources.enter_context(Loggers(run.path, config.log))
         world = resources.enter_context(distributed.joined(config.mesh))
         stop, hang_s = StopOnInterrupt(), 60 * config.train.hang_minutes or None
         watch = resources.enter_context(Watchdog(world.store, world.rank, world.size, stop, hang_s=hang_s))
         with watch.together():
-            trainer, loop, ledger = _set_up(config, run, resume, engine, world, watch, stop, resources)
+            trainer, loop, ledger = _set_up(config, run, resume, engine, world, watch, stop, loggers, resources)
         trainer.resources = resources.pop_all()  # what fails before this line is closed here, the rest by the trainer
         return trainer, loop, ledger
 
@@ -112,6 +114,7 @@ def _set_up(
     world: World,
     watch: Watchdog,
     stop: StopOnInterrupt,
+    loggers: Loggers,
     resources: ExitStack,
 ) -> tuple[Trainer, dict[str, Any], Ledger]:
     if world.is_main:
@@ -217,10 +220,12 @@ def _set_up(
         log=open_log(run.metrics, loop["step"], world, resources),
         evals=open_log(run.evals, loop["step"], world, resources),
         tokens=TokenRecords(run.tokens, config.eval.token_groups),
-        loggers=resources.enter_context(closing(Loggers(run.path, config.log.to if world.is_main else []))),
+        loggers=loggers,
         resources=resources,
         version=loop["updates"],
     )
+    if world.is_main:
+        loggers.start()
     trainer.tokens.resume(trainer, loop["step"])
     return trainer, loop, ledger
 

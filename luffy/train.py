@@ -89,7 +89,7 @@ def train_steps(t: Trainer, loop: dict[str, Any], ledger: Ledger) -> dict[str, A
                         sync(t)  # what is being sampled goes on with these
 
                 record = record_step(t, loop, parts, metrics, phases) | behind | counts | taught | t.objective.metrics()
-                record |= t.loggers.counts()
+                record |= t.loggers.counts(step)
                 if t.world.is_main:
                     timeline.append(t.run.timeline, step, phases.events)
                 t.log.write(step, record)

@@ -131,6 +131,16 @@ def test_what_training_would_refuse(here, options):
     assert planned[2].startswith("luffy: ")
 
 
+def test_no_secrets_are_printed(here):
+    """Of what was given."""
+    urls = "http://me:pass1234@10.0.0.7:8001/?key=word5678"
+    for form in ([], ["--json"]):
+        code, plan, _ = here("--dry-run", "--rollout.engine=server", f"--rollout.urls={urls}", *form)
+        assert code == 0
+        assert "http://***@10.0.0.7:8001/?key=***" in plan.replace("\n", "")
+        assert not any(secret in plan for secret in ("pass1234", "word5678"))
+
+
 def test_the_state_of_the_run_folder(home, here):
     shown = luffy("recipes", "show", "quickstart", cwd=home).stdout
     run = home / "held"
@@ -151,6 +161,21 @@ def test_the_state_of_the_run_folder(home, here):
     stage = json.loads(here("--dry-run", "--resume", "--json", folder="held")[1])["stages"][0]
     assert stage["state"]["state"] == "complete"
     assert stage["seconds"]["steps_left"] == 0
+
+
+@pytest.mark.parametrize("text", ['{"asked": {"ste', "\udcff", "[]", "{}"])
+def test_a_damaged_result_is_named(home, here, text):
+    """By a plan and by a run."""
+    shown = luffy("recipes", "show", "quickstart", cwd=home).stdout
+    run = home / "damaged"
+    run.mkdir(exist_ok=True)
+    (run / "config.toml").write_text(shown.replace("embedded:smollm2-135m-instruct", str(home / "model")))
+    (run / "result.json").write_text(text, errors="surrogateescape")
+    planned, trained = here("--resume", "--dry-run", folder="damaged"), here("--resume", folder="damaged")
+    assert planned == trained
+    assert planned[0] == 2
+    assert planned[2].startswith("luffy: damaged/result.json ")
+    assert planned[2].endswith("; remove it and resume the run, which writes it anew from the last checkpoint")
 
 
 def test_two_stages(home):

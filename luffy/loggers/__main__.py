@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from luffy.errors import UserError
-from luffy.loggers.follow import SINKS, Follower
+from luffy.loggers.follow import SINKS, Follower, reason, write_note
 from luffy.loggers.started import check_one
 
 POLL_S = 1.0
@@ -42,17 +42,21 @@ def main(args: list[str] | None = None) -> int:
 
 
 def follow(run: Path, name: str) -> int:
-    """Until the trainer says, or is gone; 1 where the sink could not be opened."""
-    parent = os.getppid()
-    follower = Follower(run, name)
+    """Until the trainer says, or is gone; 1 where anything but a record went wrong, which is noted: nobody reads what
+    this process says."""
+    parent, follower = os.getppid(), None
     try:
+        follower = Follower(run, name)
         follower.open()
+        while os.getppid() == parent and not select.select([sys.stdin], [], [], POLL_S)[0]:
+            follower.hand_on()
+        follower.close()
     except Exception as error:
-        follower.fail(error, lost=0)
+        if follower:
+            follower.fail(error, lost=0)
+        else:
+            write_note(run, name, why=reason(error))
         return 1
-    while os.getppid() == parent and not select.select([sys.stdin], [], [], POLL_S)[0]:
-        follower.hand_on()
-    follower.close()
     return 0
 
 

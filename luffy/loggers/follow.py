@@ -1,7 +1,8 @@
 """From metrics.jsonl and evals.jsonl into a sink, and the note of how far it came.
 
 RUN/loggers/NAME.json   pid: of the process; lost: records that the sink did not take; why: what it said last;
-                        read: of each file the bytes that the sink has and their CRC-32, once it is closed in order
+                        step: newest that was handed on; read: of each file the bytes that the sink has and their
+                        CRC-32, once it is closed in order
 
 A sink that was closed in order, and whose bytes are still those of the files, is appended to. Any other is built anew
 from the files: after a kill, or where a run went back to an earlier checkpoint, it would have steps that are no longer
@@ -36,15 +37,20 @@ SINKS = {
 }
 """Module of this package and class, by the name in `log.to`, which is also that of the package that it needs."""
 METRICS, EVALS = "metrics.jsonl", "evals.jsonl"
+NEEDED = {METRICS: {"step"}, EVALS: {"step", "name"}}
+"""Keys of every record."""
+LOCK_S = 150.0
+"""How long to wait for an earlier process; its trainer kills it sooner."""
 
 
 class Tail:
     """Whole lines of a file as it grows. The file is held open: one that replaces it belongs to a later process."""
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         self._file: IO[bytes] = path.open("rb") if path.exists() else BytesIO()
         self._rest = b""
-        self.bytes = self.crc = 0
+        self.bytes = self.crc = self._lines = 0
 
     def starts_with(self, size: int, crc: int) -> bool:
         """Before the first `read`."""
@@ -53,11 +59,27 @@ class Tail:
         return len(begin) == size and zlib.crc32(begin) == crc
 
     def read(self, size: int = -1) -> list[dict[str, Any]]:
-        """Records that are new, or those of the next `size` bytes."""
+        """Records that are new, or those of the next `size` bytes.
+
+        Raises:
+            UserError: a whole line is no record.
+        """
         whole, end, self._rest = (self._rest + self._file.read(size)).rpartition(b"\n")
         lines = whole + end
         self.bytes, self.crc = self.bytes + len(lines), zlib.crc32(lines, self.crc)
-        return [json.loads(line) for line in lines.splitlines()]
+        return [self._record(line) for line in lines.splitlines()]
+
+    def _record(self, line: bytes) -> dict[str, Any]:
+        self._lines += 1
+        with suppress(ValueError, AttributeError):
+            record: dict[str, Any] = json.loads(line)
+            if record.keys() >= NEEDED[self._path.name]:
+                return record
+        raise UserError(
+            f"loggers: line {self._lines} of {self._path} is no record: expected a JSON object with "
+            f"{' and '.join(sorted(NEEDED[self._path.name]))}, got {line[:40]!r}; take the line out, then hand the run "
+            f"on again"
+        )
 
 
 class Follower:
@@ -74,13 +96,9 @@ class Follower:
             raise UserError(f"loggers: {run} holds no run; name the folder that has its config.toml")
         config = load_config(str(run / "config.toml"))
         self.name, self.lost, self.why = name, 0, ""
-        self._notes = run / "loggers"
+        self._run, self._notes = run, run / "loggers"
         self._notes.mkdir(exist_ok=True)
-        self._lock = (self._notes / f".{name}.lock").open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            raise UserError(f"loggers: another process hands {run} to {name}; wait until it ends") from None
+        self._lock = self._hold(LOCK_S if wait else 0.0)
         self._tails = {file: Tail(run / file) for file in (METRICS, EVALS)}
         self._opening = Opening(
             folder=run / name,
@@ -91,7 +109,28 @@ class Follower:
             online=name in config.log.online if online is None else online,
         )
         self._newest, self._minutes = 0, 0.0
+        self._noted = 0  # step
         self._early: list[tuple[int, bool, dict[str, Any]]] = []
+
+    def _hold(self, limit_s: float) -> IO[str]:
+        file = (self._notes / f".{self.name}.lock").open("w")
+        until = time.monotonic() + limit_s
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return file
+            except BlockingIOError:
+                if time.monotonic() >= until:
+                    raise UserError(
+                        f"loggers: another process{self._whose()} hands {self._run} to {self.name}; wait until it "
+                        f"ends, or end it"
+                    ) from None
+            time.sleep(0.2)
+
+    def _whose(self) -> str:
+        with suppress(OSError, ValueError, KeyError):
+            return f" ({json.loads((self._notes / f'{self.name}.json').read_text())['pid']})"
+        return ""
 
     def open(self) -> None:
         """Open the sink, and find out what it has already."""
@@ -130,6 +169,8 @@ class Follower:
             minutes = record.get("perf/train_minutes") or minutes
             if step > self._sink.last:
                 self._write(step, numbers(record, is_eval), now - 60 * (self._minutes - minutes))
+        if self._newest > self._noted:
+            self._write_note()
 
     def _remember(self, metrics: list[dict[str, Any]]) -> None:
         for record in metrics:
@@ -145,7 +186,7 @@ class Follower:
     def fail(self, error: Exception, lost: int = 1) -> None:
         """Note why the sink did not take a record, or could not be opened."""
         self.lost += lost
-        self.why = without_secrets(f"{type(error).__name__}: {first_line(error)}")
+        self.why = reason(error)
         self._write_note()
 
     def close(self) -> None:
@@ -159,8 +200,21 @@ class Follower:
 
     def _write_note(self, closed: bool = False) -> None:
         read = {file: [tail.bytes, tail.crc] for file, tail in self._tails.items()} if closed else None
-        note = {"pid": os.getpid(), "lost": self.lost, "why": self.why, "online": self._opening.online, "read": read}
-        write_json(self._notes / f"{self.name}.json", note)
+        self._noted = self._newest
+        online = self._opening.online
+        write_note(self._run, self.name, why=self.why, lost=self.lost, step=self._newest, online=online, read=read)
+
+
+def write_note(run: Path, name: str, *, why: str, lost: int = 0, step: int = 0, **more: Any) -> None:
+    """RUN/loggers/NAME.json of this process. more: what one that was closed in order is known by."""
+    note = {"pid": os.getpid(), "lost": lost, "why": why, "step": step} | more
+    write_json(run / "loggers" / f"{name}.json", note)
+
+
+def reason(error: Exception) -> str:
+    """In a line, without secrets."""
+    kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+    return without_secrets(kind + first_line(error))
 
 
 def numbers(record: dict[str, Any], is_eval: bool) -> dict[str, float]:

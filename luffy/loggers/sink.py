@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD", re.IGNORECASE)
+SECRET = re.compile(r"KEY|TOKEN|SECRET|PASS|AUTH(?!OR(?!IZ))|CREDENTIAL", re.IGNORECASE)
+"""Names of environment variables that keep secrets; AUTHOR and XAUTHORITY keep none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,15 +46,16 @@ class Sink(Protocol):
 
 
 def without_secrets(value: Any) -> Any:
-    """The same with user and password taken out of URLs, and whatever the environment keeps under the name of a
-    secret."""
+    """The same with user, password and the values of the query taken out of URLs, and whatever the environment keeps
+    under the name of a secret; of keys too."""
     if isinstance(value, dict):
-        return {key: without_secrets(one) for key, one in value.items()}
+        return {without_secrets(key): without_secrets(one) for key, one in value.items()}
     if isinstance(value, (list, tuple)):
         return [without_secrets(one) for one in value]
     if not isinstance(value, str):
         return value
-    value = re.sub(r"(?<=://)[^/@\s]+@", "***@", value)
+    value = re.sub(r"(?<=://)\S+@", "***@", value)  # up to the last @: a password may hold / and @
+    value = re.sub(r"://\S+", lambda url: re.sub(r"(?<=[?&])([^=&#]+)=[^&#]+", r"\1=***", url[0]), value)
     for name, secret in os.environ.items():
         if SECRET.search(name) and len(secret) >= 8:
             value = value.replace(secret, "***")

@@ -2,6 +2,8 @@
 
 import os
 import warnings
+from contextlib import nullcontext, redirect_stdout
+from io import StringIO
 from typing import Any
 
 from luffy.loggers.sink import Opening
@@ -21,15 +23,17 @@ class Trackio:
         self._said: list[str] = []
         warnings.simplefilter("always")
         warnings.showwarning = self._heard  # type: ignore[assignment]
-        self._run = trackio.init(
-            opening.project,
-            name=f"{opening.name}-{opening.id}",  # it knows runs by name
-            config=opening.config,
-            resume="allow",
-            embed=False,
-            auto_log_gpu=False,
-            auto_log_cpu=False,
-        )
+        # on this machine, how to look at it is docs/metrics.md's: the hint of the library leaves TRACKIO_DIR out
+        with nullcontext() if opening.online else redirect_stdout(StringIO()):
+            self._run = trackio.init(
+                opening.project,
+                name=f"{opening.name}-{opening.id}",  # it knows runs by name
+                config=opening.config,
+                resume="allow",
+                embed=False,
+                auto_log_gpu=False,
+                auto_log_cpu=False,
+            )
         self.last = self._run._next_step - 1 if opening.online else -1  # no public name has it
 
     def _heard(self, message: Any, _category: Any, filename: str, *_: Any) -> None:
