@@ -8,6 +8,7 @@ from typing import Any
 
 from luffy.diagnosis import hardware, software
 from luffy.diagnosis.finding import Finding
+from luffy.errors import first_line
 
 # What was written against an interface and never run on the hardware that it is for: (what, how far it was tried).
 # scripts/gpu_check.sh tries most of it where it can.
@@ -33,14 +34,22 @@ def examine() -> list[Finding]:
     return [*software.examine(), *hardware.examine()]
 
 
-def print_findings(findings: list[Finding]) -> None:
-    import luffy_kernels
+def kernels() -> str:
+    """What serves the LM head, as luffy_kernels says where it can be imported."""
+    try:
+        import luffy_kernels
 
+        return luffy_kernels.status()
+    except Exception as error:  # a torch that does not load, of which a finding tells more
+        return f"unknown: {first_line(error)}"
+
+
+def print_findings(findings: list[Finding]) -> None:
     for finding in findings:
         print(f"{'!' if finding.lacks else ' '} {finding.name:12} {finding.found}")
         if finding.lacks:
             print(f"  {'':12} {finding.lacks}")
-    print(f"\nKernels of the LM head, by operator and backend:\n{luffy_kernels.status()}")
+    print(f"\nKernels of the LM head, by operator and backend:\n{kernels()}")
     print("\nNever run by us, for want of GPUs (scripts/gpu_check.sh tries them; results are welcome):")
     for what, tried in UNVERIFIED:
         print(f"  {what}: {tried}")
@@ -48,14 +57,12 @@ def print_findings(findings: list[Finding]) -> None:
 
 def record(findings: list[Finding]) -> dict[str, Any]:
     """As JSON values."""
-    import luffy_kernels
-
     from luffy.run_folder import environment
 
     return {
         "well": not any(finding.lacks for finding in findings),
         "findings": [asdict(finding) for finding in findings],
-        "kernels": str(luffy_kernels.status()).splitlines(),
+        "kernels": kernels().splitlines(),
         "never_run": [{"what": what, "tried": tried} for what, tried in UNVERIFIED],
         "environment": environment(),
     }
@@ -66,13 +73,11 @@ def print_report(findings: list[Finding]) -> None:
     no paths, no name of a user or of the machine."""
     import json
 
-    import luffy_kernels
-
     from luffy.run_folder import environment
 
     lines = ["```", *(f"{finding.name}: {finding.found}" for finding in findings)]
     lines += [f"! {finding.name}: {finding.lacks}" for finding in findings if finding.lacks]
-    lines += ["", str(luffy_kernels.status()), "", json.dumps(environment())]
+    lines += ["", kernels(), "", json.dumps(environment())]
     lines += [
         "set: " + (", ".join(sorted(name for name in os.environ if name.startswith(RELEVANT))) or "nothing"),
         "```",

@@ -111,6 +111,37 @@ def test_no_path_is_left_in_a_report():
     assert without_paths("(/dev/shm)") == "(/dev/shm)"
 
 
+@pytest.mark.parametrize("form", [(), ("--report",), ("--json",)])
+@pytest.mark.parametrize("name", ["torch", "transformers"])
+def test_a_library_that_does_not_load_is_a_finding(tmp_path, name, form):
+    """Python finds the broken one first, where an import of a broken binary fails."""
+    broken = tmp_path / "broken" / name
+    broken.mkdir(parents=True)
+    (broken / "__init__.py").write_text("raise ImportError('libxyz.so.3: undefined symbol: what')")
+    done = luffy("doctor", *form, cwd=tmp_path, PYTHONPATH=f"{tmp_path / 'broken'}:{ROOT}")
+    assert done.returncode == 1, done.stderr
+    assert done.stderr == ""
+    assert "ImportError: libxyz.so.3: undefined symbol: what" in done.stdout
+    assert "scripts/setup.sh" in done.stdout
+    if form == ("--json",):
+        lacks = {one["name"] for one in json.loads(done.stdout)["findings"] if one["lacks"]}
+        assert "imports" in lacks
+        assert ("device" in lacks) == (name == "torch")
+
+
+@pytest.mark.parametrize(("text", "why"), [("#!/bin/sh\nexec sleep 60\n", "timed out"), ("\0", "Exec format error")])
+def test_a_compiler_that_does_not_answer_is_a_finding(tmp_path, monkeypatch, text, why):
+    compiler = tmp_path / "c++"
+    compiler.write_text(text)
+    compiler.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(software, "PATIENCE_S", 0.2)
+    found = software.compiler()
+    assert why in found.found
+    assert str(compiler) in found.found
+    assert found.lacks
+
+
 def test_what_is_missing_is_said_and_fails(capsys):
     print_findings([Finding("vLLM", "missing", "run scripts/setup.sh")])
     assert "! vLLM         missing" in capsys.readouterr().out

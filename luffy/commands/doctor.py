@@ -30,9 +30,7 @@ def add_doctor(commands: Any) -> None:
 def run_doctor(args: argparse.Namespace) -> int:
     from luffy.console import print_json
     from luffy.doctor import examine, print_findings, print_report, record
-    from luffy.process import prepare_libraries
 
-    prepare_libraries()
     findings = examine()
     if args.json:
         print_json(record(findings))
