@@ -44,9 +44,11 @@ def plan(
         gpu: a machine of `luffy.machines`, or cpu; None: the one at hand.
 
     Raises:
-        UserError: what `luffy train` would say, in the same words.
+        UserError: what `luffy train` would say, in the same words, and a machine that is not known.
     """
     configs = load_stages(source, overrides)
+    if gpu is not None:
+        find_machine(gpu)  # a stage whose costs are unknown would not look it up
     stages.due(whole, configs, resume)  # refuses what a run would; lets the second begin where the first has ended
     folders = [whole.first, whole] if len(configs) == 2 else [whole]
     size = ranks or rank.world_size()

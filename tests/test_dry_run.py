@@ -131,6 +131,24 @@ def test_what_training_would_refuse(here, options):
     assert planned[2].startswith("luffy: ")
 
 
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        (["--gpu", "h999"], "--gpu must be one of h100"),
+        (["--gpu", ""], "--gpu must be one of h100"),
+        (["--gpus", "0"], "--gpus: must be at least 1"),
+        (["--gpus", "-1"], "--gpus: must be at least 1"),
+    ],
+)
+def test_machines_that_there_are_not(home, options, word):
+    """Also where nothing is looked up, as no costs are known."""
+    done = dry(home, *options)
+    assert done.returncode == 2
+    assert word in done.stderr
+    without = luffy("train", "quickstart", *options, cwd=home)
+    assert without.returncode == 2, "only --dry-run takes them"
+
+
 def test_the_state_of_the_run_folder(home, here):
     shown = luffy("recipes", "show", "quickstart", cwd=home).stdout
     run = home / "held"

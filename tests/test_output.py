@@ -103,6 +103,12 @@ def test_quiet_leaves_the_result(home):
     assert wrong.stderr.startswith("luffy: eval: pass@9")
 
 
+def test_a_port_that_no_machine_has(home):
+    done = luffy("report", "run", "--watch", "--port", "99999", cwd=home)
+    assert done.returncode == 2
+    assert done.stderr.endswith("argument --port: must be at most 65535, got 99999\n")
+
+
 # --- a stdout that is lost -----------------------------------------------------------------------------------------
 
 DRY = ("train", "quickstart", "--model.name", "model", "--dry-run")
