@@ -5,6 +5,9 @@ would fill them: the embedded model, generated problems, what the hub is asked f
 engine. What nothing can know before, the length of rollouts, is assumed to be half of the longest.
 """
 
+import errno
+import os
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, median
@@ -16,7 +19,7 @@ from luffy.checks import check_model
 from luffy.config import Config, load_stages
 from luffy.data import Example, Stream
 from luffy.errors import UserError, user_errors
-from luffy.files import read_jsonl
+from luffy.files import disk_errors, read_jsonl
 from luffy.load import read_config
 from luffy.loggers import started as loggers
 from luffy.machines import Machine, find_machine
@@ -71,6 +74,7 @@ def _changed(source: str, overrides: list[str]) -> list[dict[str, Any]]:
 def _stage(config: Config, run: RunFolder, resume: bool, size: int, gpu: str | None) -> dict[str, Any]:
     run.check(config, resume)
     run.refuse_other_process()
+    _refuse_unwritable(run.path)
     loggers.check(config.log)
     path = resolve(config.model)
     template = load_template(path, config.model)
@@ -95,6 +99,20 @@ def _stage(config: Config, run: RunFolder, resume: bool, size: int, gpu: str | N
         "evaluation": evaluation,
         **_costs(config, path, size, gpu, step, evaluation, state, run),
     }
+
+
+def _refuse_unwritable(folder: Path) -> None:
+    """As a run does that opens it. A folder that is not there is made, which alone tells, and taken away again."""
+    with disk_errors("train: cannot open the run folder"):
+        if folder.is_dir():
+            if not os.access(folder, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder / ".lock"))
+            return
+        missing = [path for path in (folder, *folder.parents) if not path.exists()]
+        folder.mkdir(parents=True)
+        with suppress(OSError):  # somebody may use it by now
+            for path in missing:
+                path.rmdir()
 
 
 def _state(run: RunFolder, config: Config) -> dict[str, Any]:

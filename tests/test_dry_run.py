@@ -1,6 +1,8 @@
 """`luffy train --dry-run`: the real data of a run, and nothing done."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +10,11 @@ from pathlib import Path
 import pytest
 from tiny import ROOT, luffy, make_model
 
+from luffy import dry_run, stages
 from luffy.cli import main
+from luffy.config import load_stages
+from luffy.errors import UserError
+from luffy.manifest import write_manifest
 from luffy.run_folder import RunFolder
 
 
@@ -171,8 +177,50 @@ def test_the_state_of_the_run_folder(home, here):
     assert stage["seconds"]["steps_left"] == 0
 
 
+def test_a_run_folder_that_cannot_be_made(home, here):
+    (home / "file").write_text("")
+    for folder in ("/proc/run", "file/run"):
+        planned, trained = here("--dry-run", folder=folder), here(folder=folder)
+        assert planned == trained
+        assert planned[0] == 2
+        assert "cannot open the run folder" in planned[2]
+    (home / "file").unlink()
+
+
+def test_one_that_cannot_be_written(tmp_path, monkeypatch):
+    """The superuser of a container may write everywhere, so the answer of the kernel is given."""
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(UserError, match="cannot open the run folder"):
+        dry_run._refuse_unwritable(tmp_path)
+
+
+TWO = ["--first.objective.name", "sft", "--first.train.steps", "5", "--first.train.max_minutes", "null"]
+
+
 def test_two_stages(home):
-    done = dry(home, "--first.objective.name", "sft", "--first.train.steps", "5", run="two")
+    done = dry(home, *TWO, run="two")
     assert done.returncode == 0, done.stderr[-2000:]
     assert "stage 1 of 2: sft" in done.stdout
     assert "stage 2 of 2: luffy" in done.stdout
+    assert "two/first: new, training begins with step 1" in done.stdout
+    assert "two: new, training begins with step 1" in done.stdout
+
+
+def test_two_stages_half_and_all_done(home, here):
+    whole, (first, last) = RunFolder("stages"), load_stages("quickstart", ["--model.name", str(home / "model"), *TWO])
+    whole.first.open(first)
+    shutil.copytree(home / "model", whole.first.checkpoints / "step-000005")
+    (whole.first.checkpoints / "step-000005" / "trainer").mkdir()
+    write_manifest(whole.first.checkpoints / "step-000005", {})
+    asked = {"steps": 5, "max_minutes": None}
+    kept = {"asked": asked, "checkpoint": "checkpoints/step-000005"}
+    whole.first.finish(kept | {"objective": "sft", "steps": 5, "train_minutes": 1.0, "response_tokens": 0})
+    _, said, wrong = here("--dry-run", "--resume", *TWO, folder="stages")
+    assert "stages/first: complete after 5 steps; --resume goes on with stage 2\n" in said, wrong
+    assert "stages: new, training begins with step 1\n" in said
+    _, last = stages.due(whole, [first, last], resume=True)
+    whole.open(last)
+    whole.finish({"asked": {"steps": 44, "max_minutes": 11.5}})
+    _, said, wrong = here("--dry-run", "--resume", *TWO, folder="stages")
+    assert "stages/first: complete after 5 steps\n" in said, wrong
+    assert "; --resume prints its result again\n" in said
