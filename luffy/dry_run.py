@@ -32,6 +32,9 @@ from luffy.run_folder import RunFolder
 from luffy.shapes import find_shape
 from luffy.sources import Sets, load_sets, load_template, resolve
 
+BESIDE = (0.05, 1.0)
+"""Seconds of a step that no work accounts for: packing, verification, Python. Assumed: with a model of a few thousand
+weights, whose work takes milliseconds, steps took 0.08 s."""
 SLOW_START = 2
 """First steps that a measured pace leaves out: they compile, and fill caches."""
 
@@ -253,7 +256,8 @@ def _seconds(
     that is what its steps are taken to last."""
     if not given.phases:
         return None
-    step = (measured, measured) if measured else step_time.total(given.phases)
+    phases = given.phases | {"other": BESIDE}
+    step = (measured, measured) if measured else step_time.total(phases)
     longest = evaluation["max_tokens"]
     asked = step_time.answering(given.work, evaluation["answers"], max(1, longest // 2), longest)
     left = 0 if state["state"] == "complete" else config.train.steps - state["steps_done"]
@@ -262,8 +266,8 @@ def _seconds(
     steps = [min(left * one, most) for one in step]
     whole = [one + share * asking for one, asking in zip(steps, asked, strict=True)]
     return {
-        "step": list(step_time.total(given.phases)),
-        "phases": {name: list(sides) for name, sides in given.phases.items()},
+        "step": list(step_time.total(phases)),
+        "phases": {name: list(sides) for name, sides in phases.items()},
         "evaluations": list(asked),
         "steps_left": left,
         "training_left": steps,
