@@ -1,7 +1,7 @@
 """`luffy doctor`: what this machine has, what is missing for training on it, and what we could not run ourselves."""
 
-import os
 import re
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,12 @@ UNVERIFIED = (
 
 RELEVANT = ("LUFFY_", "CUDA_", "HF_", "NCCL_", "TORCH", "TRITON_", "VLLM_", "OMP_", "MASTER_", "SLURM_")
 """Beginnings of environment variables that change what happens."""
-_PATH = re.compile(r"(?<![\w.:/])(?!/dev/shm)~?(?:/[\w.@+-]+){2,}/?")
+_QUOTED = re.compile(r"""(['"`])(?:file://)?~?/[^'"`\n]+\1""")
+"""A path in quotes, blanks and all."""
+_STEP = r"/(?:[\w.@+-]|\\ | (?=[\w.@+-]+/))+"
+_PATH = re.compile(rf"(?:file://|(?<![\w.:/])|(?<=[^\s/]:)(?=[/~][^/]))(?!/dev/shm)~?(?:{_STEP})+/?")
+"""Outside quotes, with blanks where another slash follows, also behind the colon of a list of paths, but not what
+follows a server in an address."""
 
 
 def examine() -> list[Finding]:
@@ -68,9 +73,11 @@ def record(findings: list[Finding]) -> dict[str, Any]:
     }
 
 
-def print_report(findings: list[Finding]) -> None:
-    """The same as Markdown for a bug report: versions and sizes, names of variables that are set and no value of one,
-    no paths, no name of a user or of the machine."""
+def print_report(findings: list[Finding], names: Iterable[str]) -> None:
+    """The same as Markdown for a bug report: versions and sizes, no paths, no name of a user or of the machine.
+
+    names: of the variables that are set, no value of one.
+    """
     import json
 
     from luffy.run_folder import environment
@@ -79,11 +86,11 @@ def print_report(findings: list[Finding]) -> None:
     lines += [f"! {finding.name}: {finding.lacks}" for finding in findings if finding.lacks]
     lines += ["", kernels(), "", json.dumps(environment())]
     lines += [
-        "set: " + (", ".join(sorted(name for name in os.environ if name.startswith(RELEVANT))) or "nothing"),
+        "set: " + (", ".join(sorted(name for name in names if name.startswith(RELEVANT))) or "nothing"),
         "```",
     ]
     print(without_paths("\n".join(lines)))
 
 
 def without_paths(text: str) -> str:
-    return _PATH.sub("PATH", text.replace(str(Path.home()), "~"))
+    return _PATH.sub("PATH", _QUOTED.sub("PATH", text.replace(str(Path.home()), "~")))
