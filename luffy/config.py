@@ -505,7 +505,10 @@ def _read_toml(source: str) -> dict[str, Any]:
     if path.suffix == ".toml":
         if not path.is_file():
             raise UserError(f"config: no file {source}")
-        text = path.read_text()
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"config: {source} is not valid TOML, which is UTF-8: {error}") from None
     elif source in recipe_names():
         text = (_recipes() / f"{source}.toml").read_text()
     else:

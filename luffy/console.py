@@ -15,7 +15,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 
 from luffy.rank import speaks
 
-console = Console(highlight=False, soft_wrap=True)
+
+class Results(Console):
+    """Whose reader may go before the end: what then happens is said once, in `luffy.cli`."""
+
+    def on_broken_pipe(self) -> None:
+        raise
+
+
+console = Results(highlight=False, soft_wrap=True)
 """Of results."""
 progress = Console(highlight=False, soft_wrap=True, stderr=True)
 """Of progress and warnings."""

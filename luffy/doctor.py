@@ -1,13 +1,14 @@
 """`luffy doctor`: what this machine has, what is missing for training on it, and what we could not run ourselves."""
 
-import os
 import re
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from luffy.diagnosis import hardware, software
 from luffy.diagnosis.finding import Finding
+from luffy.errors import first_line
 
 # What was written against an interface and never run on the hardware that it is for: (what, how far it was tried).
 # scripts/gpu_check.sh tries most of it where it can.
@@ -26,21 +27,34 @@ UNVERIFIED = (
 
 RELEVANT = ("LUFFY_", "CUDA_", "HF_", "NCCL_", "TORCH", "TRITON_", "VLLM_", "OMP_", "MASTER_", "SLURM_")
 """Beginnings of environment variables that change what happens."""
-_PATH = re.compile(r"(?<![\w.:/])(?!/dev/shm)~?(?:/[\w.@+-]+){2,}/?")
+_QUOTED = re.compile(r"""(['"`])(?:file://)?~?/[^'"`\n]+\1""")
+"""A path in quotes, blanks and all."""
+_STEP = r"/(?:[\w.@+-]|\\ | (?=[\w.@+-]+/))+"
+_PATH = re.compile(rf"(?:file://|(?<![\w.:/])|(?<=[^\s/]:)(?=[/~][^/]))(?!/dev/shm)~?(?:{_STEP})+/?")
+"""Outside quotes, with blanks where another slash follows, also behind the colon of a list of paths, but not what
+follows a server in an address."""
 
 
 def examine() -> list[Finding]:
     return [*software.examine(), *hardware.examine()]
 
 
-def print_findings(findings: list[Finding]) -> None:
-    import luffy_kernels
+def kernels() -> str:
+    """What serves the LM head, as luffy_kernels says where it can be imported."""
+    try:
+        import luffy_kernels
 
+        return luffy_kernels.status()
+    except Exception as error:  # a torch that does not load, of which a finding tells more
+        return f"unknown: {first_line(error)}"
+
+
+def print_findings(findings: list[Finding]) -> None:
     for finding in findings:
         print(f"{'!' if finding.lacks else ' '} {finding.name:12} {finding.found}")
         if finding.lacks:
             print(f"  {'':12} {finding.lacks}")
-    print(f"\nKernels of the LM head, by operator and backend:\n{luffy_kernels.status()}")
+    print(f"\nKernels of the LM head, by operator and backend:\n{kernels()}")
     print("\nNever run by us, for want of GPUs (scripts/gpu_check.sh tries them; results are welcome):")
     for what, tried in UNVERIFIED:
         print(f"  {what}: {tried}")
@@ -48,37 +62,35 @@ def print_findings(findings: list[Finding]) -> None:
 
 def record(findings: list[Finding]) -> dict[str, Any]:
     """As JSON values."""
-    import luffy_kernels
-
     from luffy.run_folder import environment
 
     return {
         "well": not any(finding.lacks for finding in findings),
         "findings": [asdict(finding) for finding in findings],
-        "kernels": str(luffy_kernels.status()).splitlines(),
+        "kernels": kernels().splitlines(),
         "never_run": [{"what": what, "tried": tried} for what, tried in UNVERIFIED],
         "environment": environment(),
     }
 
 
-def print_report(findings: list[Finding]) -> None:
-    """The same as Markdown for a bug report: versions and sizes, names of variables that are set and no value of one,
-    no paths, no name of a user or of the machine."""
-    import json
+def print_report(findings: list[Finding], names: Iterable[str]) -> None:
+    """The same as Markdown for a bug report: versions and sizes, no paths, no name of a user or of the machine.
 
-    import luffy_kernels
+    names: of the variables that are set, no value of one.
+    """
+    import json
 
     from luffy.run_folder import environment
 
     lines = ["```", *(f"{finding.name}: {finding.found}" for finding in findings)]
     lines += [f"! {finding.name}: {finding.lacks}" for finding in findings if finding.lacks]
-    lines += ["", str(luffy_kernels.status()), "", json.dumps(environment())]
+    lines += ["", kernels(), "", json.dumps(environment())]
     lines += [
-        "set: " + (", ".join(sorted(name for name in os.environ if name.startswith(RELEVANT))) or "nothing"),
+        "set: " + (", ".join(sorted(name for name in names if name.startswith(RELEVANT))) or "nothing"),
         "```",
     ]
     print(without_paths("\n".join(lines)))
 
 
 def without_paths(text: str) -> str:
-    return _PATH.sub("PATH", text.replace(str(Path.home()), "~"))
+    return _PATH.sub("PATH", _QUOTED.sub("PATH", text.replace(str(Path.home()), "~")))

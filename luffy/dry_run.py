@@ -5,6 +5,9 @@ would fill them: the embedded model, generated problems, what the hub is asked f
 engine. What nothing can know before, the length of rollouts, is assumed to be half of the longest.
 """
 
+import errno
+import os
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, median
@@ -16,7 +19,7 @@ from luffy.checks import check_model
 from luffy.config import Config, load_stages
 from luffy.data import Example, Stream
 from luffy.errors import UserError, user_errors
-from luffy.files import read_jsonl
+from luffy.files import disk_errors, read_jsonl
 from luffy.load import read_config
 from luffy.loggers import started as loggers
 from luffy.loggers.sink import without_secrets
@@ -30,6 +33,9 @@ from luffy.run_folder import RunFolder
 from luffy.shapes import find_shape
 from luffy.sources import Sets, load_sets, load_template, resolve
 
+BESIDE = (0.05, 1.0)
+"""Seconds of a step that no work accounts for: packing, verification, Python. Assumed: with a model of a few thousand
+weights, whose work takes milliseconds, steps took 0.08 s."""
 SLOW_START = 2
 """First steps that a measured pace leaves out: they compile, and fill caches."""
 
@@ -45,9 +51,11 @@ def plan(
         gpu: a machine of `luffy.machines`, or cpu; None: the one at hand.
 
     Raises:
-        UserError: what `luffy train` would say, in the same words.
+        UserError: what `luffy train` would say, in the same words, and a machine that is not known.
     """
     configs = load_stages(source, overrides)
+    if gpu is not None:
+        find_machine(gpu)  # a stage whose costs are unknown would not look it up
     stages.due(whole, configs, resume)  # refuses what a run would; lets the second begin where the first has ended
     folders = [whole.first, whole] if len(configs) == 2 else [whole]
     size = ranks or rank.world_size()
@@ -70,6 +78,7 @@ def _changed(source: str, overrides: list[str]) -> list[dict[str, Any]]:
 def _stage(config: Config, run: RunFolder, resume: bool, size: int, gpu: str | None) -> dict[str, Any]:
     run.check(config, resume)
     run.refuse_other_process()
+    _refuse_unwritable(run.path)
     loggers.check(config.log)
     path = resolve(config.model)
     template = load_template(path, config.model)
@@ -94,6 +103,20 @@ def _stage(config: Config, run: RunFolder, resume: bool, size: int, gpu: str | N
         "evaluation": evaluation,
         **_costs(config, path, size, gpu, step, evaluation, state, run),
     }
+
+
+def _refuse_unwritable(folder: Path) -> None:
+    """As a run does that opens it. A folder that is not there is made, which alone tells, and taken away again."""
+    with disk_errors("train: cannot open the run folder"):
+        if folder.is_dir():
+            if not os.access(folder, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder / ".lock"))
+            return
+        missing = [path for path in (folder, *folder.parents) if not path.exists()]
+        folder.mkdir(parents=True)
+        with suppress(OSError):  # somebody may use it by now
+            for path in missing:
+                path.rmdir()
 
 
 def _state(run: RunFolder, config: Config) -> dict[str, Any]:
@@ -234,7 +257,8 @@ def _seconds(
     that is what its steps are taken to last."""
     if not given.phases:
         return None
-    step = (measured, measured) if measured else step_time.total(given.phases)
+    phases = given.phases | {"other": BESIDE}
+    step = (measured, measured) if measured else step_time.total(phases)
     longest = evaluation["max_tokens"]
     asked = step_time.answering(given.work, evaluation["answers"], max(1, longest // 2), longest)
     left = 0 if state["state"] == "complete" else config.train.steps - state["steps_done"]
@@ -243,8 +267,8 @@ def _seconds(
     steps = [min(left * one, most) for one in step]
     whole = [one + share * asking for one, asking in zip(steps, asked, strict=True)]
     return {
-        "step": list(step_time.total(given.phases)),
-        "phases": {name: list(sides) for name, sides in given.phases.items()},
+        "step": list(step_time.total(phases)),
+        "phases": {name: list(sides) for name, sides in phases.items()},
         "evaluations": list(asked),
         "steps_left": left,
         "training_left": steps,

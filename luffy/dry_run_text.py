@@ -23,7 +23,7 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
         for key in changed:
             yield from _said("" if key is not changed[0] else "changed", _change(key))
         folder = found["run_folder"] if stage is stages[-1] else f"{found['run_folder']}/first"
-        yield from _said("run folder", f"{folder}: {_state(stage)}")
+        yield from _said("run folder", f"{folder}: {_state(stage['state'], stages[number:])}")
         for about, texts in (
             ("data", _data(stage["data"])),
             ("step", _step(stage["step"])),
@@ -45,12 +45,15 @@ def _change(key: dict[str, Any]) -> str:
     return f"{key['key']} = {given} (recipe: {recipe})"
 
 
-def _state(stage: dict[str, Any]) -> str:
-    state = stage["state"]
+def _state(state: dict[str, Any], later: list[dict[str, Any]]) -> str:
+    """later: stages that follow."""
     if state["state"] == "new":
         return "new, training begins with step 1"
     if state["state"] == "complete":
-        return f"complete after {state['steps_done']} steps; --resume prints its result again"
+        done = f"complete after {state['steps_done']} steps"
+        if later and later[0]["state"]["state"] == "complete":
+            return done  # nothing goes on, and the result is that of the last
+        return f"{done}; --resume {'goes on with stage 2' if later else 'prints its result again'}"
     if state["checkpoint"] is None:
         return "holds a run without a checkpoint; --resume begins with step 1"
     return f"holds a run; --resume goes on from {state['checkpoint']} with step {state['steps_done'] + 1}"

@@ -20,6 +20,8 @@ GIB = 2**30
 MASTER = 4  # float32: masters, gradients, each of Adam's moments
 CHUNK = {"cpu": 256 << 20, "cuda": 1 << 30}  # luffy_kernels' default of `chunk_bytes`
 CONTEXT = {"cpu": 0, "cuda": 1 << 30}  # what the driver, cuBLAS, NCCL and compiled kernels keep: assumed
+PROCESS = 1 << 30  # on a CPU the interpreter, torch, transformers and vLLM: measured, 0.7 to 1.0
+FILE = 2 << 30  # luffy.checkpoint.FILE_BYTES
 HOLES = 0.25  # of a heap that returns nothing, what fits nobody: fitted to the first four cases of bench.plan
 Recompute = bool | Literal["selective"]
 Parts = dict[str, float]
@@ -28,9 +30,10 @@ Parts = dict[str, float]
 WEIGHTS, GRADIENTS, OPTIMIZER, GATHERED = "weights", "gradients", "optimizer", "gathered weights"
 ACTIVATIONS, HEAD, WORK = "activations", "head workspace", "backward workspace"
 ENGINE_WEIGHTS, KV, DRIVER, HEAP = "vLLM weights", "vLLM KV cache", "driver and libraries", "freed, but kept"
+COPIES = "checkpoint copies"
 FORWARD = ("head, forward", "head, backward")
 REDUCE = "gradients of embedding and head"
-PARTS = (WEIGHTS, GRADIENTS, OPTIMIZER, GATHERED, ACTIVATIONS, HEAD, WORK, ENGINE_WEIGHTS, KV, DRIVER, HEAP)
+PARTS = (WEIGHTS, GRADIENTS, OPTIMIZER, GATHERED, ACTIVATIONS, HEAD, WORK, ENGINE_WEIGHTS, KV, DRIVER, HEAP, COPIES)
 
 
 @dataclass(frozen=True)
@@ -149,6 +152,21 @@ def _heap(load: Load, found: dict[str, Parts], live: float) -> float:
     backward = last[GRADIENTS] + last[WORK] + block_backward(load) + _reduction(load, load.trained_block)
     resident = sum(size for part, size in last.items() if part not in (GRADIENTS, WORK))
     return max(0.0, resident + (1 + HOLES) * (forward + backward) - live)
+
+
+def beside_updates(load: Load, saves: bool) -> Parts:
+    """What a rank holds on a CPU that an update alone does not: its libraries, and copies of a checkpoint that is
+    written while it goes on (`saves`). bench.plan measures without both.
+
+    A copy of weights and moments is made; safetensors then takes twice what goes into one file, first for the weights,
+    whose copies are then let go of, then for the moments. On a GPU all that is the host's.
+    """
+    if load.device == "cuda":
+        return {}
+    resident = _resident(load)
+    weights, moments = resident[WEIGHTS], resident[OPTIMIZER]
+    copies = moments + max(weights + 2 * min(FILE, weights), 2 * min(FILE, moments))
+    return {DRIVER: float(PROCESS), COPIES: copies if saves else 0.0}
 
 
 def host_bytes(load: Load) -> float:

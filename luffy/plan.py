@@ -201,6 +201,7 @@ def evaluate(asked: Asked, choice: Choice) -> Plan:
     """What this choice comes to, and what is wrong with it."""
     load, cache = load_of(asked, choice)
     moment, parts = footprint.peak(load)
+    parts = parts | footprint.beside_updates(load, saves=asked.config.checkpoint.every > 0)
     work = _work(asked, choice, cache)
     problem = _problem(asked, choice, parts, cache)
     return Plan(

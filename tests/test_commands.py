@@ -6,6 +6,7 @@ import resource
 import shlex
 import shutil
 import subprocess
+import sys
 
 import pytest
 from tiny import ROOT, luffy
@@ -77,6 +78,24 @@ def test_help_is_quick(tmp_path):
     assert sorted(spent)[2] < 0.5, spent
     for code, meaning in EXIT_CODES.items():
         assert f"  {code:<4} {meaning}" in done.stdout
+
+
+INTERRUPTED = """
+import os, signal, sys
+from importlib.abc import MetaPathFinder
+class CtrlC(MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "luffy.commands.plan":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, CtrlC())
+from luffy.cli import main
+sys.exit(main(["recipes"]))
+"""
+
+
+def test_ctrl_c_while_commands_are_imported():
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "luffy: interrupted\n")
 
 
 def test_the_version(tmp_path):

@@ -87,6 +87,13 @@ def test_a_bad_file_is_one_sentence(text, words, tmp_path):
         assert word in str(error.value)
 
 
+def test_a_file_that_is_not_utf_8_is_one_sentence(tmp_path):
+    file = tmp_path / "mine.toml"
+    file.write_bytes('name = "gr\xfc\xdfe"\n'.encode("latin-1"))
+    with pytest.raises(UserError, match=r"mine\.toml is not valid TOML, which is UTF-8.*position 10"):
+        load_config(str(file))
+
+
 def test_a_misspelt_recipe_is_answered_with_the_nearest():
     with pytest.raises(UserError, match="did you mean quickstart"):
         load_config("quickstrt")

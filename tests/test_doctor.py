@@ -1,6 +1,7 @@
 """`luffy doctor` says what is there, and the docs list what was never run as it does."""
 
 import json
+import os
 import platform
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from tiny import ROOT, luffy
 
 from luffy.diagnosis import hardware, software
 from luffy.diagnosis.finding import Finding
-from luffy.doctor import UNVERIFIED, print_findings, without_paths
+from luffy.doctor import RELEVANT, UNVERIFIED, print_findings, without_paths
 
 
 def test_it_says_what_this_machine_has(tmp_path):
@@ -107,8 +108,63 @@ def test_no_path_is_left_in_a_report():
     said = without_paths(
         f"2.8: /opt/mine/x.so: undefined symbol, in (/usr/lib/y.so.1) and {Path.home()}/z; see https://a/b/c"
     )
-    assert said == "2.8: PATH: undefined symbol, in (PATH) and ~/z; see https://a/b/c"
-    assert without_paths("(/dev/shm)") == "(/dev/shm)"
+    assert said == "2.8: PATH: undefined symbol, in (PATH) and PATH; see https://a/b/c"
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ("(/dev/shm)", "(/dev/shm)"),
+        ("12.9/13 and/or 3 GiB/s", "12.9/13 and/or 3 GiB/s"),
+        ("`/tmp/w/my dir/sub/x.so` is", "PATH is"),
+        ("'/a b' or \"/c d/e\"", "PATH or PATH"),
+        ("/tmp/w/my dir/sub/x.so: cannot open shared object file", "PATH: cannot open shared object file"),
+        ("/tmp/my\\ dir/x", "PATH"),
+        ("at file:///home/bob/x", "at PATH"),
+        ("in /secret now", "in PATH now"),
+        ("a:/home/al/y:/z", "a:PATH:PATH"),
+    ],
+)
+def test_paths_of_every_form_are_found(text, left):
+    assert without_paths(text) == left
+
+
+def test_a_report_names_the_variables_of_the_user_alone(tmp_path, monkeypatch):
+    for name in [name for name in os.environ if name.startswith(RELEVANT)]:
+        monkeypatch.delenv(name)
+    done = luffy("doctor", "--report", cwd=tmp_path, TORCH_HOME="/x")
+    assert "\nset: LUFFY_CACHE, TORCH_HOME\n" in done.stdout  # the first is of the call
+
+
+@pytest.mark.parametrize("form", [(), ("--report",), ("--json",)])
+@pytest.mark.parametrize("name", ["torch", "transformers"])
+def test_a_library_that_does_not_load_is_a_finding(tmp_path, name, form):
+    """Python finds the broken one first, where an import of a broken binary fails."""
+    broken = tmp_path / "broken" / name
+    broken.mkdir(parents=True)
+    (broken / "__init__.py").write_text("raise ImportError('libxyz.so.3: undefined symbol: what')")
+    done = luffy("doctor", *form, cwd=tmp_path, PYTHONPATH=f"{tmp_path / 'broken'}:{ROOT}")
+    assert done.returncode == 1, done.stderr
+    assert done.stderr == ""
+    assert "ImportError: libxyz.so.3: undefined symbol: what" in done.stdout
+    assert "scripts/setup.sh" in done.stdout
+    if form == ("--json",):
+        lacks = {one["name"] for one in json.loads(done.stdout)["findings"] if one["lacks"]}
+        assert "imports" in lacks
+        assert ("device" in lacks) == (name == "torch")
+
+
+@pytest.mark.parametrize(("text", "why"), [("#!/bin/sh\nexec sleep 60\n", "timed out"), ("\0", "Exec format error")])
+def test_a_compiler_that_does_not_answer_is_a_finding(tmp_path, monkeypatch, text, why):
+    compiler = tmp_path / "c++"
+    compiler.write_text(text)
+    compiler.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(software, "PATIENCE_S", 0.2)
+    found = software.compiler()
+    assert why in found.found
+    assert str(compiler) in found.found
+    assert found.lacks
 
 
 def test_what_is_missing_is_said_and_fails(capsys):

@@ -1,6 +1,8 @@
 """`luffy train --dry-run`: the real data of a run, and nothing done."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +10,11 @@ from pathlib import Path
 import pytest
 from tiny import ROOT, luffy, make_model
 
+from luffy import dry_run, stages
 from luffy.cli import main
+from luffy.config import load_stages
+from luffy.errors import UserError
+from luffy.manifest import write_manifest
 from luffy.run_folder import RunFolder
 
 
@@ -61,6 +67,7 @@ def test_memory_and_time_are_those_of_the_plan(said):
     low, high = seconds["step"]
     assert 0 < low <= high
     assert low == pytest.approx(sum(sides[0] for sides in seconds["phases"].values()))
+    assert low < 0.08 < high  # what a step of a model as small as this took
     assert seconds["training_left"][1] <= 60 * 11.5
     assert seconds["left"][1] > seconds["training_left"][1]
     assert "measured just now" in stage["machine"]["rates"] or "data sheet" in stage["machine"]["rates"]
@@ -141,6 +148,24 @@ def test_no_secrets_are_printed(here):
         assert not any(secret in plan for secret in ("pass1234", "word5678"))
 
 
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        (["--gpu", "h999"], "--gpu must be one of h100"),
+        (["--gpu", ""], "--gpu must be one of h100"),
+        (["--gpus", "0"], "--gpus: must be at least 1"),
+        (["--gpus", "-1"], "--gpus: must be at least 1"),
+    ],
+)
+def test_machines_that_there_are_not(home, options, word):
+    """Also where nothing is looked up, as no costs are known."""
+    done = dry(home, *options)
+    assert done.returncode == 2
+    assert word in done.stderr
+    without = luffy("train", "quickstart", *options, cwd=home)
+    assert without.returncode == 2, "only --dry-run takes them"
+
+
 def test_the_state_of_the_run_folder(home, here):
     shown = luffy("recipes", "show", "quickstart", cwd=home).stdout
     run = home / "held"
@@ -178,8 +203,50 @@ def test_a_damaged_result_is_named(home, here, text):
     assert planned[2].endswith("; remove it and resume the run, which writes it anew from the last checkpoint")
 
 
+def test_a_run_folder_that_cannot_be_made(home, here):
+    (home / "file").write_text("")
+    for folder in ("/proc/run", "file/run"):
+        planned, trained = here("--dry-run", folder=folder), here(folder=folder)
+        assert planned == trained
+        assert planned[0] == 2
+        assert "cannot open the run folder" in planned[2]
+    (home / "file").unlink()
+
+
+def test_one_that_cannot_be_written(tmp_path, monkeypatch):
+    """The superuser of a container may write everywhere, so the answer of the kernel is given."""
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(UserError, match="cannot open the run folder"):
+        dry_run._refuse_unwritable(tmp_path)
+
+
+TWO = ["--first.objective.name", "sft", "--first.train.steps", "5", "--first.train.max_minutes", "null"]
+
+
 def test_two_stages(home):
-    done = dry(home, "--first.objective.name", "sft", "--first.train.steps", "5", run="two")
+    done = dry(home, *TWO, run="two")
     assert done.returncode == 0, done.stderr[-2000:]
     assert "stage 1 of 2: sft" in done.stdout
     assert "stage 2 of 2: luffy" in done.stdout
+    assert "two/first: new, training begins with step 1" in done.stdout
+    assert "two: new, training begins with step 1" in done.stdout
+
+
+def test_two_stages_half_and_all_done(home, here):
+    whole, (first, last) = RunFolder("stages"), load_stages("quickstart", ["--model.name", str(home / "model"), *TWO])
+    whole.first.open(first)
+    shutil.copytree(home / "model", whole.first.checkpoints / "step-000005")
+    (whole.first.checkpoints / "step-000005" / "trainer").mkdir()
+    write_manifest(whole.first.checkpoints / "step-000005", {})
+    asked = {"steps": 5, "max_minutes": None}
+    kept = {"asked": asked, "checkpoint": "checkpoints/step-000005"}
+    whole.first.finish(kept | {"objective": "sft", "steps": 5, "train_minutes": 1.0, "response_tokens": 0})
+    _, said, wrong = here("--dry-run", "--resume", *TWO, folder="stages")
+    assert "stages/first: complete after 5 steps; --resume goes on with stage 2\n" in said, wrong
+    assert "stages: new, training begins with step 1\n" in said
+    _, last = stages.due(whole, [first, last], resume=True)
+    whole.open(last)
+    whole.finish({"asked": {"steps": 44, "max_minutes": 11.5}})
+    _, said, wrong = here("--dry-run", "--resume", *TWO, folder="stages")
+    assert "stages/first: complete after 5 steps\n" in said, wrong
+    assert "; --resume prints its result again\n" in said

@@ -103,6 +103,44 @@ def test_quiet_leaves_the_result(home):
     assert wrong.stderr.startswith("luffy: eval: pass@9")
 
 
+def test_a_port_that_no_machine_has(home):
+    done = luffy("report", "run", "--watch", "--port", "99999", cwd=home)
+    assert done.returncode == 2
+    assert done.stderr.endswith("argument --port: must be at most 65535, got 99999\n")
+
+
+# --- a stdout that is lost -----------------------------------------------------------------------------------------
+
+DRY = ("train", "quickstart", "--model.name", "model", "--dry-run")
+
+
+def into(home: Path, stdout: int, *command: str, unbuffered: str = "") -> tuple[int, str]:
+    """(exit code, stderr) of a command whose stdout is this."""
+    env = os.environ | {"LUFFY_CACHE": str(home / "cache"), "PYTHONUNBUFFERED": unbuffered}
+    whole = [sys.executable, "-m", "luffy", *command]
+    done = subprocess.run(whole, cwd=home, env=env, stdout=stdout, stderr=subprocess.PIPE, text=True)
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "unbuffered"), [(("recipes",), ""), (("recipes",), "1"), (("--help",), ""), (DRY, "")]
+)
+def test_a_reader_may_go_before_the_end(home, command, unbuffered):
+    """As `| head` does."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    assert into(home, writer, *command, unbuffered=unbuffered) == (141, "")
+    os.close(writer)
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_disk_below_stdout_is_one_sentence(home, unbuffered):
+    full = os.open("/dev/full", os.O_WRONLY)
+    said = "luffy: stdout cannot be written (No space left on device); free some space, or write elsewhere\n"
+    assert into(home, full, "recipes", unbuffered=unbuffered) == (2, said)
+    os.close(full)
+
+
 # --- colours -------------------------------------------------------------------------------------------------------
 
 TABLE = """

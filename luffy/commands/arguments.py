@@ -166,6 +166,13 @@ def share(text: str) -> float:
     return value
 
 
+def port(text: str) -> int:
+    value = positive(text)
+    if value > 65535:
+        raise argparse.ArgumentTypeError(f"must be at most 65535, got {value}")
+    return value
+
+
 def positive(text: str) -> int:
     value = int(text)
     if value < 1:

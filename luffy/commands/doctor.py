@@ -1,6 +1,7 @@
 """`luffy doctor`."""
 
 import argparse
+import os
 from typing import Any
 
 from luffy.commands.arguments import add_command, add_json
@@ -28,14 +29,15 @@ def add_doctor(commands: Any) -> None:
 
 
 def run_doctor(args: argparse.Namespace) -> int:
+    names = list(os.environ)  # the user's: what is examined sets more, for libraries
     from luffy.console import print_json
     from luffy.doctor import examine, print_findings, print_report, record
-    from luffy.process import prepare_libraries
 
-    prepare_libraries()
     findings = examine()
     if args.json:
         print_json(record(findings))
+    elif args.report:
+        print_report(findings, names)
     else:
-        (print_report if args.report else print_findings)(findings)
+        print_findings(findings)
     return int(any(finding.lacks for finding in findings))

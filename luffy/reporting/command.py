@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from luffy.commands.arguments import add_command, add_json, positive
+from luffy.commands.arguments import add_command, add_json, port
 from luffy.errors import UserError
 
 REFRESH_S = 10
@@ -31,7 +31,7 @@ def add_report(commands: Any) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
     parser.add_argument("--out", metavar="FILE.html", help="default: report.html in the first run's folder")
     parser.add_argument("--watch", action="store_true", help="serve the page on loopback, new every 10 s")
-    parser.add_argument("--port", type=positive, default=8642, metavar="N", help="of --watch (default: %(default)s)")
+    parser.add_argument("--port", type=port, default=8642, metavar="N", help="of --watch (default: %(default)s)")
     add_json(parser)
 
 
