@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from luffy_kernels import linear_cross_entropy, linear_logprobs, linear_policy_loss, policy_gradient, shaped
-from luffy_kernels.compat.transformers import patch
+from luffy_kernels.compat.transformers import patch, unpatch
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
+from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from luffy import distributed
@@ -182,15 +183,30 @@ class BadHead:
         ids = torch.randint(3, 96, (2, 9), generator=torch.Generator().manual_seed(0))
         kept, kind, forward = deepcopy(model.state_dict()), type(model), model.forward
         if self.says is None:
-            own = model(ids, labels=ids).loss
-            torch.testing.assert_close(patch(model)(ids, labels=ids).loss, own)
+            own, patched = model(ids, labels=ids), patch(model)(ids, labels=ids)
+            torch.testing.assert_close(patched.loss, own.loss)
+            assert own.logits is not None
+            assert patched.logits is None  # or the patch did nothing
+            assert type(model) is not kind
+            unpatch(model)
         else:
             with pytest.raises(ValueError, match="^luffy_kernels: ") as raised:
                 patch(model)
             check_sentence(raised.value, self.says)
-            assert type(model) is kind
-            assert model.forward == forward
-        assert str(model.state_dict()) == str(kept)
+        assert type(model) is kind
+        assert model.forward == forward
+        assert not differing(model.state_dict(), kept)
+
+
+def differing(state: dict[str, Any], kept: dict[str, Any]) -> set[str]:
+    """Names of what is not the same to the last bit. Quantised weights are tuples of tensors."""
+    return set(state) ^ set(kept) | {
+        name for name in set(state) & set(kept) if not all(map(same, *map(tree_leaves, (state[name], kept[name]))))
+    }
+
+
+def same(value: Any, other: Any) -> bool:
+    return torch.equal(value, other) if isinstance(value, Tensor) else value == other
 
 
 def causal(name: str) -> Any:
