@@ -95,7 +95,7 @@ ROLLOUTS = [
     Bad(
         error="unreachable URL",
         provoke=lambda home: ask(home, "http://127.0.0.1:1", home.model),
-        says=Says("http://127.0.0.1:1", "server", "no server answers at", "start it, or mend rollout.urls (--urls)"),
+        says=Says("http://127.0.0.1:1 ", "no server answers at", "refused", "start it, or mend rollout.urls (--urls)"),
         leaves="evals/",
     ),
     Bad(
@@ -296,13 +296,21 @@ EVALUATION = [
     Bad(
         error="a suite that cannot be downloaded",
         provoke=offline_suite,
-        says=Says("AIME 2024", "with the columns", "cannot be downloaded (", "place its rows at "),
+        says=Says(
+            "AIME 2024",
+            "with the columns problem, answer",
+            "cannot be downloaded (",
+            "/cache/benchmarks/aime24.parquet (or .jsonl)",
+        ),
+        shows=("place its rows at ",),
     ),
     Bad(
         error="a model without chat template",
         provoke=lambda home: home.cli(
             "eval", "--data", home.asked, "--model", without_template(home, "mute-eval"), "--out", home.path / "none"
         ),
-        says=Says("mute-eval", "chat template", "has no chat template", "(--template of a command)"),
+        says=Says(
+            "mute-eval'", "give one as chat_template", "has no chat template", "'plain' (--template of a command)"
+        ),
     ),
 ]

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from bad_inputs import check_sentence
 from luffy_kernels import linear_cross_entropy, linear_logprobs, linear_policy_loss, policy_gradient, shaped
 from luffy_kernels.compat.transformers import patch, unpatch
 from torch import Tensor
@@ -47,14 +48,8 @@ class BadCall:
             kept = {key: value.clone() for key, value in arguments.items() if isinstance(value, Tensor)}
             with pytest.raises(ValueError, match=f"^{name}: ") as raised:
                 OPS[name](**arguments | self.change(arguments))
-            check_sentence(raised.value, self.says)
+            check_sentence(str(raised.value), self.says)
             assert all(torch.equal(arguments[key], value) for key, value in kept.items())
-
-
-def check_sentence(error: BaseException, says: Told) -> None:
-    assert "\n" not in str(error)
-    for part, words in says._asdict().items():
-        assert words in str(error), f"{part} is not in: {error}"
 
 
 def arguments_of(op: str) -> dict[str, Any]:
@@ -86,6 +81,13 @@ class InAGroup(BadCall):
             distributed.close()
 
 
+class OnAGpu(BadCall):
+    def provoke(self) -> None:
+        if not torch.cuda.is_available():
+            pytest.skip("needs a GPU")
+        super().provoke()
+
+
 CALLS: list[BadCall] = [
     BadCall(
         error="shape mismatch of hidden",
@@ -113,9 +115,19 @@ CALLS: list[BadCall] = [
         says=Told("targets", "on cpu like hidden", "meta"),
     ),
     BadCall(
+        error="wrong device of weight",
+        change=lambda a: {"weight": a["weight"].to("meta")},
+        says=Told("weight", "on cpu like hidden", "meta"),
+    ),
+    OnAGpu(
+        error="wrong device, that of a GPU",
+        change=lambda a: {"targets": a["targets"].cuda()},
+        says=Told("targets", "on cpu like hidden", "cuda:0"),
+    ),
+    BadCall(
         error="target out of range",
-        change=lambda a: {"targets": a["targets"] + V},
-        says=Told("targets", "in [0, 64) or -100", "got "),
+        change=lambda a: {"targets": torch.full_like(a["targets"], V)},
+        says=Told("targets", "in [0, 64) or -100", "got 64"),
     ),
     BadCall(
         error="advantages that cannot broadcast",
@@ -192,7 +204,7 @@ class BadHead:
         else:
             with pytest.raises(ValueError, match="^luffy_kernels: ") as raised:
                 patch(model)
-            check_sentence(raised.value, self.says)
+            check_sentence(str(raised.value), self.says)
         assert type(model) is kind
         assert model.forward == forward
         assert not differing(model.state_dict(), kept)
@@ -270,5 +282,7 @@ HEADS = [
         make=lambda: with_lora(target_modules=["q_proj"], modules_to_save=["lm_head"]),
         says=Told("lm_head of Qwen2ForCausalLM", "must be a plain nn.Linear", "a copy that is trained beside"),
     ),
-    BadHead(error="LoRA on other modules than the head", make=lambda: with_lora(target_modules=["q_proj"]), says=None),
+    BadHead(
+        error="LoRA-wrapped head: not that, other modules", make=lambda: with_lora(target_modules=["q_proj"]), says=None
+    ),
 ]
