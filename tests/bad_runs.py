@@ -266,7 +266,7 @@ TRAINING = [
             "rollout: vLLM",
             "failed to start",
             "Error while deserializing header: ",
-            "copy the model again if its files",
+            "copy the model again if ",
         ),
         leaves="runs/new/",
     ),
