@@ -251,9 +251,12 @@ DATA = [
 # --- evaluation -------------------------------------------------------------------------------------------------------
 
 
-def odd_gold(home: Home):
+ODD_GOLD = "`boxed` does not accept 1 of the answers word by word: odd/0 ('$ $')"
+
+
+def odd_gold(home: Home, url: str):
     home.jsonl("odd.jsonl", [{"prompt": "?", "answer": "$ $"}, {"prompt": "!", "answer": "3"}])
-    options = ["--max-tokens", "2", "--out", home.path / "golds", "--urls", home.url]
+    options = ["--max-tokens", "2", "--out", home.path / "golds", "--urls", url]
     return home.cli("eval", "--data", home.path / "odd.jsonl", "--model", home.model, *options)
 
 
@@ -275,10 +278,17 @@ def offline_suite(home: Home):
 EVALUATION = [
     Bad(
         error="gold that cannot be parsed",
-        provoke=odd_gold,
+        provoke=lambda home: odd_gold(home, home.url),
         code=0,
-        shows=("`boxed` does not accept 1 of the answers word by word: odd/0 ('$ $')",),
+        shows=(ODD_GOLD,),
         needs=("server",),
+        leaves="golds/",
+    ),
+    Bad(
+        error="gold that cannot be parsed, listed before generation starts: nobody can generate here",
+        provoke=lambda home: odd_gold(home, "http://127.0.0.1:1"),
+        says=Says("http://127.0.0.1:1 ", "no server answers at", "refused", "start it, or mend rollout.urls (--urls)"),
+        shows=(ODD_GOLD,),
         leaves="golds/",
     ),
     Bad(

@@ -259,7 +259,7 @@ HEADS = [
     BadHead(
         error="model without an output embedding",
         make=lambda: causal("llama").model,
-        says=Told("LlamaModel", "output embedding", "has no output embedding, and so no logits to do without"),
+        says=Told("LlamaModel", "logits to do without", "has no output embedding"),
     ),
     BadHead(error="model with a bias", make=lambda: causal("phi"), says=None),
     BadHead(
@@ -282,7 +282,5 @@ HEADS = [
         make=lambda: with_lora(target_modules=["q_proj"], modules_to_save=["lm_head"]),
         says=Told("lm_head of Qwen2ForCausalLM", "must be a plain nn.Linear", "a copy that is trained beside"),
     ),
-    BadHead(
-        error="LoRA-wrapped head: not that, other modules", make=lambda: with_lora(target_modules=["q_proj"]), says=None
-    ),
+    BadHead(error="LoRA-wrapped head: other modules", make=lambda: with_lora(target_modules=["q_proj"]), says=None),
 ]

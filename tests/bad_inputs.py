@@ -193,6 +193,7 @@ class Home:
         (copy / "result.json").unlink()
         for step in range(last + 1, STEPS + 1):
             shutil.rmtree(copy / "checkpoints" / f"step-{step:06d}")
+            (copy / "tokens" / f"step-{step:06d}.parquet").unlink(missing_ok=True)
         return copy
 
     def close(self) -> None:
