@@ -294,7 +294,7 @@ def small_disk(folder: Path, room: int) -> Iterator[tuple[str, ...]]:
 
 def all_ranks(count: int, *args: str | Path, cwd: Path, within: tuple[str, ...] = ()) -> CompletedProcess[str]:
     """The command as torchrun starts it, each rank a child of this process, whose exit code is seen: it is the same of
-    all, and no rank outlives another for long. What they said follows one another, rank 0 last."""
+    all, and no rank outlives another for long. What they said follows one another, last that of the rank with the sentence."""
     command = [*within, sys.executable, "-m", "luffy", *map(str, args)]
     job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(count)}
     ends: list[float] = []
@@ -322,4 +322,4 @@ def all_ranks(count: int, *args: str | Path, cwd: Path, within: tuple[str, ...] 
         codes, errors = [rank.returncode for rank in ranks], [file.read() for file in said]
     assert len(set(codes)) == 1, (codes, errors)
     assert ends[-1] - ends[0] < TOGETHER_S, (ends, errors)
-    return CompletedProcess(command, codes[0], "", "".join(reversed(errors)))
+    return CompletedProcess(command, codes[0], "", "".join(sorted(errors, key=lambda said: "\nluffy: " in f"\n{said}")))
