@@ -294,7 +294,7 @@ def small_disk(folder: Path, room: int) -> Iterator[tuple[str, ...]]:
 
 def all_ranks(count: int, *args: str | Path, cwd: Path, within: tuple[str, ...] = ()) -> CompletedProcess[str]:
     """The command as torchrun starts it, each rank a child of this process, whose exit code is seen: it is the same of
-    all, and no rank outlives another for long. What they said follows one another, last that of the rank with the sentence."""
+    all, and no rank outlives another for long. Of what they said that with the sentence comes last."""
     command = [*within, sys.executable, "-m", "luffy", *map(str, args)]
     job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(count)}
     ends: list[float] = []
