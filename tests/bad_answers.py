@@ -95,7 +95,7 @@ ROLLOUTS = [
     Bad(
         error="unreachable URL",
         provoke=lambda home: ask(home, "http://127.0.0.1:1", home.model),
-        says=Says("http://127.0.0.1:1", "server", "no server answers at", "start it, or mend rollout.urls (--urls)"),
+        says=Says("http://127.0.0.1:1 ", "no server answers at", "refused", "start it, or mend rollout.urls (--urls)"),
         leaves="evals/",
     ),
     Bad(
@@ -251,9 +251,12 @@ DATA = [
 # --- evaluation -------------------------------------------------------------------------------------------------------
 
 
-def odd_gold(home: Home):
+ODD_GOLD = "`boxed` does not accept 1 of the answers word by word: odd/0 ('$ $')"
+
+
+def odd_gold(home: Home, url: str):
     home.jsonl("odd.jsonl", [{"prompt": "?", "answer": "$ $"}, {"prompt": "!", "answer": "3"}])
-    options = ["--max-tokens", "2", "--out", home.path / "golds", "--urls", home.url]
+    options = ["--max-tokens", "2", "--out", home.path / "golds", "--urls", url]
     return home.cli("eval", "--data", home.path / "odd.jsonl", "--model", home.model, *options)
 
 
@@ -275,10 +278,17 @@ def offline_suite(home: Home):
 EVALUATION = [
     Bad(
         error="gold that cannot be parsed",
-        provoke=odd_gold,
+        provoke=lambda home: odd_gold(home, home.url),
         code=0,
-        shows=("`boxed` does not accept 1 of the answers word by word: odd/0 ('$ $')",),
+        shows=(ODD_GOLD,),
         needs=("server",),
+        leaves="golds/",
+    ),
+    Bad(
+        error="gold that cannot be parsed, listed before generation starts: nobody can generate here",
+        provoke=lambda home: odd_gold(home, "http://127.0.0.1:1"),
+        says=Says("http://127.0.0.1:1 ", "no server answers at", "refused", "start it, or mend rollout.urls (--urls)"),
+        shows=(ODD_GOLD,),
         leaves="golds/",
     ),
     Bad(
@@ -296,13 +306,21 @@ EVALUATION = [
     Bad(
         error="a suite that cannot be downloaded",
         provoke=offline_suite,
-        says=Says("AIME 2024", "with the columns", "cannot be downloaded (", "place its rows at "),
+        says=Says(
+            "AIME 2024",
+            "with the columns problem, answer",
+            "cannot be downloaded (",
+            "/cache/benchmarks/aime24.parquet (or .jsonl)",
+        ),
+        shows=("place its rows at ",),
     ),
     Bad(
         error="a model without chat template",
         provoke=lambda home: home.cli(
             "eval", "--data", home.asked, "--model", without_template(home, "mute-eval"), "--out", home.path / "none"
         ),
-        says=Says("mute-eval", "chat template", "has no chat template", "(--template of a command)"),
+        says=Says(
+            "mute-eval'", "give one as chat_template", "has no chat template", "'plain' (--template of a command)"
+        ),
     ),
 ]

@@ -7,11 +7,13 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from bad_inputs import check_sentence
 from luffy_kernels import linear_cross_entropy, linear_logprobs, linear_policy_loss, policy_gradient, shaped
-from luffy_kernels.compat.transformers import patch
+from luffy_kernels.compat.transformers import patch, unpatch
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
+from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from luffy import distributed
@@ -46,14 +48,8 @@ class BadCall:
             kept = {key: value.clone() for key, value in arguments.items() if isinstance(value, Tensor)}
             with pytest.raises(ValueError, match=f"^{name}: ") as raised:
                 OPS[name](**arguments | self.change(arguments))
-            check_sentence(raised.value, self.says)
+            check_sentence(str(raised.value), self.says)
             assert all(torch.equal(arguments[key], value) for key, value in kept.items())
-
-
-def check_sentence(error: BaseException, says: Told) -> None:
-    assert "\n" not in str(error)
-    for part, words in says._asdict().items():
-        assert words in str(error), f"{part} is not in: {error}"
 
 
 def arguments_of(op: str) -> dict[str, Any]:
@@ -85,6 +81,13 @@ class InAGroup(BadCall):
             distributed.close()
 
 
+class OnAGpu(BadCall):
+    def provoke(self) -> None:
+        if not torch.cuda.is_available():
+            pytest.skip("needs a GPU")
+        super().provoke()
+
+
 CALLS: list[BadCall] = [
     BadCall(
         error="shape mismatch of hidden",
@@ -112,9 +115,19 @@ CALLS: list[BadCall] = [
         says=Told("targets", "on cpu like hidden", "meta"),
     ),
     BadCall(
+        error="wrong device of weight",
+        change=lambda a: {"weight": a["weight"].to("meta")},
+        says=Told("weight", "on cpu like hidden", "meta"),
+    ),
+    OnAGpu(
+        error="wrong device, that of a GPU",
+        change=lambda a: {"targets": a["targets"].cuda()},
+        says=Told("targets", "on cpu like hidden", "cuda:0"),
+    ),
+    BadCall(
         error="target out of range",
-        change=lambda a: {"targets": a["targets"] + V},
-        says=Told("targets", "in [0, 64) or -100", "got "),
+        change=lambda a: {"targets": torch.full_like(a["targets"], V)},
+        says=Told("targets", "in [0, 64) or -100", "got 64"),
     ),
     BadCall(
         error="advantages that cannot broadcast",
@@ -182,15 +195,30 @@ class BadHead:
         ids = torch.randint(3, 96, (2, 9), generator=torch.Generator().manual_seed(0))
         kept, kind, forward = deepcopy(model.state_dict()), type(model), model.forward
         if self.says is None:
-            own = model(ids, labels=ids).loss
-            torch.testing.assert_close(patch(model)(ids, labels=ids).loss, own)
+            own, patched = model(ids, labels=ids), patch(model)(ids, labels=ids)
+            torch.testing.assert_close(patched.loss, own.loss)
+            assert own.logits is not None
+            assert patched.logits is None  # or the patch did nothing
+            assert type(model) is not kind
+            unpatch(model)
         else:
             with pytest.raises(ValueError, match="^luffy_kernels: ") as raised:
                 patch(model)
-            check_sentence(raised.value, self.says)
-            assert type(model) is kind
-            assert model.forward == forward
-        assert str(model.state_dict()) == str(kept)
+            check_sentence(str(raised.value), self.says)
+        assert type(model) is kind
+        assert model.forward == forward
+        assert not differing(model.state_dict(), kept)
+
+
+def differing(state: dict[str, Any], kept: dict[str, Any]) -> set[str]:
+    """Names of what is not the same to the last bit. Quantised weights are tuples of tensors."""
+    return set(state) ^ set(kept) | {
+        name for name in set(state) & set(kept) if not all(map(same, *map(tree_leaves, (state[name], kept[name]))))
+    }
+
+
+def same(value: Any, other: Any) -> bool:
+    return torch.equal(value, other) if isinstance(value, Tensor) else value == other
 
 
 def causal(name: str) -> Any:
@@ -231,7 +259,7 @@ HEADS = [
     BadHead(
         error="model without an output embedding",
         make=lambda: causal("llama").model,
-        says=Told("LlamaModel", "output embedding", "has no output embedding, and so no logits to do without"),
+        says=Told("LlamaModel", "logits to do without", "has no output embedding"),
     ),
     BadHead(error="model with a bias", make=lambda: causal("phi"), says=None),
     BadHead(
@@ -254,5 +282,5 @@ HEADS = [
         make=lambda: with_lora(target_modules=["q_proj"], modules_to_save=["lm_head"]),
         says=Told("lm_head of Qwen2ForCausalLM", "must be a plain nn.Linear", "a copy that is trained beside"),
     ),
-    BadHead(error="LoRA on other modules than the head", make=lambda: with_lora(target_modules=["q_proj"]), says=None),
+    BadHead(error="LoRA-wrapped head: other modules", make=lambda: with_lora(target_modules=["q_proj"]), says=None),
 ]

@@ -3,10 +3,15 @@ was lost."""
 
 import hashlib
 import json
+import os
 import resource
 import shutil
+import subprocess
+import sys
+import tempfile
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,11 +27,13 @@ from tiny import luffy, make_model
 
 from luffy.cli import main
 from luffy.config import RolloutConfig
-from luffy.rollout.server import Server, options_of
+from luffy.rollout.server import Server, free_port, options_of
 
 STEPS = 4
 CONTEXT = 256
 """Positions that the server has room for."""
+TOGETHER_S = 15.0
+"""In which the last rank ends after the first, on a machine that is busy."""
 GOOD = "<think>\n1+1=2\n</think>\nIt is \\boxed{2}."
 RARE = "\u00ed"
 """The model has no embedding for its last byte."""
@@ -44,6 +51,7 @@ RUN = {
     "eval.every": 0,
     "checkpoint.every": 1,
     "checkpoint.keep": 9,
+    "log.to": "[]",  # they write what they like into a run that goes on, and have tests of their own
 }
 RECORDS = ("metrics.jsonl", "timeline.json", "config.toml", "curves.png", "result.json")
 """Of a run, which it goes on with."""
@@ -185,6 +193,7 @@ class Home:
         (copy / "result.json").unlink()
         for step in range(last + 1, STEPS + 1):
             shutil.rmtree(copy / "checkpoints" / f"step-{step:06d}")
+            (copy / "tokens" / f"step-{step:06d}.parquet").unlink(missing_ok=True)
         return copy
 
     def close(self) -> None:
@@ -216,15 +225,30 @@ def snapshot(folder: Path) -> dict[str, str]:
 
 
 def processes(home: Path) -> set[int]:
-    """That this one has started, or that have to do with the folder. multiprocessing keeps one to itself."""
+    """That this one has started, or that have to do with the folder; of those that have ended its own children that
+    it has not waited for. multiprocessing keeps one to itself."""
     mine = {child.pid for child in psutil.Process().children(recursive=True)}
     found = set()
-    for process in psutil.process_iter(["pid", "cmdline", "status"]):
+    for process in psutil.process_iter(["pid", "ppid", "cmdline", "status"]):
         command = " ".join(process.info["cmdline"] or ())
         theirs = process.pid in mine or str(home) in command
-        if theirs and process.info["status"] != psutil.STATUS_ZOMBIE and "resource_tracker" not in command:
+        ended = process.info["status"] == psutil.STATUS_ZOMBIE and process.info["ppid"] != os.getpid()
+        if theirs and not ended and "resource_tracker" not in command:
             found.add(process.pid)
     return found
+
+
+def check_sentence(sentence: str, says: NamedTuple) -> None:
+    """That each part is there, in a place of its own: words that another part contains would say nothing."""
+    assert "\n" not in sentence
+    taken: dict[int, str] = {}
+    for part, words in says._asdict().items():
+        assert words in sentence, f"{part} is not in: {sentence}"
+        begin = sentence.index(words)
+        places = range(begin, begin + len(words))
+        shared = {taken[place] for place in places if place in taken}
+        assert not shared, f"{part} is within {shared} of: {sentence}"
+        taken |= dict.fromkeys(places, part)
 
 
 @contextmanager
@@ -236,3 +260,66 @@ def largest_file(size: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+DISK = """
+mount -t tmpfs tmpfs "$1" && cp -a "$1.before/." "$1" && used=$(df -k --output=used "$1" | tail -1) &&
+mount -o remount,size=$((used + $2))k "$1" && echo mounted && read _
+"""
+
+
+@contextmanager
+def small_disk(folder: Path, room: int) -> Iterator[tuple[str, ...]]:
+    """A real disk at `folder` with what is in it, and KiB of room; it is there for commands that begin with what is
+    given. Afterwards `folder` is as the disk was left."""
+    if os.geteuid() != 0 or not shutil.which("nsenter"):
+        pytest.skip("a small disk needs root and util-linux")
+    before = folder.with_name(f"{folder.name}.before")
+    folder.rename(before)
+    folder.mkdir()
+    holder = subprocess.Popen(
+        ["unshare", "--mount", "sh", "-c", DISK, "sh", folder, str(room)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert holder.stdin
+    assert holder.stdout
+    try:
+        if holder.stdout.readline() != b"mounted\n":
+            pytest.skip("a small disk needs a root that may mount one")
+        yield "nsenter", "--mount", "--target", str(holder.pid), "--"
+        shutil.copytree(f"/proc/{holder.pid}/root{folder}", folder, dirs_exist_ok=True)
+    finally:
+        shutil.rmtree(before)
+        holder.communicate(b"\n", timeout=60)
+
+
+def all_ranks(count: int, *args: str | Path, cwd: Path, within: tuple[str, ...] = ()) -> CompletedProcess[str]:
+    """The command as torchrun starts it, each rank a child of this process, whose exit code is seen: it is the same of
+    all, and no rank outlives another for long. Of what they said that with the sentence comes last."""
+    command = [*within, sys.executable, "-m", "luffy", *map(str, args)]
+    job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(count)}
+    ends: list[float] = []
+    with ExitStack() as stack:
+        said = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(count)]
+        ranks = [
+            psutil.Popen(
+                command,
+                cwd=cwd,
+                env=os.environ | job | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=subprocess.DEVNULL,
+                stderr=said[rank],
+            )
+            for rank in range(count)
+        ]
+        try:
+            psutil.wait_procs(ranks, timeout=240, callback=lambda _: ends.append(time.monotonic()))
+        finally:
+            for rank in ranks:
+                with suppress(psutil.NoSuchProcess):
+                    rank.kill()
+                rank.wait()
+        for file in said:
+            file.seek(0)
+        codes, errors = [rank.returncode for rank in ranks], [file.read() for file in said]
+    assert len(set(codes)) == 1, (codes, errors)
+    assert ends[-1] - ends[0] < TOGETHER_S, (ends, errors)
+    return CompletedProcess(command, codes[0], "", "".join(sorted(errors, key=lambda said: "\nluffy: " in f"\n{said}")))

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import sys
+from importlib.machinery import PathFinder
 from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
@@ -13,8 +15,10 @@ from bad_inputs import (
     Bad,
     Home,
     Says,
+    all_ranks,
     largest_file,
     make_narrow_model,
+    small_disk,
     trace_row,
 )
 
@@ -62,6 +66,15 @@ def cut_jsonl(home: Home):
     return home.train(data__path=file)
 
 
+def unreadable_jsonl(home: Home):
+    """The third line is not text."""
+    file = home.jsonl("torn.jsonl", [trace_row("What is 1+1?")] * 4)
+    lines = file.read_bytes().splitlines(keepends=True)
+    lines[2] = lines[2][:20] + b"\xff" + lines[2][21:]
+    file.write_bytes(b"".join(lines))
+    return home.train(data__path=file)
+
+
 def no_tokenizer(home: Home):
     folder = make_narrow_model(home.path / "mute")
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
@@ -81,18 +94,32 @@ def no_chat_template(home: Home):
     return home.cli("train", recipe, "--run-dir", home.path / "runs" / "new")
 
 
+class WithoutVllm(PathFinder):
+    """Python's own finder of packages on a machine that lacks vLLM."""
+
+    @classmethod
+    def find_spec(cls, fullname: str, path: Any = None, target: Any = None) -> Any:
+        return None if fullname == "vllm" else super().find_spec(fullname, path, target)
+
+
 def no_vllm(home: Home):
-    shadow = home.path / "shadow" / "vllm"
-    shadow.mkdir(parents=True)
-    (shadow / "__init__.py").write_text("raise ImportError('No module named vllm')")
-    return home.process("generate", "?", "--max-tokens", "4", "--model", home.model, PYTHONPATH=str(shadow.parent))
+    start = home.train()
+
+    def act() -> int:
+        with pytest.MonkeyPatch.context() as patched:
+            kept = [finder for finder in sys.meta_path if finder is not PathFinder]
+            patched.setattr(sys, "meta_path", [*kept, WithoutVllm])
+            patched.delitem(sys.modules, "vllm", raising=False)
+            return start()
+
+    return act
 
 
 def no_weights_for_vllm(home: Home):
     folder = shutil.copytree(home.model, home.path / "torn")
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
-    return home.process("generate", "?", "--max-tokens", "4", "--model", folder)
+    return home.process(*home.arguments(model__name=folder))
 
 
 def blown_up(run: str, **options: Any):
@@ -110,6 +137,16 @@ def skipped_steps(home: Home) -> None:
 def dumped_rows(home: Home) -> None:
     [dump] = (home.path / "runs" / "wild").glob("dump-step-*.json")
     assert {"prompt_ids", "token_ids", "reward", "advantage"} <= json.loads(dump.read_text())[0].keys()
+
+
+def three_checkpoints(run: str):
+    """No more than those that were there, and nothing half-written."""
+
+    def check(home: Home) -> None:
+        found = {path.name for path in (home.path / "runs" / run / "checkpoints").iterdir()}
+        assert found == {f"step-{step:06d}" for step in (1, 2, 3)}
+
+    return check
 
 
 def full_disk(home: Home):
@@ -159,14 +196,22 @@ TRAINING = [
     Bad(
         error="truncated parquet",
         provoke=cut_parquet,
-        says=Says("cut.parquet", "parquet", "truncated parquet after row 0", "copy or download it again"),
+        says=Says("cut.parquet: ", "Parquet magic bytes", "truncated parquet after row 0", "copy or download it again"),
     ),
     Bad(
         error="unreadable parquet",
         provoke=damaged_parquet,
         says=Says(
-            "damaged.parquet", "parquet", "unreadable or truncated parquet after row 1536", "copy or download it again"
+            "damaged.parquet: ",
+            "BYTE_ARRAY value",
+            "unreadable or truncated parquet after row 1536",
+            "copy or download it again",
         ),
+    ),
+    Bad(
+        error="unreadable jsonl",
+        provoke=unreadable_jsonl,
+        says=Says("torn.jsonl, line 3", "must be text in UTF-8", "got byte 0xff at column 21", "or copy it again"),
     ),
     Bad(
         error="truncated jsonl",
@@ -193,7 +238,7 @@ TRAINING = [
     Bad(
         error="model path that does not exist",
         provoke=lambda home: home.train(model__name=home.path / "nowhere"),
-        says=Says("model: ", "folder", "there is no folder", "mend its name, or give the id of a model"),
+        says=Says("model: ", "give the id of a model of Hugging Face's", "there is no folder", "mend its name"),
     ),
     Bad(
         error="model path that lacks a tokenizer",
@@ -205,17 +250,25 @@ TRAINING = [
     Bad(
         error="model path that lacks a chat template",
         provoke=no_chat_template,
-        says=Says("templateless", "chat template", "has no chat template", "or use style 'luffy' or 'plain'"),
+        says=Says(
+            "templateless'", "give one as chat_template", "has no chat template", "or use style 'luffy' or 'plain'"
+        ),
     ),
     Bad(
         error="vLLM not installed",
         provoke=no_vllm,
-        says=Says("rollout: vLLM", "cannot be imported", "No module named vllm", "scripts/setup.sh"),
+        says=Says("rollout: vLLM", "cannot be imported", "No module named 'vllm'", "scripts/setup.sh"),
     ),
     Bad(
         error="vLLM failing to start",
         provoke=no_weights_for_vllm,
-        says=Says("rollout: vLLM", "failed to start", "Error while deserializing header: ", "incomplete metadata"),
+        says=Says(
+            "rollout: vLLM",
+            "failed to start",
+            "Error while deserializing header: ",
+            "copy the model again if ",
+        ),
+        leaves="runs/new/",
     ),
     Bad(
         error="non-finite loss or gradient: step skipped, counted",
@@ -246,6 +299,7 @@ TRAINING = [
         ),
         needs=("run",),
         leaves="runs/full/",
+        after=three_checkpoints("full"),
     ),
     Bad(
         error="a run folder that already holds a run",
@@ -260,7 +314,12 @@ TRAINING = [
 
 
 def ranks(count: int, **options: Any):
-    """Real ones, under the launcher."""
+    """Real ones, each with an exit code of its own."""
+    return lambda home: lambda: all_ranks(count, *home.arguments(run="ranks", **options), cwd=home.path)
+
+
+def launched(count: int, **options: Any):
+    """Under the launcher, which ends with the code of the rank that failed first."""
     return lambda home: home.process(*home.arguments("--nproc-per-node", str(count), run="launched", **options))
 
 
@@ -314,6 +373,23 @@ def mount_that_loses(home: Home):
     return act
 
 
+def mount_that_fills_up(home: Home):
+    """Under two ranks that write the third of three checkpoints."""
+    copy = home.copy_of_run("filled", last=3)
+    files = (copy / "checkpoints" / "step-000003").rglob("*")
+    room = sum(path.stat().st_size for path in files if path.is_file()) // 2 // 1024
+    rollouts = home.path / "runs" / "whole" / "rollouts"
+    again = home.arguments(
+        "--resume", run="filled", rollout__engine="replay", rollout__replay=rollouts, eval__token_groups=0
+    )
+
+    def act() -> CompletedProcess[str]:
+        with small_disk(copy, room) as within:
+            return all_ranks(2, *again, cwd=home.path, within=within)
+
+    return act
+
+
 def two_runs(home: Home):
     busy = RunFolder(home.path / "runs" / "busy")
     start = home.train(run="busy")
@@ -353,8 +429,8 @@ RANKS = [
         ),
     ),
     Bad(
-        error="a sequence longer than the model's positions, on two ranks",
-        provoke=ranks(2, rollout__max_tokens=600),
+        error="a sequence longer than the model's positions, on two ranks of the launcher",
+        provoke=launched(2, rollout__max_tokens=600),
         says=Says(
             "model: it has 512 positions",
             "data.max_prompt_tokens + rollout.max_tokens",
@@ -396,7 +472,7 @@ RANKS = [
         moves=("damaged/checkpoints/step-000003", "damaged/checkpoints/damaged-step-000003"),
     ),
     Bad(
-        error="damaged checkpoints, all of them",
+        error="a damaged checkpoint, and no other",
         provoke=damaged_checkpoints,
         says=Says(
             "resume: none of the checkpoints in",
@@ -419,6 +495,19 @@ RANKS = [
         ),
         needs=("run",),
         leaves="runs/lossy/",
+    ),
+    Bad(
+        error="a mount that fills up",
+        provoke=mount_that_fills_up,
+        says=Says(
+            "checkpoint: it is not written",
+            "earlier ones are as they were",
+            "No space left on device",
+            "make room, then --resume",
+        ),
+        needs=("run",),
+        leaves="runs/filled/",
+        after=three_checkpoints("filled"),
     ),
     Bad(
         error="two runs on one folder",

@@ -8,15 +8,25 @@ import pytest
 import torch.distributed as dist
 from bad_answers import DATA, EVALUATION, ROLLOUTS
 from bad_calls import CALLS, HEADS
-from bad_inputs import Bad, Home, processes, snapshot
+from bad_inputs import Bad, Home, check_sentence, processes, snapshot
+from bad_listed import LISTED
 from bad_runs import RANKS, TRAINING
 
 from luffy.errors import UserError
 
 pytestmark = pytest.mark.timeout(600)  # whoever is first to need the server and the run waits for both
 
-LISTED = [*TRAINING, *RANKS, *ROLLOUTS, *DATA, *EVALUATION]
+RUN = [*TRAINING, *RANKS, *ROLLOUTS, *DATA, *EVALUATION]
 CALLED = [*CALLS, *HEADS]
+ENTRIES = {
+    "training": TRAINING,
+    "kernels": CALLS,
+    "many ranks": RANKS,
+    "rollouts": ROLLOUTS,
+    "objectives and data": DATA,
+    "evaluation": EVALUATION,
+    "patched models": HEADS,
+}
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +42,7 @@ def home(tmp_path_factory) -> Iterator[Home]:
 
 @pytest.mark.parametrize(
     "bad",
-    [pytest.param(bad, id=bad.error, marks=[pytest.mark.slow] if bad.slow else []) for bad in LISTED],
+    [pytest.param(bad, id=bad.error, marks=[pytest.mark.slow] if bad.slow else []) for bad in RUN],
 )
 def test_every_listed_error(bad: Bad, home: Home, capfd):
     for name in bad.needs:
@@ -55,14 +65,20 @@ def test_every_listed_error(bad: Bad, home: Home, capfd):
         *progress, sentence = err.splitlines()
         assert sentence.startswith("luffy: "), err
         assert not any(line.startswith("luffy: ") for line in progress), err
-        for part, words in bad.says._asdict().items():
-            assert words in sentence, f"{part} is not in: {sentence}"
+        check_sentence(sentence, bad.says)
     for words in bad.shows:
         assert words in out + err, (out + err)[-3000:]
     bad.after(home)
     assert bad.loses(before, snapshot(home.path)) == []
     assert processes(home.path) <= running
     assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize("feature", LISTED)
+def test_there_is_an_entry_for_each_listed_error_and_for_no_other(feature):
+    errors = [bad.error for bad in ENTRIES[feature]]
+    assert not [listed for listed in LISTED[feature] if not any(error.startswith(listed) for error in errors)]
+    assert not [error for error in errors if not error.startswith(LISTED[feature])]
 
 
 @pytest.mark.parametrize("bad", [pytest.param(bad, id=bad.error) for bad in CALLED])

@@ -123,13 +123,18 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 def _jsonl_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     number = 0
     try:
-        with path.open(encoding="utf-8") as lines:
+        with path.open("rb") as lines:  # decoded by the line, so that the one that cannot be is known
             for number, line in enumerate(lines, start=1):
                 where = f"{path}, line {number}"
                 if not line.strip():
                     continue
                 try:
-                    row = json.loads(line)
+                    row = json.loads(line.decode())
+                except UnicodeDecodeError as error:
+                    raise DataError(
+                        f"{where}: must be text in UTF-8, got byte 0x{line[error.start]:02x} at column "
+                        f"{error.start + 1}; save the file as plain UTF-8, or copy it again"
+                    ) from error
                 except json.JSONDecodeError as error:
                     raise DataError(
                         f"{where}: not valid JSON ({error.msg}), is the file cut short? copy it again, or mend the line"
@@ -137,8 +142,8 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
                 if not isinstance(row, dict):
                     raise DataError(f"{where}: must be a JSON object, got {type(row).__name__}")
                 yield where, row
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: unreadable after line {number}: {error}") from error
+    except OSError as error:
+        raise DataError(f"{path}: unreadable after line {number}: {error}; copy or download it again") from error
 
 
 def _hub_rows(source: str, split: str, skip: int, options: Mapping[str, Any]) -> Generator[SourceRow, None, None]:

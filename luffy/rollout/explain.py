@@ -6,8 +6,9 @@ TOO_SMALL = re.compile(r"max seq len \((\d+)\), \(?([\d.]+) GiB KV cache is need
 NONE_LEFT = "No available memory for the cache blocks"
 
 
-def explain(text: str) -> str:
-    """One sentence: what is missing, how much of it and which setting to change; or else the line that says most."""
+def explain(text: str, otherwise: str = "") -> str:
+    """One sentence: what is missing, how much of it and which setting to change; or else the line that says most, and
+    what to do then."""
     if found := TOO_SMALL.search(text):
         length, needed, there = int(found[1]), float(found[2]), float(found[3])
         return (
@@ -20,7 +21,7 @@ def explain(text: str) -> str:
             "no memory is left for a KV cache; raise rollout.kv_cache_gib, or on a GPU rollout.memory_fraction, or "
             "share the model with rollout.tensor_parallel"
         )
-    return _telling_line(text)
+    return _telling_line(text) + otherwise
 
 
 def _telling_line(text: str) -> str:

@@ -35,6 +35,9 @@ os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 Dtype = Literal["bfloat16", "float32"]
 UNFINISHED = "another stream or generation is not over; take all of it, or close it"
+ADVICE = (
+    "copy the model again if its files are meant, else see `luffy doctor`; VLLM_LOGGING_LEVEL=INFO shows all vLLM says"
+)
 FORGOTTEN = -1
 """Version of weights that nobody has."""
 
@@ -94,7 +97,8 @@ class VllmEngine:
                 **launched,
             )
         except Exception as error:  # vLLM raises anything here; whatever it is, its last line is what helps
-            raise UserError(f"rollout: vLLM failed to start: {explain(str(error) or type(error).__name__)}") from error
+            reason = explain(str(error) or type(error).__name__, otherwise=f"; {ADVICE}")
+            raise UserError(f"rollout: vLLM failed to start: {reason}") from error
         if self._sleeps:
             self._sleep()
 
