@@ -254,9 +254,9 @@ DATA = [
 ODD_GOLD = "`boxed` does not accept 1 of the answers word by word: odd/0 ('$ $')"
 
 
-def odd_gold(home: Home, url: str):
+def odd_gold(home: Home, url: str, folder: str):
     home.jsonl("odd.jsonl", [{"prompt": "?", "answer": "$ $"}, {"prompt": "!", "answer": "3"}])
-    options = ["--max-tokens", "2", "--out", home.path / "golds", "--urls", url]
+    options = ["--max-tokens", "2", "--out", home.path / folder, "--urls", url]
     return home.cli("eval", "--data", home.path / "odd.jsonl", "--model", home.model, *options)
 
 
@@ -278,7 +278,7 @@ def offline_suite(home: Home):
 EVALUATION = [
     Bad(
         error="gold that cannot be parsed",
-        provoke=lambda home: odd_gold(home, home.url),
+        provoke=lambda home: odd_gold(home, home.url, "golds"),
         code=0,
         shows=(ODD_GOLD,),
         needs=("server",),
@@ -286,10 +286,10 @@ EVALUATION = [
     ),
     Bad(
         error="gold that cannot be parsed, listed before generation starts: nobody can generate here",
-        provoke=lambda home: odd_gold(home, "http://127.0.0.1:1"),
+        provoke=lambda home: odd_gold(home, "http://127.0.0.1:1", "no-golds"),
         says=Says("http://127.0.0.1:1 ", "no server answers at", "refused", "start it, or mend rollout.urls (--urls)"),
         shows=(ODD_GOLD,),
-        leaves="golds/",
+        leaves="no-golds/",
     ),
     Bad(
         error="duplicate ids",
