@@ -575,3 +575,16 @@ def test_a_stopped_training_holds_nothing_while_it_waits_for_a_logger_and_leaves
 
 def children(pid: int) -> set[int]:
     return {int(one) for task in Path(f"/proc/{pid}/task").iterdir() for one in (task / "children").read_text().split()}
+
+
+def test_a_logger_that_cannot_open_is_one_sentence(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    train(run, [], 1, 2)
+    (run / "tensorboard").write_text("in the way")
+    (run / "loggers").mkdir(exist_ok=True)
+    command = [sys.executable, "-m", "luffy.loggers", str(run), "tensorboard"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: loggers: tensorboard cannot be opened (FileExistsError")
+    assert done.stderr.count("\n") == 1

@@ -34,6 +34,9 @@ def main(args: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Exception as error:  # of a library's own kind
+        print(f"error: loggers: {options.logger} cannot be opened ({reason(error)})", file=sys.stderr)
+        return 2
     if follower.lost:
         print(
             f"error: loggers: {options.logger} did not take {follower.lost} records ({follower.why})", file=sys.stderr
