@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from bench import aot, sass
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,6 +43,7 @@ def test_every_argument_of_a_kernel_has_a_type():
             assert argument.arg in known, f"{kernel.name}: {argument.arg}"
 
 
+@pytest.mark.slow
 def test_finds_wide_accesses_matrix_instructions_and_no_spills(tmp_path):
     kernels, archs = ("grad_rows_kernel", "grad_kernel"), ("sm_90", "gfx942")
     path = tmp_path / "facts.json"
@@ -73,6 +76,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_fails_on_narrow_loads_spills_shared_memory_and_what_does_not_compile(tmp_path):
     script = tmp_path / "bad.py"
     script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{BAD}")

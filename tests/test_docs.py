@@ -239,6 +239,8 @@ def test_an_objective_and_a_grader_of_ones_own(place, monkeypatch):
     assert find("mine:Brief").Options().halves_after == 512.0
     lenient = find_grader("mine_too:lenient")
     assert [lenient(said, "4") for said in ("\\boxed{4}", "\\boxed{5}", "4")] == [1.0, 0.5, 0.0]
+    for name in ("mine", "mine_too"):  # other tests have modules of these names
+        del sys.modules[name]
 
 
 def test_files_that_are_named_are_there():

@@ -96,6 +96,7 @@ def test_no_engine_is_imported(home):
     assert done.returncode == 0
 
 
+@pytest.mark.slow
 def test_other_machines(home):
     done = dry(home, "--gpu", "h100", "--gpus", "8", "--json")
     found = json.loads(done.stdout)
@@ -223,6 +224,7 @@ def test_one_that_cannot_be_written(tmp_path, monkeypatch):
 TWO = ["--first.objective.name", "sft", "--first.train.steps", "5", "--first.train.max_minutes", "null"]
 
 
+@pytest.mark.slow
 def test_two_stages(home):
     done = dry(home, *TWO, run="two")
     assert done.returncode == 0, done.stderr[-2000:]

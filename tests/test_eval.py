@@ -291,6 +291,7 @@ def lines(folder) -> dict[str, list[str]]:
     return {str(path.relative_to(folder)): sorted(path.read_text().splitlines()) for path in folder.glob("*/*.jsonl")}
 
 
+@pytest.mark.slow
 def test_what_cannot_be_asked(home):
     base = ["eval", "--data", home / "sums.jsonl", "--model", home / "model", "--out", home / "none"]
     assert refused(luffy(*base, "--temperature", "0", "--top-p", "0.9", cwd=home), "--top-p", "greedy")
@@ -310,6 +311,7 @@ def test_golds_that_nobody_could_give_are_said_first(home):
     assert "`boxed` does not accept 1 of the answers word by word: odd/0 ('$ $')" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_model_without_a_chat_template(home):
     folder = make_model(home / "bare")
     for name in ("chat_template.jinja", "tokenizer_config.json"):
@@ -395,6 +397,7 @@ def test_a_report_doubts_what_chose_the_checkpoint(tmp_path):
     assert doubts([model(None), model(str(tmp_path / "gone.jsonl"))]) == []
 
 
+@pytest.mark.slow
 def test_servers_leave_alone_what_is_not_theirs(home, tmp_path):
     """A folder `weights` of somebody's; and no answers go into a model."""
     model = make_model(tmp_path / "mine")

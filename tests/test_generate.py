@@ -107,6 +107,7 @@ def test_a_file_of_questions_can_be_graded(home):
     assert "of 4 right" in graded.stdout, graded.stderr
 
 
+@pytest.mark.slow
 def test_a_file_that_cannot_be_asked(home):
     base = ["generate", "--model", home / "model", "--out", "none.jsonl", "--file"]
     (home / "bad.jsonl").write_text('{"prompt": "x"}\n{"question": "y"}\n')

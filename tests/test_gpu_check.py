@@ -61,6 +61,7 @@ def why(report: dict) -> dict[str, str]:
     return {record["impl"]: record["why"] for record in report["skipped"]}
 
 
+@pytest.mark.slow
 def test_the_command_on_cpu(tmp_path):
     """The whole of it, but only one of the correctness tests."""
     done = run_script(tmp_path, *TINY, LOGP, PYTEST_ADDOPTS="-k test_auto_is_the_fused_backend_here")

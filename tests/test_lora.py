@@ -119,6 +119,7 @@ def test_the_base_is_kept_in_the_compute_type(folder):
     assert {tensor.dtype for _, tensor in hf_weights(policy)} == {torch.bfloat16}
 
 
+@pytest.mark.slow
 def test_ranks_share_adapters_and_checkpoints(folder, tmp_path):
     ranks.run(2, two_ranks, folder, tmp_path)
     policy, found = adapted(folder), tmp_path / "two" / "step-000003"

@@ -338,6 +338,7 @@ def run(home: Path, folder: str, name: str, *more: str, ranks: int = 1) -> Path:
     return home / folder
 
 
+@pytest.mark.slow
 def test_a_run_with_networks_learns(home):
     """PRIME's, which has both a frozen one and one that is taught."""
     steps = records(run(home, "once", "prime"))

@@ -68,6 +68,7 @@ def test_json_is_one_document(home, command, key):
         assert isinstance(found, list)
 
 
+@pytest.mark.slow
 def test_json_of_models_that_are_asked(home):
     """Through vLLM, which says much itself."""
     sampling = ["--model", "model", "--max-tokens", "4", "--kv-cache-gib", "0.25", "--json"]
@@ -79,6 +80,7 @@ def test_json_of_models_that_are_asked(home):
     assert len(json.loads(done.stdout)["answers"]) == 2
 
 
+@pytest.mark.slow
 def test_quiet_leaves_the_result(home):
     quiet = [
         "--data",

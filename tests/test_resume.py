@@ -150,6 +150,7 @@ def ranks_of(process: subprocess.Popen) -> list[int]:
     return [int(line.split()[0]) for line in listed.stdout.splitlines() if "-m luffy train" in line]
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_by_a_validation_set_stays(home):
     [data] = (home / "cache" / "problems").glob("*/train.parquet")
     options = {"train__steps": 3, "checkpoint__every": 1, "checkpoint__keep": 1, "eval__every": 1}

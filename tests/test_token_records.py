@@ -90,6 +90,7 @@ def test_numbers_are_those_of_the_weights_at_that_step(home, step):
     assert_true(run, step, run / "checkpoints" / f"step-{step:06d}" if step else home / "model")
 
 
+@pytest.mark.slow
 def test_two_ranks_that_share_sequences_record_the_same(home, tmp_path):
     options = {"train__steps": 1, "mesh__sequence": 2, "reward__grader": "number"}
     done = luffy(*arguments(tmp_path / "two", home / "model", "--nproc-per-node", "2", **options), cwd=home)
