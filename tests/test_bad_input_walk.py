@@ -71,7 +71,7 @@ def test_every_listed_error(bad: Bad, home: Home, capfd):
     bad.after(home)
     assert bad.loses(before, snapshot(home.path)) == []
     assert processes(home.path) <= running
-    assert dist.is_initialized() == grouped, "other tests of this process may have left a group, none of these"
+    assert grouped or not dist.is_initialized()  # other tests of this process may have left a group
 
 
 @pytest.mark.parametrize("feature", LISTED)
