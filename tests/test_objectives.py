@@ -899,6 +899,7 @@ def test_one_of_ones_own(tmp_path, monkeypatch):
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", [path for path in sys.path if path])  # as an installed command has it
+    monkeypatch.delitem(sys.modules, "mine", raising=False)  # of another test
     config = load_config("quickstart", ["--objective.name", "mine:Halved", "--objective.factor", "0.25"])
     assert config.objective.factor == 0.25
     assert config.objective.rows == 4  # of the recipe, for it has such an option; gamma it has not
