@@ -887,27 +887,26 @@ def test_standard_deviation_only_when_asked_for():
 
 
 def test_one_of_ones_own(tmp_path, monkeypatch):
-    (tmp_path / "mine.py").write_text(
+    (tmp_path / "halved.py").write_text(  # a name that no other test has
         "from typing import Literal\n"
         "from luffy.objectives.grpo import Grpo, RatioOptions\n"
         "class Halved(Grpo):\n"
         "    class Options(RatioOptions):\n"
-        "        name: Literal['mine:Halved'] = 'mine:Halved'\n"
+        "        name: Literal['halved:Halved'] = 'halved:Halved'\n"
         "        factor: float = 0.5\n"
         "    def rewards(self, group):\n"
         "        return [self.options.factor * row.reward for row in group.rows]\n"
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", [path for path in sys.path if path])  # as an installed command has it
-    monkeypatch.delitem(sys.modules, "mine", raising=False)  # of another test
-    config = load_config("quickstart", ["--objective.name", "mine:Halved", "--objective.factor", "0.25"])
+    config = load_config("quickstart", ["--objective.name", "halved:Halved", "--objective.factor", "0.25"])
     assert config.objective.factor == 0.25
     assert config.objective.rows == 4  # of the recipe, for it has such an option; gamma it has not
     g = group([1.0, 0.0])
     make_objective(config.objective).assign(g, 0.0)
     assert [row.advantage for row in g.rows] == [0.125, -0.125]
     for name, words in (
-        ("mine:Other", "cannot be imported"),
+        ("halved:Other", "cannot be imported"),
         ("mine", "known: luffy"),
         ("luffi", "did you mean luffy"),
     ):
