@@ -36,8 +36,8 @@ MOST_TOKENS = 2048
 """Of a row that is shown; those of watched rows are all kept, to be scored again."""
 MOST_TEXT = 2000
 """Characters of a question."""
-MOST_BYTES = 4
-"""Of a character in UTF-8."""
+LONGEST_CHARACTER = 4
+"""Bytes in UTF-8."""
 
 
 class TokenRecords:
@@ -66,7 +66,7 @@ class TokenRecords:
         if t.world.is_main:
             with disk_errors("tokens"):
                 for path in self.folder.glob("step-*.parquet"):
-                    if step == 0 or step_of(path) > step:
+                    if step_of(path) > (step or -1):  # one of another name is not ours
                         path.unlink()
             written = max(map(step_of, self.folder.glob("step-*.parquet")), default=-1)
             first = self.folder / name_of(0)
@@ -179,7 +179,7 @@ def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     lead, found, begin = text([]), [], 0
     for end in range(1, len(ids) + 1):
         piece = text(ids[begin:end]).removeprefix(lead)
-        whole = not piece.endswith("\ufffd") or end - begin == MOST_BYTES
+        whole = not piece.endswith("\ufffd") or end - begin == LONGEST_CHARACTER
         found.append(piece if whole else "")
         begin = end if whole else begin
     return found

@@ -19,7 +19,7 @@ from luffy.groups import Group, Row
 from luffy.packing import pack
 from luffy.sources import load_template, resolve
 from luffy.token_file import NUMBERS, name_of, read, write
-from luffy.token_records import MOST_TOKENS, pieces, score, stored
+from luffy.token_records import MOST_TOKENS, TokenRecords, pieces, score, stored
 from luffy.train import split, update
 
 GAMMA = 0.2  # of the quickstart recipe
@@ -200,6 +200,14 @@ def test_a_problem_with_several_answers_beside_one_with_one(tmp_path):
     found = read(tmp_path / name_of(0))
     assert [one["answer"] for one in found] == ["2", "two, 2"]
     assert found[0]["tokens"] == found[1]["tokens"]
+
+
+def test_a_run_that_begins_anew_forgets_its_own_files_alone(tmp_path):
+    for name in (name_of(0), name_of(10), "step-of-mine.parquet"):
+        (tmp_path / name).write_text("")
+    world = SimpleNamespace(is_main=True, everyone=lambda mine: [mine])
+    TokenRecords(tmp_path, 2).resume(SimpleNamespace(world=world), 0)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-of-mine.parquet"]
 
 
 def test_long_rows_are_kept_whole_where_they_are_scored_again():
