@@ -468,6 +468,27 @@ def test_tokens_in_a_browser(opened, tmp_path, width, scheme):
     assert (said, tab.title().startswith("Runs: ")) == ([], True), "a token's text is text"
 
 
+def test_a_page_that_moves_under_a_resting_pointer_says_nothing_new(opened, tmp_path):
+    run = make_run(tmp_path / "run")
+    add_tokens(run)
+    page = tmp_path / "report.html"
+    write_report(page, [load(str(run))])
+    tab, said, _ = opened(page, 1280)
+    trace, told = tab.locator(".row", has_text="trace of T").locator(".text"), tab.locator("#told")
+    trace.press("Home")
+    assert "trace of T, token 1 of 7" in told.text_content()
+    box = tab.locator(".row", has_text="rollout 1").locator(".text span").nth(3).bounding_box()
+    tab.mouse.move(box["x"] + 4, box["y"] - 30)
+    tab.evaluate("document.getElementById('rows').style.marginTop = '-34px'")
+    for _ in range(3):  # a browser says with its own frames that something else is under the pointer
+        tab.screenshot()
+        tab.wait_for_timeout(100)
+    assert "trace of T, token 1 of 7" in told.text_content()
+    tab.mouse.move(box["x"] + 5, box["y"] - 30)
+    assert "rollout 1, token 4 of 7" in told.text_content()
+    assert said == []
+
+
 def test_a_finger_on_a_token_says_its_numbers(browser, tmp_path):
     run = make_run(tmp_path / "run")
     add_tokens(run)

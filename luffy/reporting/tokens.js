@@ -187,12 +187,15 @@ function drawRow(group, number, tokens, measure, scale) {
   const go = next => {
     document.querySelector(".row .at")?.classList.remove("at");
     here = next;
-    looked = next < 0 ? null : [number, next];
+    looked = [number, next];
     spans[here]?.classList.add("at");
     tell(row, tokens[here], title);
   };
-  text.onpointerover = text.onpointerdown = event => { const next = spans.indexOf(event.target); if (next >= 0) go(next); };
-  text.onpointerleave = event => { if (event.pointerType === "mouse") go(-1); };  // a finger leaves as soon as it is lifted
+  // a pointer that moves, not a page that moves under it: the slider and the arrow keys shift the rows
+  text.onpointermove = text.onpointerdown = event => {
+    const next = spans.indexOf(event.target);
+    if (next >= 0 && (looked?.[0] !== number || looked[1] !== next)) go(next);
+  };
   text.onkeydown = event => {
     const next = {ArrowLeft: here - 1, ArrowRight: here + 1, ArrowUp: here - 10, ArrowDown: here + 10, Home: 0, End: spans.length - 1}[event.key];
     if (next === undefined || event.ctrlKey || event.altKey || event.metaKey) return;
