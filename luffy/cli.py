@@ -92,11 +92,11 @@ def build_parser() -> argparse.ArgumentParser:
     from luffy.commands.completion import add_completion
     from luffy.commands.data import add_data
     from luffy.commands.doctor import add_doctor
+    from luffy.commands.generate import add_generate
     from luffy.commands.grade import add_grade
     from luffy.commands.plan import add_plan
     from luffy.commands.train import add_train
     from luffy.evaluation.command import add_eval
-    from luffy.generate import add_generate
     from luffy.recipe_book import add_recipes
     from luffy.reporting.command import add_report
 

@@ -15,8 +15,11 @@ def first_line(error: BaseException) -> str:
 
 @contextmanager
 def user_errors(what: str) -> Iterator[None]:
-    """Around code that is fed by the user's configuration alone: its ValueError or OSError becomes a UserError of
-    its first line."""
+    """Around code that is fed by the user's configuration alone.
+
+    Raises:
+        UserError: the first line of its ValueError or OSError, after `what`.
+    """
     try:
         yield
     except UserError:

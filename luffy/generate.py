@@ -1,4 +1,4 @@
-"""Ask a model, from Python or by `luffy generate`:
+"""Ask a model from Python; `luffy generate` does so too.
 
 from luffy.generate import Model
 
@@ -6,15 +6,9 @@ with Model("runs/quickstart") as model:
     print(model.answer("What is 4+9+2+7?"))
 """
 
-import argparse
-import json
-import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
-from pathlib import Path
 from typing import Any, Self
 
-from luffy.commands.arguments import add_command, add_json, add_quiet, add_sampling
 from luffy.errors import UserError
 from luffy.opening import Opened, open_model, start_engine
 
@@ -89,6 +83,11 @@ class Model:
             yield text[len(said) :]
 
     def prompt(self, asked: Asked, max_tokens: int) -> tuple[int, ...]:
+        """Ids of the prompt that asks this.
+
+        Raises:
+            UserError: with an answer of `max_tokens` it is longer than `context`.
+        """
         turns = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
         ids = tuple(self.opened.template.encode_prompt(turns))
         if len(ids) + max_tokens > self.context:
@@ -99,6 +98,7 @@ class Model:
         return ids
 
     def close(self) -> None:
+        """Give back the engine's memory and processes; nothing can be asked afterwards."""
         self.engine.close()
 
     def __enter__(self) -> Self:
@@ -106,146 +106,3 @@ class Model:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def add_generate(commands: Any) -> None:
-    parser = add_command(
-        commands,
-        "generate",
-        run_generate,
-        help="answer a question, or those of a file",
-        description="Answer QUESTION as it is sampled, or every line of a file: {prompt: text or chat turns, ...}; "
-        "what comes out has the line's fields and `response`, a line for each answer, as `luffy grade` takes it.",
-        examples=(
-            'luffy generate "What is 4+9+2+7?" --model runs/quickstart',
-            "luffy generate - --temperature 0 < question.txt",
-            "luffy generate --file questions.jsonl --out answers.jsonl --n 4 --model runs/quickstart --checkpoint best",
-            'luffy generate "What is 2+2?" --n 3 --json',
-        ),
-    )
-    parser.add_argument("question", nargs="?", metavar="QUESTION", help="-: from standard input")
-    parser.add_argument("--file", metavar="FILE.jsonl", help="questions in place of QUESTION; --out says where to")
-    parser.add_argument("--out", metavar="FILE", help="whole or not at all; the same command goes on where it was")
-    add_sampling(parser)
-    add_quiet(parser)
-    add_json(parser)
-
-
-def options_of(args: argparse.Namespace) -> dict[str, Any]:
-    names = ("checkpoint", "template", "memory_fraction", "kv_cache_gib")
-    return {name: getattr(args, name) for name in names}
-
-
-def check_generate(args: argparse.Namespace) -> None:
-    """Raises UserError where options do not go together."""
-    if (args.question is None) == (args.file is None):
-        raise UserError("generate: give a QUESTION, or --file with --out")
-    if (args.file is None) != (args.out is None):
-        raise UserError("generate: --file and --out go together")
-    if args.file and Path(args.file).resolve() == Path(args.out).resolve():
-        raise UserError("generate: --out must be another file than --file, whose questions it would replace")
-    if args.n > 1 and not args.temperature:
-        raise UserError("generate: --n above 1 at --temperature 0, which is greedy, would be the same answer again")
-
-
-def run_generate(args: argparse.Namespace) -> int:
-    from luffy.process import prepare_libraries
-
-    check_generate(args)
-    prepare_libraries()
-    return run_file(args) if args.file else run_question(args)
-
-
-def run_question(args: argparse.Namespace) -> int:
-    from luffy.console import print_json
-
-    question = sys.stdin.read() if args.question == "-" else args.question
-    sampling = {"temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_tokens, "seed": args.seed}
-    opened = open_model(args.model, **options_of(args))
-    context = len(opened.template.encode_prompt([{"role": "user", "content": question}])) + args.max_tokens
-    with Model(opened, context=context) as model:
-        if args.n > 1 or args.json:
-            [texts] = model.answers([question], n=args.n, **sampling)
-        if args.json:
-            print_json({"model": args.model, "question": question, "answers": texts})
-            return 0
-        if args.n > 1:
-            print("\n---\n".join(texts))
-            return 0
-        for piece in model.stream(question, **sampling):
-            print(piece, end="", flush=True)
-        print()
-    return 0
-
-
-def run_file(args: argparse.Namespace) -> int:
-    from dataclasses import asdict
-
-    from luffy.console import print_json
-    from luffy.evaluation.answers import Sampling, Store, sample
-    from luffy.evaluation.progress import QuestionProgress
-    from luffy.evaluation.questions import Question
-    from luffy.files import disk_errors, new_file
-    from luffy.load import identity
-
-    out = Path(args.out)
-    opened = open_model(args.model, **options_of(args))
-    with disk_errors(f"generate: {args.file}"):
-        rows = read_questions(Path(args.file))
-    questions = [
-        Question(str(number), "", tuple(opened.template.encode_prompt(turns)), "", args.n) for number, turns, _ in rows
-    ]
-    sampling = Sampling(args.temperature, args.top_p, args.max_tokens, args.seed)
-    about = {"model": args.model, "weights": identity(opened.path)} | asdict(sampling)
-    partial = out.with_name(f"{out.name}.partial")
-    with Store(partial, about) as store:
-        if left := sum(question not in store for question in questions):
-            context = max(len(question.prompt_ids) for question in questions) + args.max_tokens
-            with start_engine(opened, context) as engine, QuestionProgress("answers", len(questions), left) as progress:
-                try:
-                    sample(engine, opened.template, questions, sampling, store, lambda *_: progress.add(None))
-                except KeyboardInterrupt:
-                    raise KeyboardInterrupt(
-                        f"stopped; {partial} has the answers so far, the same command goes on"
-                    ) from None
-        with new_file(out) as temporary, temporary.open("w") as file:
-            for question, (_, _, row) in zip(questions, rows, strict=True):
-                for at, given in enumerate(store[question]):
-                    marks = {"sample": at, "response": given.text, "tokens": given.tokens, "finished": given.finished}
-                    file.write(json.dumps(row | marks) + "\n")
-    with suppress(FileNotFoundError):
-        partial.unlink()
-    if args.json:
-        print_json({"out": str(out), "questions": len(questions), "answers": len(questions) * args.n})
-    else:
-        print(f"{len(questions)} questions, {len(questions) * args.n} answers: {out}")
-    return 0
-
-
-def read_questions(path: Path) -> list[tuple[int, Sequence[Mapping[str, str]], dict[str, Any]]]:
-    """(line number, turns, the line) of a file. Raises UserError where a line has no prompt, with its number."""
-    from luffy.data import DataError
-    from luffy.data.columns import asked, conversation
-
-    found: list[tuple[int, Sequence[Mapping[str, str]], dict[str, Any]]] = []
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"generate: {path} is not UTF-8: {error}") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            row = json.loads(line)
-            if not isinstance(row, dict) or "prompt" not in row:
-                raise UserError(f"{where}: expected an object with `prompt`, got {line[:60]!r}")
-            turns = (asked if isinstance(row["prompt"], str) else conversation)(row, "prompt", where)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where}: not JSON: {error}") from error
-        except DataError as error:
-            raise UserError(f"generate: {error}") from error
-        found.append((number, turns, row))
-    if not found:
-        raise UserError(f"generate: {path} has no lines")
-    return found

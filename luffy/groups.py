@@ -75,6 +75,8 @@ class Row:
 
 @dataclass(slots=True, kw_only=True)
 class Group:
+    """A prompt and its answers."""
+
     example: Example
     rows: list[Row] = field(default_factory=list)
     position: int = -1
@@ -84,4 +86,5 @@ class Group:
 
     @property
     def traces(self) -> list[Row]:
+        """Rows that nobody sampled for this group."""
         return [row for row in self.rows if row.is_trace]

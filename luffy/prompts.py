@@ -87,7 +87,11 @@ class PromptTemplate:
         self.opens_think = self.render([{"role": "user", "content": "?"}]).endswith(THINK_START)
 
     def render(self, messages: Sequence[Message]) -> str:
-        """The prompt's text. Raises ValueError unless the last message is the user's."""
+        """The prompt's text.
+
+        Raises:
+            ValueError: the last message is not the user's, or the style takes one message alone.
+        """
         if not messages or messages[-1]["role"] != "user":
             raise ValueError(f"PromptTemplate: the last message must be the user's, got {list(messages)!r:.200}")
         turns = [dict(message) for message in messages]
@@ -112,7 +116,8 @@ class PromptTemplate:
     def encode_trace(self, text: str) -> list[int]:
         """Ids of a trace, ending in exactly one EOS; an opening think tag the prompt already has is left out.
 
-        Raises ValueError when the EOS also occurs inside: whatever follows it could never be generated.
+        Raises:
+            ValueError: the EOS also occurs inside; whatever follows it could never be generated.
         """
         if self.opens_think:
             text = text.removeprefix(THINK_START)

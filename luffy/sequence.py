@@ -23,7 +23,11 @@ OPTIONAL = ("behaviour", "ref_logp", "returns")
 
 
 def check_heads(config: Any, ranks: int) -> None:
-    """Raises UserError where attention heads cannot be dealt to the ranks of a sequence."""
+    """Refuse ranks of a sequence that attention heads cannot be dealt to.
+
+    Raises:
+        UserError: heads are no multiple of ranks.
+    """
     heads = config.num_attention_heads
     if heads % ranks:
         fitting = [n for n in range(1, heads + 1) if heads % n == 0]

@@ -78,6 +78,7 @@ _PROBE = Problem(id="probe", data_source="", messages=({"role": "user", "content
 
 
 def named(template: PromptTemplate, token: int | None) -> str:
+    """An id and its text, for a message; None: there is no token."""
     return "the end" if token is None else f"{token} {template.tokenizer.convert_ids_to_tokens(token)!r}"
 
 

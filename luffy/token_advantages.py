@@ -49,5 +49,5 @@ def whiten(rows: list[Row]) -> None:
 
 
 def give(row: Row, advantages: Tensor) -> None:
-    """Of its tokens, and of the row their mean."""
+    """advantages: [n], of a row's tokens; the row's own is their mean."""
     row.advantages, row.advantage = advantages.float(), advantages.double().mean().item()

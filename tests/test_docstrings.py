@@ -12,22 +12,36 @@ import re
 import textwrap
 from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import luffy_kernels
 import pytest
 from luffy_kernels import TokenLoss, _checks, compat, token_losses
 
-COMPAT = [f"{compat.__name__}.{m.name}" for m in pkgutil.iter_modules(compat.__path__) if not m.name.startswith("_")]
-KERNELS = ["luffy_kernels", "luffy_kernels.reference", "luffy_kernels.testing", *COMPAT]
+from luffy import networks, objectives, rewards
+
+
+def within(package: Any) -> list[str]:
+    names = [module.name for module in pkgutil.iter_modules(package.__path__)]
+    return [f"{package.__name__}.{name}" for name in names if not name.startswith("_")]
+
+
+KERNELS = ["luffy_kernels", "luffy_kernels.reference", "luffy_kernels.testing", *within(compat)]
 TRAINER = {
-    "luffy.objectives": "asymre bread cispo gspo luffy oapl pessimistic ppo prefixed prefix_rft prime sft srft topr",
-    "luffy.rewards": "arithmetic beside code decimals intervals latex slot texts",
-    "luffy.networks": "judge",
-    "luffy": "advantages correction",
+    "luffy": "advantages correction errors generate groups prompts sequence teacher token_advantages",
+    "luffy.data": "load problem",
+    "luffy.rollout": "engine",
 }
-"""Modules of the trainer that keep these rules, by package."""
-MODULES = [*KERNELS, *(f"{package}.{name}" for package, names in TRAINER.items() for name in names.split())]
+"""Modules that keep these rules, by package, where not all of a package do."""
+MODULES = [
+    *KERNELS,
+    *within(objectives),
+    *within(rewards),
+    *within(networks),
+    *(f"{package}.{name}" for package, names in TRAINER.items() for name in names.split()),
+]
+API = Path(__file__).resolve().parents[1] / "docs/api/luffy.md"
 SHAPE = re.compile(r"\[[^\]\n]*\]|0-d|[Ss]calar")
 ELSEWHERE = re.compile(r"\b(?:[Aa]s|see)(?: in)? `([\w.]+)`")
 """A docstring that sends the reader on to another one."""
@@ -48,8 +62,9 @@ class Public(NamedTuple):
 
     @property
     def doc(self) -> str:
-        """Of a constructor the class's too, as one reads them together."""
-        own = inspect.getdoc(self.thing) or ""
+        """Of a constructor the class's too, as one reads them together; of what a base class explains, that."""
+        attribute = getattr(self.owner, self.thing.__name__, None)
+        own = inspect.getdoc(attribute if isinstance(attribute, property) else self.thing) or ""
         if self.owner is not None and self.thing.__name__ == "__init__":
             return f"{inspect.getdoc(self.owner) or ''}\n{own if self.thing.__doc__ else ''}".strip()
         return own
@@ -73,13 +88,13 @@ def public(module: str) -> Iterator[Public]:
             for method, value in vars(thing).items():
                 function = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
                 said = not method.startswith("_") or method == "__init__"
-                if said and inspect.isfunction(function) and not synthetic(function):
+                if said and inspect.isfunction(function) and not synthetic(function, module):
                     yield Public(f"{module}.{name}.{method}", function, thing)
 
 
-def synthetic(function: Any) -> bool:
-    """Made by a decorator (a dataclass's `__init__`), and in no source."""
-    return function.__code__.co_filename.startswith("<")
+def synthetic(function: Any, module: str) -> bool:
+    """Made by a decorator (a dataclass's `__init__`), and in no source; or by a base class (a protocol's)."""
+    return function.__code__.co_filename.startswith("<") or function.__module__ == "typing" != module
 
 
 EVERY = [item for module in MODULES for item in public(module)]
@@ -102,13 +117,14 @@ def raised(function: Any, seen: frozenset[str] = frozenset()) -> set[str]:
     found: set[str] = set()
     for node in ast.walk(tree(function)):
         if isinstance(node, ast.Raise) and node.exc is not None:
-            made = node.exc.func if isinstance(node.exc, ast.Call) else node.exc
-            found.add(ast.unparse(made))
+            made = ast.unparse(node.exc.func if isinstance(node.exc, ast.Call) else node.exc)
+            maker = function.__globals__.get(made)
+            found.add(maker.__annotations__["return"].__name__ if inspect.isfunction(maker) else made)
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id not in seen:
             helper = function.__globals__.get(node.func.id)
             if inspect.isfunction(helper) and helper.__module__ in (function.__module__, _checks.__name__):
                 found |= raised(helper, seen | {node.func.id})
-    return found
+    return found - {"NotImplementedError"}  # the duty of a subclass
 
 
 def tensors(function: Any) -> list[str]:
@@ -142,7 +158,12 @@ def test_errors_are_listed(item: Public):
     assert not silent, f"{silent} not under `Raises:` of: {item.doc}"
 
 
-@rows([item for item in FUNCTIONS if re.search(r"[Ll]og-prob|[Ee]ntropy|log-likelihood", item.doc)])
+def numbers(function: Any) -> bool:
+    """Whether it takes or gives some."""
+    return any(re.search("Tensor|float", str(kind)) for kind in function.__annotations__.values())
+
+
+@rows([i for i in FUNCTIONS if numbers(i.thing) and re.search(r"[Ll]og-prob|[Ee]ntropy|log-likelihood", i.doc)])
 def test_log_probs_have_a_unit(item: Public):
     assert "nats" in item.doc.lower() or ELSEWHERE.search(item.doc), item.doc
 
@@ -165,6 +186,12 @@ def test_formulas_have_a_source(item: Public):
     assert re.search(r"arXiv \d{4}\.\d{5}|et al\. \d{4}", " ".join(item.doc.split())), item.doc
 
 
+def test_what_the_reference_shows_keeps_the_rules():
+    shown = re.findall(r"^::: (\S+)$", API.read_text(), re.MULTILINE)
+    assert len(shown) > 10
+    assert {name for name in shown if name not in MODULES} <= {item.name for item in EVERY}
+
+
 def test_the_rules_meet_something():
     """A rule that selects nothing would hold for ever."""
     assert {item.name for item in EVERY} >= {f"luffy_kernels.{name}" for name in luffy_kernels.__all__}
@@ -172,5 +199,5 @@ def test_the_rules_meet_something():
     assert "hidden" in tensors(luffy_kernels.linear_logprobs)
     assert len(formulas()) >= 10
     assert len(EVERY) > len(FUNCTIONS) > 60
-    assert not synthetic(TokenLoss.row)
-    assert synthetic(TokenLoss.__init__)
+    assert not synthetic(TokenLoss.row, token_losses.__name__)
+    assert synthetic(TokenLoss.__init__, token_losses.__name__)

@@ -8,8 +8,8 @@ import pytest
 from test_cli import refused
 from tiny import luffy
 
+from luffy.commands.generate import read_questions
 from luffy.errors import UserError
-from luffy.generate import read_questions
 
 
 @pytest.fixture(scope="module")

@@ -138,6 +138,11 @@ def add_sampling(parser: argparse.ArgumentParser, models: bool = False) -> None:
     add_engine(parser)
 
 
+def opening_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Of what `add_sampling` has read, what `luffy.opening.open_model` takes."""
+    return {name: getattr(args, name) for name in ("checkpoint", "template", "memory_fraction", "kv_cache_gib")}
+
+
 def above_zero(text: str) -> float:
     value = float(text)
     if not 0 < value < float("inf"):

@@ -39,7 +39,8 @@ def load_problems(source: str | Path, *, split: str | None = None, limit: int | 
 def convert(rows: Iterable[SourceRow]) -> Iterator[tuple[SourceRow, Schema, Problem]]:
     """Each row, the schema it is in, and the problem it is.
 
-    Raises DataError for the first row that is refused, which says of how many others of them the same is true.
+    Raises:
+        DataError: a row is refused; it says of how many of the others the same is true.
     """
     columns, schema = None, None
     rows = iter(rows)

@@ -9,10 +9,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from luffy.commands.arguments import add_command, add_json, add_problems, add_quiet, add_sampling, positive
+from luffy.commands.arguments import (
+    add_command,
+    add_json,
+    add_problems,
+    add_quiet,
+    add_sampling,
+    opening_options,
+    positive,
+)
 from luffy.errors import UserError, user_errors
 from luffy.evaluation.suites import NAMES, SUITES, benchmarks_in, problems_of
-from luffy.generate import options_of
 from luffy.opening import Opened, language_config, open_model, positions_of, start_engine, start_servers
 from luffy.seeds import derive
 
@@ -182,7 +189,7 @@ def load_model(args: argparse.Namespace, name: str) -> Model:
     from luffy.evaluation.questions import benchmarks_of
     from luffy.sources import tokenized
 
-    opened = open_model(name, **options_of(args))
+    opened = open_model(name, **opening_options(args))
     opened.config.data.max_prompt_tokens = NO_LIMIT
     rollout = opened.config.rollout
     rollout.engine = "server" if args.servers or args.urls else "colocated"

@@ -78,10 +78,12 @@ class Taught(Network):
 
     @property
     def lr(self) -> float:
+        """Learning rate at its highest; over the steps it goes as the policy's does."""
         raise NotImplementedError
 
     @property
     def max_grad_norm(self) -> float:
+        """What its gradient is clipped to; the policy's by default."""
         return self.config.optim.max_grad_norm
 
     def step(self, name: str, loss: float, update: int, total: int) -> dict[str, float]:

@@ -62,12 +62,20 @@ def find(name: str) -> type[Objective]:
 
 
 def options_of(name: str) -> type[Options]:
-    """What the objective of this name may be told."""
+    """What the objective of this name may be told.
+
+    Raises:
+        ValueError: as `find`.
+    """
     return find(name).Options
 
 
 def make_objective(options: Options) -> Objective:
-    """The objective that these options are of. Raises ValueError as `find` does."""
+    """The objective that these options are of.
+
+    Raises:
+        ValueError: as `find`.
+    """
     return find(options.name)(options)
 
 

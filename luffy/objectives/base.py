@@ -204,11 +204,12 @@ class Objective:
         return {}
 
     def state(self) -> dict[str, Tensor]:
-        """What `load_state` needs to go on; saved with a checkpoint, by one rank. Tensors that nobody changes."""
+        """What `load_state` needs to go on: tensors [...] of any shape on the CPU, which nobody changes. Saved with a
+        checkpoint, by one rank."""
         return {}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Go on from what `state` gave."""
+        """Go on from the `state`, tensors [...], that an objective of the same options gave."""
 
     def weigh(self, micro: MicroBatch, seen: Seen) -> None:
         """Change `token_weight` and `advantages`, [N] float32 each, of a micro-batch by what the policy itself says.

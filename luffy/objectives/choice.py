@@ -88,7 +88,11 @@ def may_choose(example: Example, options: TraceOptions) -> list[int]:
 
 
 def only_by(options: TraceOptions, choices: tuple[str, ...]) -> None:
-    """Raises ValueError where the options ask for what is not known when this objective takes a trace."""
+    """Refuse options that ask for what is not known when this objective takes a trace.
+
+    Raises:
+        ValueError: the choice is not among `choices`, or depends on the verifier.
+    """
     if options.trace_right or options.trace_choice not in choices:
         raise ValueError(
             f"{options.name} takes a trace after its rollouts are graded: trace_right must be false and trace_choice "
@@ -97,7 +101,11 @@ def only_by(options: TraceOptions, choices: tuple[str, ...]) -> None:
 
 
 def refuse_without(examples: list[Example], options: TraceOptions) -> None:
-    """Raises UserError where none of the problems has a trace that may be taken, or a weight is of nobody's."""
+    """Refuse data that the options leave nothing of.
+
+    Raises:
+        UserError: none of the problems has a trace that may be taken, or a weight is of nobody's.
+    """
     teachers = {teacher for example in examples for teacher in example.teachers}
     if unknown := sorted(set(options.teacher_weights) - teachers):
         known = ", ".join(sorted(filter(None, teachers))) or "of nobody by name"

@@ -20,7 +20,7 @@ ROLLOUT, IMITATED = 0, 1
 
 
 class GuidedOptions(RatioOptions, TraceOptions):
-    pass
+    """Of rollouts as of `RatioOptions`, of traces as of `TraceOptions`."""
 
 
 class Guided(Grpo):
@@ -32,7 +32,7 @@ class Guided(Grpo):
         return (*super().token_losses(), nll())
 
     def imitation(self, progress: float) -> float:
-        """Weight of the mean negative log-likelihood of a trace token."""
+        """Weight of the mean negative log-likelihood of a trace token, nats."""
         raise NotImplementedError
 
     def imitated(self, group: Group) -> list[Row]:

@@ -65,7 +65,7 @@ def _of_all_ranks(values: Tensor, micro: MicroBatch) -> Tensor:
 
 
 def moved(seen: Seen, before: Tensor | None) -> Tensor:
-    """[N] float64: log pi / pi_before of each token, within +-20; 0 where nobody sampled, or nothing has moved.
+    """[N] float64, nats: log pi / pi_before of each token, within +-20; 0 where nobody sampled, or nothing has moved.
 
     before: [N] log-probs of those who sampled (NaN: nobody); None: the policy itself.
     """

@@ -88,6 +88,8 @@ class Replay:
         return found
 
     def state(self) -> dict[str, Tensor]:
+        """retired: [questions] int64. buckets: [questions, 2] int64, (question, bucket). answers.question, .length and
+        .finished: [answers]; .token_ids and .logp (nats): [tokens], those of all answers one after the other."""
         import torch
 
         stored = [(index, answer) for index, answers in self.answers.items() for answer in answers]
@@ -103,6 +105,7 @@ class Replay:
         }
 
     def load_state(self, state: dict[str, Tensor]) -> None:
+        """state: as `state`."""
         self.retired = set(state["retired"].tolist())
         self.bucket = dict(state["buckets"].tolist())
         self.answers = {}

@@ -161,8 +161,11 @@ def find_grader(name: str) -> Grader:
     """The grader called `name`, here or by an installed package (entry point `luffy.graders`), or the function at an
     import path `module:function`.
 
-    The module is looked for in the working directory too, after everything that is installed. Raises ValueError for an
-    unknown name, and what importing the module raises.
+    The module is looked for in the working directory too, after everything that is installed.
+
+    Raises:
+        ValueError: there is none of this name.
+        Exception: whatever importing the module raises.
     """
     if name == "gym":
         try:

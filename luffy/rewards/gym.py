@@ -21,7 +21,8 @@ _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 def grade_gym(response: str, answer: Answer) -> float:
     """The verifier's score, 0 to 1, of what stands in the last `<answer>` tags, or else of the final answer.
 
-    Raises ValueError where the installed package makes another problem of the place than the one that was asked.
+    Raises:
+        ValueError: the installed package makes another problem of the place than the one that was asked.
     """
     tagged = _TAGGED.findall(response)
     said = tagged[-1].strip() if tagged else final_answer(response)
@@ -41,7 +42,11 @@ def _score(said: str, place: dict[str, Any]) -> float:
 
 @functools.lru_cache(maxsize=64)
 def make_dataset(task: str, size: int, seed: int, config: str) -> Any:
-    """config: JSON. Raises what reasoning-gym does: ValueError, TypeError or AssertionError."""
+    """The data set of a task. config: JSON.
+
+    Raises:
+        ValueError, TypeError, AssertionError: as reasoning-gym does.
+    """
     import reasoning_gym
 
     return reasoning_gym.create_dataset(task, size=size, seed=seed, **json.loads(config))

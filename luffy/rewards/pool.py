@@ -37,8 +37,10 @@ class VerifierPool:
 
     grader: a name in `GRADERS`, or `module:function` for one of your own.
     workers: number of processes. timeout_s: wall-clock seconds for one answer, a worker's start not included.
-    Raises ValueError for a grader that cannot be found or imported, a worker count below 1 or a timeout not positive.
     `grade` may be called from several threads; one call runs at a time.
+
+    Raises:
+        ValueError: the grader cannot be found or imported, workers are below 1, or the timeout is not positive.
     """
 
     def __init__(self, grader: str, workers: int = 2, timeout_s: float = 5.0) -> None:
@@ -64,7 +66,9 @@ class VerifierPool:
     def grade(self, pairs: Sequence[tuple[str, Answer]]) -> list[Verdict]:
         """One verdict per pair, in order. Equal pairs are graded once; `ok` verdicts are remembered across calls.
 
-        Raises RuntimeError when the pool is closed, UserError when its workers cannot start.
+        Raises:
+            RuntimeError: the pool is closed.
+            UserError: its workers cannot start.
         """
         with self._lock:
             if self._closed:

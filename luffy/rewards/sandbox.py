@@ -20,6 +20,7 @@ OPEN_FILES = 64
 
 
 def die_with_parent(libc: ctypes.CDLL) -> None:
+    """Ask the kernel to kill this process when its parent ends."""
     libc.prctl(PDEATHSIG, signal.SIGKILL)
 
 
