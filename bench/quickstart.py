@@ -29,7 +29,7 @@ from statistics import median
 from typing import Any
 
 from bench.report import put
-from luffy.config import load_config
+from luffy.config_file import load_config
 from luffy.data import load_problems
 from luffy.files import write_json
 from luffy.sources import evaluation_sources

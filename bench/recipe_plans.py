@@ -12,7 +12,7 @@ from typing import Any
 from bench.report import ROOT, put
 from luffy import plan, plan_text
 from luffy.cli import build_parser
-from luffy.config import load_config
+from luffy.config_file import load_config
 from luffy.machines import GIB, find_machine
 from luffy.shapes import find_shape
 

@@ -35,7 +35,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from bench.machine import RESULTS, file_name, machine
 from luffy import distributed, model, optim
-from luffy.config import Config, load_config
+from luffy.config import Config
+from luffy.config_file import load_config
 from luffy.data import Example
 from luffy.dtypes import dtype_of
 from luffy.files import write_json

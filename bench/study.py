@@ -166,7 +166,7 @@ class Worker:
         )
 
     def train(self, options: dict[str, Any], folder: Path) -> dict[str, Any]:
-        from luffy.config import load_config
+        from luffy.config_file import load_config
         from luffy.run_folder import RunFolder
         from luffy.train import train
 

@@ -16,7 +16,8 @@ from typing import Any
 from luffy import plan as planning
 from luffy import rank, stages, step_time
 from luffy.checks import check_model
-from luffy.config import Config, load_stages
+from luffy.config import Config
+from luffy.config_file import load_stages
 from luffy.data import Example, Stream
 from luffy.errors import UserError, user_errors
 from luffy.files import disk_errors, read_jsonl

@@ -51,7 +51,8 @@ def open_model(
         UserError: there is no such model, checkpoint or chat template.
     """
     from luffy.checkpoint import choose
-    from luffy.config import Config, load_config
+    from luffy.config import Config
+    from luffy.config_file import load_config
     from luffy.run_folder import RunFolder
     from luffy.sources import load_template, resolve
 
@@ -75,7 +76,7 @@ def open_model(
 
 def set_template(model: "ModelConfig", template: str | None) -> None:
     """How its prompts are written: as one of `STYLES`, or as the recipe of one of `TEMPLATES` says; None: as it is."""
-    from luffy.config import load_config
+    from luffy.config_file import load_config
 
     if template in TEMPLATES:
         prompts = load_config(TEMPLATES[template]).model

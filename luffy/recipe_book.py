@@ -57,7 +57,7 @@ def add_recipes(commands: Any) -> None:
 
 
 def run_list(args: argparse.Namespace) -> int:
-    from luffy.config import recipe_names
+    from luffy.config_file import recipe_names
     from luffy.console import print_json
 
     head, rows = ["recipe", "objective", "model", "problems"], [_described(name) for name in recipe_names()]
@@ -94,7 +94,7 @@ def run_diff(args: argparse.Namespace) -> int:
 
 def spelled_out(source: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Every key of a recipe that has a value; of one in two stages the first under `first`. Raises UserError."""
-    from luffy.config import load_stages
+    from luffy.config_file import load_stages
 
     *first, last = (stage.model_dump(mode="json", exclude_none=True) for stage in load_stages(source, list(overrides)))
     for stage in first:
@@ -119,7 +119,7 @@ def differences(one: dict[str, Any], other: dict[str, Any]) -> Iterator[tuple[st
 
 
 def _described(name: str) -> tuple[str, str, str, str]:
-    from luffy.config import load_config
+    from luffy.config_file import load_config
 
     config = load_config(name)
     return name, config.objective.name, config.model.name, config.data.path or "generated"

@@ -24,7 +24,8 @@ from typing import IO, Any
 
 import tomli_w
 
-from luffy.config import Config, load_config
+from luffy.config import Config
+from luffy.config_file import load_config
 from luffy.errors import UserError
 from luffy.files import disk_errors, sweep, write_json, write_text
 

@@ -7,7 +7,8 @@ from test_packing import tiny_lm
 from tiny import make_tokenizer
 
 from luffy import distributed, plan
-from luffy.config import MeshConfig, config_of, load_stages
+from luffy.config import MeshConfig, config_of
+from luffy.config_file import load_stages
 from luffy.machines import find_machine
 from luffy.model import Policy
 from luffy.prompts import LUFFY_SYSTEM, PromptTemplate

@@ -23,7 +23,8 @@ from transformers import AutoModelForCausalLM
 
 from luffy import checkpoint, optim
 from luffy.checkpoint import Checkpointer
-from luffy.config import Config, ModelConfig, OptimConfig, load_config
+from luffy.config import Config, ModelConfig, OptimConfig
+from luffy.config_file import load_config
 from luffy.errors import UserError
 from luffy.files import new_folder, read_jsonl, remove_folder, sweep, write_text
 from luffy.load import empty_lm, load_weights

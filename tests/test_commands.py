@@ -14,7 +14,8 @@ from tiny import ROOT, luffy
 from luffy.cli import EXIT_CODES, build_parser
 from luffy.commands.completion import parsers, script
 from luffy.commands.train import spell_out_resume
-from luffy.config import flat_keys, load_stages, recipe_names
+from luffy.config import flat_keys
+from luffy.config_file import load_stages, recipe_names
 from luffy.objectives import KNOWN
 from luffy.versions import installed
 

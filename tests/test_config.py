@@ -6,7 +6,8 @@ import typing
 import pytest
 import tomli_w
 
-from luffy.config import Config, flat_keys, load_config, recipe_names
+from luffy.config import Config, flat_keys
+from luffy.config_file import load_config, recipe_names
 from luffy.errors import UserError
 
 

@@ -10,7 +10,8 @@ from test_normalisation import Recording, assert_same, uneven
 from test_packing import group, tiny_lm
 
 from luffy import distributed
-from luffy.config import Config, CorrectionConfig, MeshConfig, load_config
+from luffy.config import Config, CorrectionConfig, MeshConfig
+from luffy.config_file import load_config
 from luffy.correction import correct, log_ratios, row_means, token_weights
 from luffy.errors import UserError
 from luffy.groups import Group

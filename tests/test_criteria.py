@@ -15,7 +15,8 @@ import pytest
 
 from bench.small_model import make_model
 from luffy import distributed
-from luffy.config import MeshConfig, RolloutConfig, load_config
+from luffy.config import MeshConfig, RolloutConfig
+from luffy.config_file import load_config
 from luffy.objectives import KNOWN, find, options_of
 from luffy.problems import ProblemSpec, rows
 from luffy.rollout.vllm_engine import VllmEngine

@@ -22,7 +22,8 @@ from doc_blocks import PAGES, ROOT, Block, blocks, commands, every, inline_comma
 
 from luffy import cli
 from luffy.commands.train import spell_out_resume
-from luffy.config import flat_keys, load_stages
+from luffy.config import flat_keys
+from luffy.config_file import load_stages
 from luffy.objectives import KNOWN, options_of
 
 LANGUAGES = {"python", "bash", "toml", "json", "math", "text", "indented"}

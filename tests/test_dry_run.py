@@ -12,7 +12,7 @@ from tiny import ROOT, luffy, make_model
 
 from luffy import dry_run, stages
 from luffy.cli import main
-from luffy.config import load_stages
+from luffy.config_file import load_stages
 from luffy.errors import UserError
 from luffy.manifest import write_manifest
 from luffy.run_folder import RunFolder

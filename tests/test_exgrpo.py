@@ -16,7 +16,7 @@ from test_train import arguments, assert_same_state, records, without_times
 from tiny import luffy, make_model, make_policy
 from transformers import AutoModelForCausalLM
 
-from luffy.config import load_config
+from luffy.config_file import load_config
 from luffy.data import Ledger, Stream
 from luffy.groups import Group, Row
 from luffy.objectives.replay import Replay

@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 from tiny import make_model
 
 from luffy import distributed
-from luffy.config import MeshConfig, RolloutConfig, load_config
+from luffy.config import MeshConfig, RolloutConfig
+from luffy.config_file import load_config
 from luffy.rollout.vllm_engine import VllmEngine
 from luffy.run_folder import RunFolder
 from luffy.train import train

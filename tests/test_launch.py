@@ -12,7 +12,7 @@ import pytest
 from jobs import LOOP, ROOT, end, job, no_leftovers, orphans, pids, running, steps, wait_for, watched  # noqa: F401
 
 from luffy.cli import build_parser, main
-from luffy.config import recipe_names
+from luffy.config_file import recipe_names
 from luffy.errors import UserError
 from luffy.launch import Launch, add_options, parse, stopped_notes
 from luffy.rollout.server import free_port

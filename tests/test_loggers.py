@@ -23,7 +23,8 @@ import pytest
 from test_train import arguments
 from tiny import luffy, make_model
 
-from luffy.config import Config, LogConfig, load_config
+from luffy.config import Config, LogConfig
+from luffy.config_file import load_config
 from luffy.errors import UserError
 from luffy.loggers.__main__ import follow
 from luffy.loggers.follow import SINKS, Follower, Tail, numbers

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from luffy_kernels import token_loss
 
 from luffy.advantages import group_advantages
-from luffy.config import load_config
+from luffy.config_file import load_config
 from luffy.data import Example
 from luffy.data.problem import Problem
 from luffy.errors import UserError

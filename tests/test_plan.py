@@ -16,7 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from luffy import activations, attention, footprint, lora, plan, plan_text
 from luffy.attention import Layout
 from luffy.checkpoint import FILE_BYTES
-from luffy.config import CheckpointConfig, LoraConfig, load_config
+from luffy.config import CheckpointConfig, LoraConfig
+from luffy.config_file import load_config
 from luffy.errors import UserError
 from luffy.footprint import Load, Segment, host_bytes, kept_by_block, moments, peak, saved_by_block
 from luffy.machines import GIB, MACHINES, find_machine

@@ -3,7 +3,7 @@
 import pytest
 from tiny import luffy
 
-from luffy.config import load_stages
+from luffy.config_file import load_stages
 from luffy.recipe_book import differing, spelled_out
 
 

@@ -12,7 +12,7 @@ import pytest
 from test_train import OPTIONS, assert_same_state, records, without_times
 from tiny import luffy
 
-from luffy.config import load_config, load_stages
+from luffy.config_file import load_config, load_stages
 from luffy.errors import UserError
 from luffy.run_folder import RunFolder
 from luffy.stages import due

@@ -10,7 +10,7 @@ from bench import presets, study_report
 from bench.presets import ALL, METHODS, PRESETS, corpus_parts
 from bench.report import ROOT
 from bench.study import SEEDS, TUNING_SEED, Results, Run, due, planned, recipe
-from luffy.config import load_config
+from luffy.config_file import load_config
 from luffy.data import load_problems
 
 TINY = PRESETS["tiny"]

@@ -13,7 +13,8 @@ from test_update import groups, trainer
 from tiny import ROOT, luffy, make_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from luffy.config import config_of, load_config
+from luffy.config import config_of
+from luffy.config_file import load_config
 from luffy.data import Example, Problem
 from luffy.groups import Group, Row
 from luffy.packing import pack

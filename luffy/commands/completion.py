@@ -102,7 +102,7 @@ def _say_what_completes(action: Any) -> None:
 
 def _recipes() -> dict[str, Any]:
     """For each shell a function that gives names of recipes and TOML files, and how it is called."""
-    from luffy.config import recipe_names
+    from luffy.config_file import recipe_names
 
     names = " ".join(recipe_names())
     bash = f"""\

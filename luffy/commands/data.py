@@ -159,7 +159,8 @@ def run_check(args: argparse.Namespace) -> int:
 
 
 def run_score(args: argparse.Namespace) -> int:
-    from luffy.config import ModelConfig, load_config
+    from luffy.config import ModelConfig
+    from luffy.config_file import load_config
     from luffy.console import print_json
     from luffy.opening import set_template
     from luffy.process import prepare_libraries

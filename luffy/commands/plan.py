@@ -37,7 +37,7 @@ def add_machine(parser: argparse.ArgumentParser, gpus: str, gpu: str) -> None:
 
 def run_plan(args: argparse.Namespace, overrides: list[str]) -> int:
     from luffy import plan, plan_text
-    from luffy.config import load_config
+    from luffy.config_file import load_config
     from luffy.machines import find_machine
     from luffy.shapes import find_shape
 

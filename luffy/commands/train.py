@@ -46,7 +46,7 @@ def add_train(commands: Any) -> None:
 
 def run_train(args: argparse.Namespace, overrides: list[str]) -> int:
     from luffy import rank, stages
-    from luffy.config import load_stages
+    from luffy.config_file import load_stages
     from luffy.run_folder import RunFolder
 
     rank.become_rank()
@@ -102,7 +102,8 @@ def say_plan(args: argparse.Namespace, overrides: list[str], whole: Any, job: la
 
 def keys_help() -> str:
     """Every configuration key with its default and meaning."""
-    from luffy.config import flat_keys, recipe_names
+    from luffy.config import flat_keys
+    from luffy.config_file import recipe_names
     from luffy.objectives import KNOWN
 
     lines = [f"recipes: {', '.join(recipe_names())}", f"objectives: {', '.join(KNOWN)}"]

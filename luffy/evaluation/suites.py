@@ -179,7 +179,7 @@ def _read(benchmark: Benchmark, row: SourceRow, at: int, seed: int) -> Problem:
 
 def quick(limit: int | None) -> list[Problem]:
     """The quickstart's held-out problems."""
-    from luffy.config import load_config
+    from luffy.config_file import load_config
     from luffy.data import load_problems
     from luffy.sources import evaluation_sources
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import IO, Any
 from uuid import uuid4
 
-from luffy.config import load_config
+from luffy.config_file import load_config
 from luffy.errors import UserError, first_line
 from luffy.files import write_json
 from luffy.loggers.sink import Opening, Sink, without_secrets
