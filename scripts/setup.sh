@@ -45,7 +45,8 @@ luffy_make_venv() {
     fi
 }
 
-# What the installed packages follow from, and what the compiled kernels follow from: one line each.
+# What the installed packages follow from, and what the project itself does: one line each. Of its Python files the names
+# alone, which an editable installation has a list of: a module that moved would be looked for where it was.
 luffy_fingerprint() {
     local version
     version=$("$LUFFY_VENV/bin/python" -S -c 'import sys; print(sys.version, sys.prefix)' 2>/dev/null || true)
@@ -53,10 +54,12 @@ luffy_fingerprint() {
         printf '%s\n' "$luffy_root" "$version" "$1" "${LUFFY_VLLM:-}"
         cat "$luffy_root/pyproject.toml" "$luffy_root/scripts/install.py"
     } | cksum)"
-    printf 'kernels %s\n' "$(cd "$luffy_root" && find CMakeLists.txt kernels/csrc -type f 2>/dev/null |
-        LC_ALL=C sort | while IFS= read -r file; do
-        cksum "$file"
-    done | cksum)"
+    printf 'project %s\n' "$(cd "$luffy_root" && {
+        find luffy kernels/luffy_kernels -name '*.py' 2>/dev/null | LC_ALL=C sort
+        find CMakeLists.txt kernels/csrc -type f 2>/dev/null | LC_ALL=C sort | while IFS= read -r file; do
+            cksum "$file"
+        done
+    } | cksum)"
 }
 
 luffy_setup() {
@@ -69,7 +72,7 @@ luffy_setup() {
             return
         fi
         if [ "$(luffy_fingerprint $extra | head -n 1)" = "$(head -n 1 "$stamp")" ]; then
-            stage=kernels
+            stage=project
         fi
     fi
     command -v -- "${CXX:-c++}" >/dev/null 2>&1 || command -v g++ >/dev/null 2>&1 || command -v clang++ >/dev/null 2>&1 ||

@@ -22,7 +22,7 @@ from bad_inputs import (
     trace_row,
 )
 
-from luffy import checkpoint
+from luffy.checkpoint import saving
 from luffy.run_folder import RunFolder
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -359,7 +359,7 @@ def damaged_checkpoints(home: Home):
 
 def mount_that_loses(home: Home):
     home.copy_of_run("lossy", last=3)
-    again, real = home.again("--resume", run="lossy"), checkpoint.put_in_place
+    again, real = home.again("--resume", run="lossy"), saving.put_in_place
 
     def lossy(temporary: Path, path: Path) -> None:
         real(temporary, path)
@@ -367,7 +367,7 @@ def mount_that_loses(home: Home):
 
     def act() -> int:
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(checkpoint, "put_in_place", lossy)
+            patched.setattr(saving, "put_in_place", lossy)
             return again()
 
     return act

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from luffy import checkpoint, optim
-from luffy.checkpoint import Checkpointer
+from luffy.checkpoint import Checkpointer, saving
 from luffy.config import Config, ModelConfig, OptimConfig
 from luffy.config_file import load_config
 from luffy.errors import UserError
@@ -167,13 +167,13 @@ def test_steps_are_numbers(write, folder):
 def test_saving_returns_at_once_and_keeps_what_the_weights_were(trained, folder, monkeypatch):
     policy, optimizer = trained
     before = {name: tensor.full_tensor().clone() for name, tensor in weights_of(policy).items()}
-    go_on, real = threading.Event(), checkpoint.put_in_place
+    go_on, real = threading.Event(), saving.put_in_place
 
     def slow(*args):
         assert go_on.wait(60)
         real(*args)
 
-    monkeypatch.setattr(checkpoint, "put_in_place", slow)
+    monkeypatch.setattr(saving, "put_in_place", slow)
     writer = Checkpointer(folder, 9)
     loop = {"tokens": 1}
     writer.save(1, policy, optimizer, loop, make_tokenizer())
@@ -261,13 +261,13 @@ def test_a_copy_seen_half_done_is_never_a_checkpoint(write, tmp_path, capsys):
 
 def test_a_mount_that_loses_what_it_is_given_is_found_out(trained, write, folder, monkeypatch):
     write(1)
-    real = checkpoint.put_in_place
+    real = saving.put_in_place
 
     def lossy(temporary, path):
         real(temporary, path)
         os.truncate(path / "model.safetensors", 1000)
 
-    monkeypatch.setattr(checkpoint, "put_in_place", lossy)
+    monkeypatch.setattr(saving, "put_in_place", lossy)
     with pytest.raises(UserError, match="right after it was written"):
         write(2, keep=1)
     assert checkpoint.latest(folder).name == "step-000001"

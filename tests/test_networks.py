@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from luffy import distributed, plan
 from luffy.balance import Unit
-from luffy.checkpoint import Checkpointer, load_networks, network_tensors
+from luffy.checkpoint import Checkpointer, load_networks
+from luffy.checkpoint.state import network_tensors
 from luffy.config import MeshConfig, config_of
 from luffy.errors import UserError
 from luffy.groups import Group, Row

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from luffy import activations, attention, footprint, lora, plan, plan_text
 from luffy.attention import Layout
-from luffy.checkpoint import FILE_BYTES
+from luffy.checkpoint.saving import FILE_BYTES
 from luffy.config import CheckpointConfig, LoraConfig
 from luffy.config_file import load_config
 from luffy.errors import UserError

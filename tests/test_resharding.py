@@ -19,10 +19,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoModelForCausalLM
 
 from luffy import checkpoint, optim
-from luffy.checkpoint import Checkpointer
+from luffy.checkpoint import Checkpointer, saving
 from luffy.config import ModelConfig, OptimConfig
 from luffy.errors import UserError
 from luffy.load import empty_lm, load_weights
+from luffy.manifest import verify
 from luffy.model import Policy, shard
 from luffy.shards import full
 from luffy.weights import weights_of
@@ -58,7 +59,7 @@ def four_two_one_four(rank: int, world: int, folder: Path) -> None:
 
 
 def write_and_read(world: int, folder: Path, write: list[str], read: list[str], meshes: "Meshes") -> None:
-    checkpoint.FILE_BYTES = 4000  # so that there are several files
+    saving.FILE_BYTES = 4000  # so that there are several files
     layouts = ["flat", "hybrid"] if world == 4 else ["flat"]
     for name, layout in itertools.product(("tied", "untied"), layouts):
         policy, optimizer = fresh(folder / name, meshes.get(layout))
@@ -148,7 +149,7 @@ def check_files(path: Path, policy: Policy) -> None:
     moments = [load_file(file) for file in (path / "trainer" / "optimizer").glob("*")]
     assert sum(t.numel() for shards in moments for t in shards.values()) == 2 * numbers + len(names)
     assert {entry.name for entry in (path / "trainer").iterdir()} == {"loop.json", "manifest.json", "optimizer"}
-    checkpoint.verify(path)
+    verify(path)
     if dist.get_rank() == 0:
         theirs = AutoModelForCausalLM.from_pretrained(path).state_dict()
         assert all(torch.equal(theirs[name], value_of(name, theirs[name].shape)) for name in names)
@@ -156,7 +157,7 @@ def check_files(path: Path, policy: Policy) -> None:
 
 def save_with_little(folder: Path, meshes: "Meshes") -> None:
     """No rank holds a whole model while saving."""
-    checkpoint.FILE_BYTES = 16 * 2**20
+    saving.FILE_BYTES = 16 * 2**20
     policy, optimizer = fresh(folder / "big", meshes.get("flat"))
     for param in policy.parameters():
         param.grad = torch.ones_like(param)

