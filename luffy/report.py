@@ -81,7 +81,7 @@ def draw_curves(run: RunFolder) -> Path:
     from matplotlib.ticker import MaxNLocator
 
     steps = read_jsonl(run.metrics)
-    evals = [record for record in read_jsonl(run.evals) if record["name"] == "heldout"]
+    evals = [record for record in run.read_evals() if record["name"] == "heldout"]
     figure, axes = plt.subplots(2, 2, figsize=(10, 6.5), sharex=True, layout="constrained")
     panels = {
         "Reward": [("rollouts", "on_off_metrics/on_score"), ("traces", "on_off_metrics/off_score")],

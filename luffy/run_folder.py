@@ -27,7 +27,7 @@ import tomli_w
 from luffy.config import Config
 from luffy.config_file import load_config
 from luffy.errors import UserError
-from luffy.files import disk_errors, sweep, write_json, write_text
+from luffy.files import disk_errors, read_jsonl, sweep, write_json, write_text
 
 # Looking more often and saving elsewhere do not change what was learned so far, nor what it is measured on.
 HARMLESS = (
@@ -79,6 +79,12 @@ class RunFolder:
     @property
     def evals(self) -> Path:
         return self.path / "evals.jsonl"
+
+    def read_evals(self) -> list[dict[str, Any]]:
+        """Records of evaluations: of a problem set after a step the newest, for a run that was killed while it was
+        judged is judged again."""
+        found = read_jsonl(self.evals) if self.evals.exists() else []
+        return list({(record["step"], record["name"]): record for record in found}.values())
 
     @property
     def checkpoints(self) -> Path:

@@ -262,6 +262,15 @@ def test_every_rule_is_seen_at_work(tmp_path):
     assert seen == {rule.__name__ for rule in RULES}
 
 
+def test_a_run_that_was_judged_twice_after_a_step_counts_once(tmp_path):
+    run = make_run(tmp_path / "run")
+    again = {"step": 20, "name": "heldout", "accuracy": 0.5, "interval": [0.4, 0.6]}
+    with (run / "evals.jsonl").open("a") as file:
+        file.write(json.dumps(again) + "\n")
+    assert load(str(run)).accuracy("heldout")[-1] == (20, 0.5, 0.4, 0.6)
+    assert [step for step, *_ in load(str(run)).accuracy("heldout")] == [0, 10, 20]
+
+
 def test_a_run_of_two_steps_has_no_trends(tmp_path):
     changes = {"rollout/kl_k3": (0.001, 0.2), "actor/entropy_loss": (0.6, 0.001), "batch/zero_rows": (32, 32)}
     assert findings(load(str(make_run(tmp_path / "run", changes, (0.3, 0.3), steps=2)))) == []

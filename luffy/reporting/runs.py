@@ -76,9 +76,8 @@ def load(path: str) -> Run:
     steps = read_jsonl(folder.metrics) if folder.metrics.exists() else []
     if not steps:
         raise UserError(f"report: {path} has taken no step yet; --watch waits for nothing, come back after the first")
-    evals = read_jsonl(folder.evals) if folder.evals.exists() else []
     config = tomllib.loads((folder.path / "config.toml").read_text(encoding="utf-8"))
-    return Run(path.rstrip("/"), config, _json(folder.path / "environment.json"), steps, evals,
+    return Run(path.rstrip("/"), config, _json(folder.path / "environment.json"), steps, folder.read_evals(),
                list(_samples(folder.samples)), folder.result)  # fmt: skip
 
 
