@@ -22,13 +22,13 @@ import argparse
 import gc
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 from bench.memory import forget_peak, resident
+from luffy.host import host_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
@@ -161,12 +161,6 @@ def lines(lengths: list[int], columns: dict[str, list[float]]) -> dict[str, tupl
     return {name: line(*map(list, zip(*found, strict=True))) for name, found in measured.items() if len(found) > 2}
 
 
-def available_mib() -> float:
-    found = re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())
-    assert found is not None
-    return int(found.group(1)) / 1024
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench.longcontext", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -197,7 +191,7 @@ def report(lengths: list[int], out: Path | None) -> int:
         columns["body"].append(in_processes("body", length, 1))
         columns["head"].append(columns["update"][-1] - columns["body"][-1])
         columns["body, sp = 2"].append(in_processes("body", length, 2))
-        if EAGER_BYTES * length / 2**20 < 0.8 * available_mib():
+        if EAGER_BYTES * length / 2**20 < 0.8 * host_memory().available / 2**20:
             columns["eager"].append(in_processes("eager", length, 1))
         cells = [
             f"{column[-1]:14.0f}" if len(column) == len(columns["body"]) else f"{'-':>14s}"

@@ -1,9 +1,9 @@
 """Accelerators by name: sizes and peak rates from their vendors' data sheets. Nothing here was measured."""
 
-import os
 from dataclasses import dataclass
 
 from luffy.errors import UserError
+from luffy.host import host_memory
 
 GIB = 2**30
 
@@ -69,7 +69,7 @@ def find_machine(name: str) -> Machine:
         UserError: no such machine.
     """
     if name.lower() == "cpu":
-        return Machine("cpu", float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")), per_node=1)
+        return Machine("cpu", host_memory().total, per_node=1)
     if found := MACHINES.get(name.lower()):
         return found
     raise UserError(f"plan: --gpu must be one of {', '.join(MACHINES)} or cpu, got {name!r}")

@@ -104,6 +104,14 @@ def test_memory_and_folders(tmp_path):
     assert "set HF_HOME" in hardware.cache("model cache", tmp_path / "file" / "below", "HF_HOME").lacks
 
 
+@pytest.mark.parametrize(("free", "few"), [(4, True), (7, False)])
+def test_memory_that_the_quickstart_has_no_room_in(monkeypatch, free, few):
+    monkeypatch.setattr(hardware, "host_memory", lambda: (16 * hardware.GIB, free * hardware.GIB))
+    found = hardware.memory()
+    assert found.found == f"16 GiB, {free} available"
+    assert ("quickstart takes some" in found.lacks) == few
+
+
 def test_no_path_is_left_in_a_report():
     said = without_paths(
         f"2.8: /opt/mine/x.so: undefined symbol, in (/usr/lib/y.so.1) and {Path.home()}/z; see https://a/b/c"

@@ -8,8 +8,11 @@ from pathlib import Path
 
 from luffy.diagnosis.finding import Finding, guarded
 from luffy.embedded import cache_dir
+from luffy.host import host_memory
 
 GIB = 2**30
+QUICKSTART = 6
+"""GiB that it takes on a CPU, the engine's cache among them."""
 LEAST_SHARED = 1.0
 """GiB of /dev/shm: NCCL and vLLM's processes talk through it; containers often have 64 MiB."""
 
@@ -93,12 +96,8 @@ def driver_cuda() -> tuple[int, int] | None:
 
 
 def memory() -> Finding:
-    try:
-        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    except OSError:
-        return Finding("memory", "unknown")
-    total, free = (int(lines[name].split()[0]) / 2**20 for name in ("MemTotal", "MemAvailable"))
-    few = "" if free > 3 else "the quickstart takes some 10 GiB; close something"
+    total, free = (value / GIB for value in host_memory())
+    few = "" if free > QUICKSTART else f"the quickstart takes some {QUICKSTART} GiB; close something"
     return Finding("memory", f"{total:.0f} GiB, {free:.0f} available", few)
 
 
