@@ -1,7 +1,7 @@
 """Accuracy on a set of problems: one answer each, graded by the verifier pool."""
 
 from collections import defaultdict
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -43,6 +43,11 @@ class Evaluation:
         import json
 
         write_text(path, "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in self.samples))
+
+
+def recorded(line: dict[str, Any]) -> dict[str, Any]:
+    """What `Evaluation.record` gave, of a line of evals.jsonl, which has more."""
+    return {field.name: line[field.name] for field in fields(Evaluation) if field.name != "samples"}
 
 
 def evaluate(

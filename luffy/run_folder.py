@@ -81,8 +81,8 @@ class RunFolder:
         return self.path / "evals.jsonl"
 
     def read_evals(self) -> list[dict[str, Any]]:
-        """Records of evaluations: of a problem set after a step the newest, for a run that was killed while it was
-        judged is judged again."""
+        """Records of evaluations: of a problem set after a step the newest, for it may have been judged by a part of it
+        before."""
         found = read_jsonl(self.evals) if self.evals.exists() else []
         return list({(record["step"], record["name"]): record for record in found}.values())
 

@@ -20,7 +20,7 @@ from luffy.console import StepProgress
 from luffy.correction import correct
 from luffy.data import Example, Ledger
 from luffy.errors import UserError
-from luffy.evaluate import Evaluation, evaluate
+from luffy.evaluate import Evaluation, evaluate, recorded
 from luffy.files import write_json
 from luffy.groups import Group
 from luffy.interrupt import Stopped
@@ -63,7 +63,7 @@ def train_steps(t: Trainer, loop: dict[str, Any], ledger: Ledger) -> dict[str, A
     """Evaluate, train until the steps, the minutes or the user's patience are used up, evaluate again."""
     config, run = t.config, t.run
     if loop["step"] == 0:
-        loop["before"] = [e.record() for e in evaluate_all(t, 0)]
+        loop["before"] = evaluate_all(t, 0)
 
     with t.stop, StepProgress(config.train.steps, loop["step"]) as progress:
         if loop["before"]:
@@ -109,9 +109,9 @@ def train_steps(t: Trainer, loop: dict[str, Any], ledger: Ledger) -> dict[str, A
         save(t, loop)
         t.checkpoints.wait()
         t.watch.phase("evaluate", loop["step"])
-        after = [] if must_stop(t) else [e.record() for e in evaluate_all(t, loop["step"])]
-        if must_stop(t):  # what was saved goes on, evaluation included
+        if must_stop(t):
             raise Stopped(t.stop.preempted)
+        after = evaluate_all(t, loop["step"])
     result = {
         "objective": config.objective.name,
         "steps": loop["step"],
@@ -241,9 +241,25 @@ def micro_batches(t: Trainer, part: Terms) -> list[MicroBatch]:
     return share_of(t, part.groups, lambda group: rows[id(group)])
 
 
-def evaluate_all(t: Trainer, step: int) -> list[Evaluation]:
-    """On every problem set that the run is judged by."""
-    return [evaluate_set(t, name, examples[: t.config.eval.limit], step) for name, examples in t.heldout.items()]
+def evaluate_all(t: Trainer, step: int) -> list[dict[str, Any]]:
+    """On every problem set that the run is judged by; those that it was judged by already, before it was stopped, are
+    read. Collective.
+
+    Raises:
+        Stopped: as asked, before a set; what is done is done.
+    """
+    done = t.world.everyone(t.run.read_evals())[0]
+    known = {record["name"]: recorded(record) for record in done if record["step"] == step}
+    found = []
+    for name, examples in t.heldout.items():
+        chosen = examples[: t.config.eval.limit]
+        if name in known and known[name]["num_problems"] == len(chosen):
+            found.append(known[name])
+            continue
+        if found and must_stop(t):
+            raise Stopped(t.stop.preempted)
+        found.append(evaluate_set(t, name, chosen, step).record())
+    return found
 
 
 def evaluate_during(t: Trainer, step: int, progress: StepProgress) -> float | None:

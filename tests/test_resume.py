@@ -10,12 +10,17 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from test_train import arguments, assert_same_state, records, without_times
 from tiny import luffy
 
-from luffy import checkpoint
+from luffy import checkpoint, train
+from luffy.distributed import World
+from luffy.evaluate import Evaluation
+from luffy.interrupt import StopOnInterrupt, Stopped
+from luffy.run_folder import RunFolder
 
 STEPS, KILLS = 10, 5
 OFTEN = {"train__steps": STEPS, "checkpoint__every": 1, "eval__every": 0}
@@ -163,6 +168,53 @@ def test_the_best_checkpoint_by_a_validation_set_stays(home):
     assert best["accuracy"] == max(scores.values()) == scores[best["step"]]
     kept = {path.name for path in (run / "checkpoints").iterdir()}
     assert kept == {"step-000003", Path(best["checkpoint"]).name}
+
+
+def test_what_a_run_was_judged_by_before_it_was_stopped_is_not_asked_again(home, alone):
+    run = home / "judged"
+    shutil.copytree(alone, run)
+    result = json.loads((run / "result.json").read_text())
+    (run / "result.json").unlink()
+    before = (run / "evals.jsonl").read_bytes()
+    run_to_end(home, run.name, "--resume", **RANKS)
+    assert (run / "evals.jsonl").read_bytes() == before
+    assert json.loads((run / "result.json").read_text()) == result
+
+
+ALONE = {"rank": 0, "size": 1} | dict.fromkeys(("device", "store", "params", "data"))
+
+
+def test_a_run_that_is_stopped_between_two_sets_keeps_the_first(tmp_path, monkeypatch):
+    judged = []
+
+    def evaluate_set(t, name, examples, step):
+        judged.append(name)
+        found = Evaluation(
+            name=name, num_problems=len(examples), accuracy=0.5, interval=(0.2, 0.8), mean_tokens=9.0, truncated=0.0,
+            timeouts=0,
+        )  # fmt: skip
+        with t.run.evals.open("a") as file:
+            file.write(json.dumps({"step": step} | found.record()) + "\n")
+        t.stop.asked = True
+        return found
+
+    monkeypatch.setattr(train, "evaluate_set", evaluate_set)
+    config = SimpleNamespace(eval=SimpleNamespace(limit=2))
+    heldout = {"a": [1, 2, 3], "b": [1, 2]}
+    trainer = SimpleNamespace(config=config, run=RunFolder(tmp_path), heldout=heldout, world=World(**ALONE))
+    trainer.stop = StopOnInterrupt()
+    with pytest.raises(Stopped):
+        train.evaluate_all(trainer, 4)
+    assert judged == ["a"]
+    trainer.stop = StopOnInterrupt()
+    assert [record["name"] for record in train.evaluate_all(trainer, 4)] == ["a", "b"]
+    assert judged == ["a", "b"], "and asked to stop in the last, it is done"
+    assert [record["num_problems"] for record in train.evaluate_all(trainer, 4)] == [2, 2]
+    assert judged == ["a", "b"]
+    heldout["a"] = [1]
+    trainer.stop = StopOnInterrupt()
+    train.evaluate_all(trainer, 4)
+    assert judged == ["a", "b", "a"], "of another size it is another set"
 
 
 def test_damaged_checkpoints_are_set_aside_and_never_a_fresh_start(home, two):
