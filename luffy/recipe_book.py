@@ -69,15 +69,13 @@ def run_list(args: argparse.Namespace) -> int:
 
 
 def run_show(args: argparse.Namespace) -> int:
-    import tomli_w
-
     from luffy.console import print_json
 
     found = spelled_out(args.source)
     if args.json:
         print_json(found)
     else:
-        print(tomli_w.dumps(found), end="")
+        print("\n".join(_toml(found)))
     return 0
 
 
@@ -93,10 +91,14 @@ def run_diff(args: argparse.Namespace) -> int:
 
 
 def spelled_out(source: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Every key of a recipe that has a value; of one in two stages the first under `first`. Raises UserError."""
+    """Every key of a recipe, None where it has no value; of one in two stages the first under `first`.
+
+    Raises:
+        UserError: as `load_stages`.
+    """
     from luffy.config_file import load_stages
 
-    *first, last = (stage.model_dump(mode="json", exclude_none=True) for stage in load_stages(source, list(overrides)))
+    *first, last = (stage.model_dump(mode="json") for stage in load_stages(source, list(overrides)))
     for stage in first:
         del stage["name"]  # it is the other's
         last["first"] = stage
@@ -116,6 +118,20 @@ def differences(one: dict[str, Any], other: dict[str, Any]) -> Iterator[tuple[st
     for key in sorted(ours.keys() | theirs.keys()):
         if ours.get(key) != theirs.get(key):
             yield key, ours.get(key), theirs.get(key)
+
+
+def _toml(values: dict[str, Any], above: str = "") -> Iterator[str]:
+    """Lines. TOML has no null, so keys without a value are comments."""
+    import tomli_w
+
+    for key, value in values.items():
+        if value is None:
+            yield f"# {key} is not set"
+        elif not isinstance(value, dict):
+            yield tomli_w.dumps({key: value}).rstrip()
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from ("", f"[{above}{key}]", *_toml(value, f"{above}{key}."))
 
 
 def _described(name: str) -> tuple[str, str, str, str]:

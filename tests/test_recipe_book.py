@@ -1,8 +1,12 @@
 """`luffy recipes`."""
 
+import json
+import re
+
 import pytest
 from tiny import luffy
 
+from luffy.config import flat_keys
 from luffy.config_file import load_stages
 from luffy.recipe_book import differing, spelled_out
 
@@ -25,6 +29,21 @@ def test_what_is_shown_trains_the_same(name, tmp_path):
     same = luffy("recipes", "diff", name, "copy.toml", cwd=tmp_path)
     assert same.stdout.strip() == f"{name}  copy.toml"
     assert ("first" in spelled_out(name)) == (len(load_stages(name)) == 2)
+
+
+def test_every_key_is_shown(tmp_path):
+    shown = luffy("recipes", "show", "quickstart", cwd=tmp_path).stdout.splitlines()
+    table, found = "", set()
+    for line in shown:
+        if line.startswith("["):
+            table = f"{line[1:-1]}."
+            found.add(line[1:-1])
+        elif name := re.match(r"(?:# )?(\w+) (?:= |is not set$)", line):
+            found.add(table + name[1])
+    assert set(flat_keys(type(load_stages("quickstart")[-1]))) <= found
+    assert "# rank is not set" in shown
+    told = json.loads(luffy("recipes", "show", "quickstart", "--json", cwd=tmp_path).stdout)
+    assert told["model"]["lora"]["rank"] is None
 
 
 def test_what_differs(tmp_path):
