@@ -17,6 +17,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import doc_preludes
+import luffy_kernels
 import pytest
 from doc_blocks import PAGES, ROOT, Block, blocks, commands, every, inline_commands, is_synopsis, words
 
@@ -392,6 +393,12 @@ def test_catalogue_has_every_objective(site):
         assert re.search(rf"<h2[^>]*>[^<]*\b{name}\b", text), name
         for option in options_of(name).model_fields.keys() - {"name"}:
             assert f"<code>{option}</code>" in text
+
+
+def test_reference_has_every_operator(site):
+    text = (site / "api/kernels.html").read_text(encoding="utf-8")
+    shown = set(re.findall(r'<h\d id="luffy_kernels[\w.]*?\.?(\w+)" class="doc', text))
+    assert set(luffy_kernels.__all__) <= shown
 
 
 def test_pages_in_a_browser_fetch_from_here_alone(site, browser):

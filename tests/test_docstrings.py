@@ -146,6 +146,13 @@ def test_tensors_are_named_with_shapes(item: Public):
     assert told or not silent, f"{silent} in none of: {item.doc}"
 
 
+@rows([item for item in FUNCTIONS if item.name.count(".") == 1 and "Args:" in item.doc])
+def test_operators_explain_every_argument(item: Public):
+    """Each in a row of its own: the reference makes a table of them."""
+    rows = set(re.findall(r"^ {4}(\w+): ", item.doc, re.MULTILINE))
+    assert rows == set(inspect.signature(item.thing).parameters)
+
+
 @rows([item for item in EVERY if inspect.isclass(item.thing) and hasattr(item.thing, "_fields")])
 def test_results_have_shapes(item: Public):
     assert "[...]" in item.doc

@@ -44,13 +44,26 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Negative log-likelihood (nats) of the targets, differentiable in hidden, weight and bias.
 
+    `linear_logprobs` says more of the arguments that it has too.
+
     Args:
-        hidden, weight, targets, bias, temperature, and every keyword not named here: as in `linear_logprobs`.
+        hidden: [..., H] float.
+        weight: [V, H] float.
+        targets: [...] int64.
         reduction: "mean" divides the sum over valid rows by `normalizer`, their number by default (0 rows give 0);
             "sum" divides by nothing; "none" gives targets' shape, 0 in ignored rows.
         normalizer: positive number or 0-d tensor.
         label_smoothing: in [0, 1), the share that every entry gets alike (arXiv 1512.00567, section 7).
         z_loss: coefficient of lse^2, at least 0 (arXiv 2204.02311, section 5).
+        bias: [V] float.
+        temperature: positive number, or tensor like targets.
+        softcap: positive.
+        logit_scale: positive.
+        ignore_index: of rows that count for nothing.
+        tp_group: ranks that hold a part of the vocabulary each.
+        vocab_start: first entry of this rank's part.
+        chunk_bytes: bound of the [C, V] buffers; 256 MiB on CPU, 1 GiB on a device.
+        backend: "auto" takes what `status()` says.
 
     Returns:
         float32 (float64 for float64 operands): 0-d, or [...] in targets' shape.

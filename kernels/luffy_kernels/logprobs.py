@@ -56,17 +56,19 @@ def linear_logprobs(
     """Log-probability (nats) of each target token, without storing the logits.
 
     Args:
-        hidden: [..., H] bfloat16, float16, float32 or float64. weight: [V, H] likewise, same device; GEMMs run in the
-            promoted dtype of the two.
+        hidden: [..., H] bfloat16, float16, float32 or float64.
+        weight: [V, H] likewise, same device; GEMMs run in the promoted dtype of the two.
         targets: [...] int64, already aligned with hidden; rows holding `ignore_index` give 0 and no gradient.
         bias: [V] float; -inf masks an entry.
         temperature: positive number, or tensor that broadcasts to targets, with as many dimensions or none.
         softcap: positive: cap * tanh(x / cap), before the temperature; masked entries stay masked.
         logit_scale: positive, multiplies the logits before the cap.
+        ignore_index: the target of rows that count for nothing.
         return_entropy: also return the entropy; it costs no GEMM.
         tp_group: ranks that hold a part of the vocabulary each (uneven parts, in any order); weight and bias are this
             rank's rows, from entry `vocab_start` on, and everything else is the same on all ranks. The gradient of
             hidden comes out summed over the ranks.
+        vocab_start: first entry of this rank's part.
         chunk_bytes: bound of the [C, V] buffers (torch backend, and every backward); 256 MiB on CPU, 1 GiB on a device.
         backend: "auto" takes what `status()` says.
 

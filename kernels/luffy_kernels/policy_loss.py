@@ -75,19 +75,33 @@ def linear_policy_loss(
 ) -> PolicyLoss:
     """Sum of token losses over valid rows, divided by `normalizer`; differentiable in hidden, weight and bias.
 
+    `linear_logprobs` says more of the arguments that it has too.
+
     Args:
-        hidden, weight, targets, bias, temperature, and every keyword not named here: as in `linear_logprobs`.
+        hidden: [..., H] float.
+        weight: [V, H] float.
+        targets: [...] int64.
         advantages: number or tensor that broadcasts to targets, with as many dimensions ([B, 1] for per-sequence ones).
-        losses: one `TokenLoss`, or a tuple of them that `loss_id` ([...] integer, targets' shape) indexes.
+        losses: one `TokenLoss`, or a tuple of them.
+        loss_id: [...] integer, targets' shape: of each token, which of `losses`.
         old_logp: tensor like advantages, nats, or "current" for this pass's own log-probs (ratio 1). Read only where a
             token's loss is a function of it; elsewhere it may hold anything.
         ref_logp: tensor like advantages, nats, for the KL term.
         token_weight: number or tensor like advantages, multiplies the policy term only.
         normalizer: positive number or 0-d tensor; nothing else is divided by (no token mean, no row mean).
-        entropy_coef, kl_coef: number, 0-d or per-token tensor, per nat.
+        entropy_coef: number, 0-d or per-token tensor, per nat.
+        kl_coef: likewise.
         kl_type: estimate of KL(policy || reference), with d = logp - ref_logp: k1 = d, k2 = d^2/2, k3 = exp(-d) + d - 1
             (the names of Schulman, "Approximating KL divergence", 2020).
+        bias: [V] float.
+        temperature: positive number, or tensor like targets.
+        softcap: positive.
+        logit_scale: positive.
+        ignore_index: of rows that count for nothing.
+        tp_group: ranks that hold a part of the vocabulary each.
+        vocab_start: first entry of this rank's part.
         chunk_bytes: bound of the [C, V] buffers; 256 MiB on CPU, 1 GiB on a device.
+        backend: "auto" takes what `status()` says.
 
     Returns:
         PolicyLoss. Gradients have the inputs' dtypes; none is computed under no_grad or for inputs that need none.

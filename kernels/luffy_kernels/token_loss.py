@@ -46,7 +46,15 @@ def token_loss(
     """Losses of tokens by their log-probs; nothing is masked and nothing is summed.
 
     Args:
-        logp: [...] float32 or float64, nats. The other arguments as in `linear_policy_loss`, with logp for targets.
+        logp: [...] float32 or float64, nats.
+        advantages: number or tensor that broadcasts to logp, with as many dimensions.
+        losses: one `TokenLoss`, or a tuple of them.
+        loss_id: [...] integer, logp's shape: of each token, which of `losses`.
+        old_logp: tensor like advantages, nats, or "current" for logp itself.
+        ref_logp: tensor like advantages, nats, for the KL term.
+        token_weight: number or tensor like advantages, multiplies the policy term only.
+        kl_coef: number or tensor like advantages, per nat.
+        kl_type: as in `linear_policy_loss`.
 
     Returns:
         TokenLosses.
