@@ -147,7 +147,7 @@ def test_a_full_disk_below_stdout_is_one_sentence(home, unbuffered):
 
 TABLE = """
 from luffy.console import StepProgress
-from luffy.report import print_result
+from luffy.summary import print_result
 from luffy.run_folder import RunFolder
 with StepProgress(2, 0) as progress:
     progress.step(1, {}, 0.5)

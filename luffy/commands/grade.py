@@ -2,9 +2,16 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from luffy.commands.arguments import add_command, add_grading, add_json, positive
+
+if TYPE_CHECKING:
+    from luffy.grade import Graded
+    from luffy.rewards import Verdict
+
+WIDEST = 60
+"""Characters of a text in a line."""
 
 
 def add_grade(commands: Any) -> None:
@@ -35,7 +42,6 @@ def add_grade(commands: Any) -> None:
 def run_grade(args: argparse.Namespace) -> int:
     from luffy.console import print_json
     from luffy.grade import grade_file
-    from luffy.report import print_grades
 
     out = Path(args.out) if args.out else None
     options = {"compare": args.compare, "workers": args.workers, "timeout_s": args.timeout, "shown": args.show}
@@ -45,3 +51,36 @@ def run_grade(args: argparse.Namespace) -> int:
     else:
         print_grades(found, args.grader, args.compare)
     return 0
+
+
+def print_grades(found: "Graded", grader: str, compare: str | None) -> None:
+    """Where two graders disagree, then what the first of them gave."""
+    from luffy.console import tell
+    from luffy.rewards import label
+    from luffy.rewards.texts import final_answer
+
+    for line, ours, theirs in found.disagreements:
+        id = line.row.get("id")
+        where = f"line {line.number}" + (f", id {id}" if id is not None else "")
+        marks = f"{grader} {_mark(ours)}, {compare} {_mark(theirs)}"
+        said = final_answer(line.response)
+        tell(f"{where}: {marks}   answer {_short(line.answer)}   given {_short(said)}")
+    if compare:
+        both = [f"{found.together[pair]:,}" for pair in ((True, True), (False, False), (True, False), (False, True))]
+        tell(
+            f"{label(grader)} and {label(compare)}: both right {both[0]}, both wrong {both[1]}, right by the first "
+            f"alone {both[2]}, by the second alone {both[3]}"
+        )
+    tell(
+        f"{label(grader)}: {found.right:,} of {found.lines:,} right ({found.right / found.lines:.1%}), mean reward "
+        f"{found.rewards / found.lines:.4f}, timeouts {found.statuses['timeout']}, crashes {found.statuses['crash']}"
+    )
+
+
+def _mark(verdict: "Verdict") -> str:
+    return f"{verdict.reward:g}" if verdict.status == "ok" else verdict.status
+
+
+def _short(text: Any) -> str:
+    shown = repr(text)
+    return shown if len(shown) <= WIDEST else f"{shown[: WIDEST - 4]}...{shown[-1]}"

@@ -66,7 +66,7 @@ def run_train(args: argparse.Namespace, overrides: list[str]) -> int:
     again = ["-m", "luffy", "train", args.source, f"--run-dir={whole.path}", "--resume", *shown, *overrides]
     if job.wanted and not complete:
         return launch.start(job, again)
-    from luffy.report import draw_curves, print_result
+    from luffy.summary import draw_curves, print_result
 
     if not complete:
         from luffy.process import prepare_libraries

@@ -1,21 +1,15 @@
 """What a run shows at its end: a before/after table and a picture of the learning curves."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.table import Table
 
 from luffy.console import console, print_json, tell
-from luffy.files import disk_errors, read_jsonl
+from luffy.files import new_file, read_jsonl
 from luffy.run_folder import RunFolder
 
-if TYPE_CHECKING:
-    from luffy.grade import Graded
-    from luffy.rewards import Verdict
-
 COLORS = {"rollouts": "tab:blue", "rollout": "tab:blue", "traces": "tab:orange", "trace": "tab:orange"}
-WIDEST = 60
-"""Characters of a text in a table."""
 SET_NAMES = {"heldout": "held-out problems", "ood": "harder than any in training"}
 
 
@@ -38,38 +32,6 @@ def print_result(run: RunFolder, as_json: bool = False) -> None:
     if result["before"]:
         console.print(table)
     tell(f"run folder: {run.path}   (curves.png, metrics.jsonl, samples/, {result['checkpoint']})")
-
-
-def print_grades(found: "Graded", grader: str, compare: str | None) -> None:
-    """Where two graders disagree, then what the first of them gave."""
-    from luffy.rewards import label
-    from luffy.rewards.texts import final_answer
-
-    for line, ours, theirs in found.disagreements:
-        id = line.row.get("id")
-        where = f"line {line.number}" + (f", id {id}" if id is not None else "")
-        marks = f"{grader} {_mark(ours)}, {compare} {_mark(theirs)}"
-        said = final_answer(line.response)
-        tell(f"{where}: {marks}   answer {_short(line.answer)}   given {_short(said)}")
-    if compare:
-        both = [f"{found.together[pair]:,}" for pair in ((True, True), (False, False), (True, False), (False, True))]
-        tell(
-            f"{label(grader)} and {label(compare)}: both right {both[0]}, both wrong {both[1]}, right by the first "
-            f"alone {both[2]}, by the second alone {both[3]}"
-        )
-    tell(
-        f"{label(grader)}: {found.right:,} of {found.lines:,} right ({found.right / found.lines:.1%}), mean reward "
-        f"{found.rewards / found.lines:.4f}, timeouts {found.statuses['timeout']}, crashes {found.statuses['crash']}"
-    )
-
-
-def _mark(verdict: "Verdict") -> str:
-    return f"{verdict.reward:g}" if verdict.status == "ok" else verdict.status
-
-
-def _short(text: Any) -> str:
-    shown = repr(text)
-    return shown if len(shown) <= WIDEST else f"{shown[: WIDEST - 4]}...{shown[-1]}"
 
 
 def draw_curves(run: RunFolder) -> Path:
@@ -115,10 +77,8 @@ def draw_curves(run: RunFolder) -> Path:
     for axis in axes[1]:
         axis.set_xlabel("step")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    temporary = run.path / ".curves.png.tmp"
-    with disk_errors("curves.png"):
+    with new_file(run.curves) as temporary:
         figure.savefig(temporary, dpi=130, format="png")
-        temporary.replace(run.curves)
     plt.close(figure)
     return run.curves
 
