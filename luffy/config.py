@@ -317,7 +317,8 @@ class Config(BaseSettings):
             raise ValueError('rollout.max_staleness needs rollout.engine = "server": one process samples or trains')
         if (rollout.engine == "replay") != (rollout.replay is not None):
             raise ValueError('rollout.engine = "replay" and rollout.replay, the folder, need each other')
-        sampled_by_need = [name for name in ("oversample", "refill") if getattr(rollout, name) > (name == "oversample")]
+        by_need = (("oversample", rollout.oversample > 1), ("refill", rollout.refill > 0))
+        sampled_by_need = [name for name, is_so in by_need if is_so]
         if rollout.oversample > 1 and rollout.record:
             raise ValueError("rollout.record keeps whole answers, and rollout.oversample samples them in parts")
         if sampled_by_need and (rollout.engine == "replay" or not self.objective.sampled):

@@ -124,10 +124,10 @@ def _state(run: RunFolder, config: Config) -> dict[str, Any]:
     """new, begun or complete, and where `--resume` would go on."""
     if not run.holds_a_run:
         return {"state": "new", "steps_done": 0, "checkpoint": None}
-    from luffy.checkpoint import latest
+    from luffy.checkpoint import latest, step_of
 
     newest = latest(run.checkpoints)
-    done = 0 if newest is None else int(newest.name.removeprefix("step-"))
+    done = 0 if newest is None else step_of(newest)
     state = "complete" if run.is_complete(config) else "begun"
     return {"state": state, "steps_done": done, "checkpoint": None if newest is None else newest.name}
 
@@ -265,6 +265,7 @@ def _seconds(
     left = 0 if state["state"] == "complete" else config.train.steps - state["steps_done"]
     most = 60 * config.train.max_minutes if config.train.max_minutes else float("inf")
     share = left / config.train.steps
+    within = [min(left, int(most / one)) for one in step] if most < float("inf") else [left, left]
     steps = [min(left * one, most) for one in step]
     whole = [one + share * asking for one, asking in zip(steps, asked, strict=True)]
     return {
@@ -272,6 +273,7 @@ def _seconds(
         "phases": {name: list(sides) for name, sides in phases.items()},
         "evaluations": list(asked),
         "steps_left": left,
+        "steps_in_time": within[::-1],
         "training_left": steps,
         "left": whole,
         "assumed": {name: list(sides) for name, sides in step_time.ASSUMED.items()},

@@ -129,8 +129,11 @@ def _time(stage: dict[str, Any]) -> Iterator[str]:
         return
     phases = ", ".join(f"{name} {_range(sides)}" for name, sides in seconds["phases"].items())
     yield f"a step {_range(seconds['step'])}: {phases} (computed)"
+    few, many = seconds["steps_in_time"]
+    after = f"{few} to {many}" if few < many else few
+    ends = "" if few == seconds["steps_left"] else f" (the limit ends the run after {after} of them)"
     yield (
-        f"{_count(seconds['steps_left'], 'step')} left {_range(seconds['training_left'])}, with evaluations "
+        f"{_count(seconds['steps_left'], 'step')} left {_range(seconds['training_left'])}{ends}, with evaluations "
         f"{_range(seconds['left'])}; starting the engine and loading weights not counted"
     )
     yield f"{stage['machine']['rates']}; shares of them are assumed (docs/planning.md), so take it as an order of size"

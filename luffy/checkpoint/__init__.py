@@ -18,7 +18,7 @@ Nothing is pickled into files, nothing unpickled.
     state      the tensors that saving and loading agree on
 """
 
-from luffy.checkpoint.folders import all_checkpoints, choose, latest, name_of, resumable
+from luffy.checkpoint.folders import all_checkpoints, choose, latest, name_of, resumable, step_of
 from luffy.checkpoint.loading import (
     load_adapters,
     load_loop,
@@ -42,4 +42,5 @@ __all__ = [
     "name_of",
     "refuse_other_sizes",
     "resumable",
+    "step_of",
 ]

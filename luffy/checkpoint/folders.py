@@ -16,8 +16,13 @@ OBJECTIVE = "trainer/objective.safetensors"
 
 
 def name_of(step: int) -> str:
-    """Of the folder of its checkpoint."""
+    """The name of the folder of a step's checkpoint."""
     return f"step-{step:06d}"
+
+
+def step_of(checkpoint: Path) -> int:
+    """The reverse."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def all_checkpoints(folder: Path) -> list[Path]:
@@ -28,7 +33,7 @@ def all_checkpoints(folder: Path) -> list[Path]:
 def latest(folder: Path, before: Path | None = None) -> Path | None:
     """The newest complete checkpoint (older than `before`); incomplete ones that are newer are said and skipped."""
     for path in reversed(_folders(folder)):
-        if before is not None and _step(path) >= _step(before):
+        if before is not None and step_of(path) >= step_of(before):
             continue
         if (problem := damage(path)) is None:
             return path
@@ -47,13 +52,13 @@ def choose(folder: Path, which: str) -> Path:
     if which == "newest":
         return newest
     complete = all_checkpoints(folder)
-    steps = ", ".join(str(_step(path)) for path in complete)
+    steps = ", ".join(str(step_of(path)) for path in complete)
     if which == "best":
         if (found := _best(complete)) is None:
             raise UserError(f"model: no checkpoint in {folder} has a score (eval.validation); take a step: {steps}")
         return found
     for path in complete:
-        if which.isdecimal() and _step(path) == int(which):
+        if which.isdecimal() and step_of(path) == int(which):
             return path
     raise UserError(f"model: --checkpoint must be newest, best or one of the steps {steps}, got {which}")
 
@@ -111,13 +116,9 @@ def prune(folder: Path, keep: int, *, best: bool) -> None:
 
 def _best(complete: list[Path]) -> Path | None:
     scores = [(value, path) for path in complete if (value := read_manifest(path)["score"]["value"]) is not None]
-    return max(scores, key=lambda item: (item[0], _step(item[1])))[1] if scores else None
+    return max(scores, key=lambda item: (item[0], step_of(item[1])))[1] if scores else None
 
 
 def _folders(folder: Path) -> list[Path]:
     """Of checkpoints, complete or not, by step."""
-    return sorted((path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)), key=_step)
-
-
-def _step(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))
+    return sorted((path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)), key=step_of)

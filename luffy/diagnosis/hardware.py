@@ -11,7 +11,7 @@ from luffy.embedded import cache_dir
 from luffy.host import host_memory
 
 GIB = 2**30
-QUICKSTART = 6
+QUICKSTART = 8
 """GiB that it takes on a CPU, the engine's cache among them."""
 LEAST_SHARED = 1.0
 """GiB of /dev/shm: NCCL and vLLM's processes talk through it; containers often have 64 MiB."""
