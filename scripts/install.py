@@ -146,11 +146,11 @@ def build_requirements(project: dict[str, Any]) -> list[str]:
 def main(extra: str, stage: str) -> None:
     """`extra` is cpu or cuda; `stage` is all, or project where the packages it needs are there already."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    pins = project["project"]["optional-dependencies"][extra]
     if stage == "project":
         say("installing the project again, with its kernels")
         pip_install("luffy-rl", "--no-build-isolation", "--no-deps", "--editable", ".")
         return
+    pins = project["project"]["optional-dependencies"][extra]
     say(f"setting up for {'an NVIDIA GPU' if extra == 'cuda' else 'CPU'}, some minutes the first time; log: {LOG}")
     LOG.write_text("")
     pip_install("a pip that reads a wheel's metadata without downloading it", "pip>=23.2")

@@ -65,8 +65,7 @@ def load_remembered(checkpoint: Path) -> dict[str, Tensor]:
 
 
 def load_optimizer(checkpoint: Path, policy: Policy, optimizer: Optimizer) -> None:
-    """Fill the optimizer's state, whatever number of ranks saved it. Collective over all ranks. The model itself is
-    loaded from the same folder like any other.
+    """Fill the optimizer's state. Collective over all ranks.
 
     Raises:
         UserError: the checkpoint is of another model, or damaged.
