@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from luffy.evaluation.html import shortened, sorting
-from luffy.evaluation.mathml import typeset
+from luffy.evaluation.mathml import formula_style, typeset
 from luffy.files import write_text
 from luffy.reporting.charts import CHARTS, HELD_OUT, PHASES, Chart
 from luffy.reporting.rules import findings
@@ -44,6 +44,7 @@ def render(runs: list[Run], refresh_s: int | None = None) -> str:
         refresh_s=refresh_s,
         most=SAMPLES,
         sorting=sorting(),
+        formulas=formula_style(),
         groups=in_script(groups) if groups else "",
         groups_left=left,
         token_view=(folder / "tokens.js").read_text(encoding="utf-8"),
