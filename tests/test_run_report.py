@@ -1,5 +1,6 @@
 """`luffy report`: what it reads, what it warns of, and the page in a browser."""
 
+import itertools
 import json
 import math
 import signal
@@ -15,6 +16,7 @@ import pytest
 from tiny import luffy
 
 from luffy.errors import UserError
+from luffy.reporting.charts import PHASES
 from luffy.reporting.page import POINTS, render, thinned, write_report
 from luffy.reporting.rules import RULES, findings
 from luffy.reporting.runs import SAMPLES, load
@@ -79,9 +81,9 @@ def make_run(path: Path, changes: dict | None = None, accuracy=ACCURACY, steps: 
 SUM = ("12", "+", "7", " is", "\n", "19", HOSTILE)
 
 
-def add_tokens(run: Path, steps=(0, 10, 20), tokens=SUM, fresh: int = 1, rows: int = 1) -> None:
-    """Records of a watched group, whose trace becomes likelier, and of fresh ones at the end."""
-    (run / "tokens").mkdir()
+def add_tokens(run: Path, steps=(0, 10, 20), tokens=SUM, fresh=1, rows=1, since: int | None = None) -> None:
+    """Records of a watched group, whose trace becomes likelier, and of fresh ones: since this step, else at the end."""
+    (run / "tokens").mkdir(exist_ok=True)
     count = len(tokens)
 
     def row(at: int, trace: bool, **more) -> dict:
@@ -97,8 +99,8 @@ def add_tokens(run: Path, steps=(0, 10, 20), tokens=SUM, fresh: int = 1, rows: i
 
     for at, step in enumerate(steps):
         lines = [row(at, trace, group=0, watched=True, sampled=1) for trace in [False] * rows + [True]]
-        last = fresh if step == steps[-1] else 0
-        lines += [row(at, False, group=1 + n, watched=False, sampled=step) for n in range(last)]
+        count_fresh = fresh if step >= (steps[-1] if since is None else since) else 0
+        lines += [row(at, False, group=1 + n, watched=False, sampled=step) for n in range(count_fresh)]
         write(run / "tokens" / name_of(step), lines)
 
 
@@ -370,6 +372,14 @@ def test_in_a_browser_without_a_network(opened, tmp_path, width):
     assert tab.title() == f"Runs: {runs[0].name}, {runs[1].name}"
     assert (said, asked) == ([], [page.as_uri()])
     assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    assert tab.evaluate(BORDERS) == ["solid"] * 10, "an answer in a box is seen to be in one"
+    assert tab.evaluate(CENTRES) < 1, "a slider is level with its name"
+    legend = tab.locator(".chart", has_text="Rows without gradient").locator(".legend span")
+    assert [one.text_content().strip() for one in legend.all()] == ["without gradient", "all"]
+    assert "`" not in tab.locator("body").inner_text()
+    keys = tab.locator(".card").first.locator(".keys span")
+    assert [one.inner_text().split()[0] for one in keys.all()] == list(PHASES)
+    assert tab.evaluate(HUES) == [], "a phase's name has the colour of its part of the bar"
     assert "groups without signal" in tab.locator(".warn").first.text_content()
 
     drawn = "[...document.querySelectorAll('.chart svg.plot')].map(svg => svg.querySelectorAll('path.curve').length)"
@@ -399,6 +409,51 @@ def test_in_a_browser_without_a_network(opened, tmp_path, width):
     assert tab.evaluate(order) == sorted(tab.evaluate(order))
     tab.locator("#which").select_option("1")
     assert tab.locator("#count").text_content() == "2 of 12"
+
+
+TICKS = """[...document.querySelectorAll('svg.plot')].map(svg => [...svg.querySelectorAll('.tick')].map(one => {
+    const box = one.getBBox(), right = svg.viewBox.baseVal.width - box.x - box.width;
+    return [one.textContent, box.x, right, one.getAttribute('text-anchor')]; }))"""
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize(
+    ("ends", "labels"),
+    [
+        ((0.003429, 0.002257), ["0.0025", "0.003"]),
+        ((1e-7, 2e-7), ["1e-7", "1.5e-7", "2e-7"]),
+        ((1e-7, 1.3e-7), ["1e-7", "1.1e-7", "1.2e-7", "1.3e-7"]),
+        ((123456, 234567), ["1.5e+5", "2e+5"]),
+        ((0.99999, 1.00001), ["0.99", "1", "1.01"]),
+    ],
+)
+def test_every_number_beside_an_axis_is_whole_and_round(opened, tmp_path, ends, labels, width):
+    run = make_run(tmp_path / "run", {"rollout/kl_k3": ends, "actor/lr": ends, "perf/tokens_per_s": ends}, steps=2000)
+    page = tmp_path / "report.html"
+    write_report(page, [load(str(run))])
+    tab, said, _ = opened(page, width)
+    charts = tab.evaluate(TICKS)
+    assert min(min(left, right) for ticks in charts for _, left, right, _ in ticks) >= 0
+    for ticks in charts:
+        beside = [float(text) for text, _, _, anchor in ticks if anchor == "end"]
+        steps = [b - a for a, b in itertools.pairwise(beside)]
+        assert len(beside) >= 2
+        assert min(steps) > 0
+    at = [chart.locator("h3").text_content() for chart in tab.locator(".chart").all()].index("Sampler against trainer")
+    assert [text for text, _, _, anchor in charts[at] if anchor == "end"] == labels
+    assert said == []
+
+
+def test_a_run_of_one_step_has_a_mark_in_every_chart(opened, tmp_path):
+    page = tmp_path / "report.html"
+    write_report(page, [load(str(make_run(tmp_path / "run", accuracy=(0.062,), steps=1)))])
+    tab, said, _ = opened(page, 1280)
+    marks = "[...document.querySelectorAll('svg.plot')].map(svg => svg.querySelectorAll('circle').length)"
+    assert len(tab.evaluate(marks)) >= 8
+    assert min(tab.evaluate(marks)) >= 1
+    accuracy = tab.locator(".card dt", has_text="heldout").locator("+ dd").text_content()
+    assert accuracy.startswith("6.2 % (")
+    assert said == []
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -511,6 +566,15 @@ def test_a_finger_on_a_token_says_its_numbers(browser, tmp_path):
     context.close()
 
 
+BORDERS = "[...document.querySelectorAll('#samples .boxed')].map(one => getComputedStyle(one).borderTopStyle)"
+CENTRES = """Math.max(...[...document.querySelectorAll('label:has([type=range])')].map(one => {
+    const text = document.createRange(); text.selectNode(one.firstChild);
+    const [a, b] = [text, one.querySelector('input')].map(part => part.getBoundingClientRect());
+    return Math.abs(a.top + a.bottom - b.top - b.bottom) / 2; }))"""
+HUES = """[...document.querySelectorAll('.card')].flatMap(card => {
+    const [bar, keys] = ['.phases i', '.keys i'].map(one => [...card.querySelectorAll(one)]
+        .map(part => getComputedStyle(part).backgroundColor));
+    return new Set(bar).size === bar.length ? bar.filter((hue, at) => hue !== keys[at]) : bar; })"""
 _LUMINANCE = """const lum = text => { const [r, g, b] = text.match(/[0-9.]+/g).map(one => (one /= 255) <= 0.04045
     ? one / 12.92 : ((one + 0.055) / 1.055) ** 2.4); return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
     const spans = [...document.querySelectorAll('.row span')].filter(one => one.style.background);"""
