@@ -17,6 +17,7 @@ from tiny import luffy
 
 from luffy.errors import UserError
 from luffy.reporting.charts import PHASES
+from luffy.reporting.command import REFRESH_S, served
 from luffy.reporting.page import POINTS, render, thinned, write_report
 from luffy.reporting.rules import RULES, findings
 from luffy.reporting.runs import SAMPLES, load
@@ -293,6 +294,9 @@ def test_what_cannot_be_reported(tmp_path):
     (run / "metrics.jsonl").write_text("")
     with pytest.raises(UserError, match="no step yet"):
         load(str(run))
+    done = luffy("report", run, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "come back after the first, or let --watch wait" in done.stderr
 
 
 def test_the_command(tmp_path):
@@ -315,8 +319,20 @@ def test_the_command(tmp_path):
         assert words in done.stderr
 
 
+def asked(where: str, method: str = "GET") -> tuple[int, str]:
+    try:
+        answer = urllib.request.urlopen(urllib.request.Request(where, method=method))
+    except urllib.error.HTTPError as error:
+        answer = error
+    return answer.status, answer.read().decode()
+
+
 def test_a_run_is_watched_while_it_trains(tmp_path):
     run = make_run(tmp_path / "run", steps=10)
+    add_tokens(run)
+    metrics, newest = run / "metrics.jsonl", run / "tokens" / name_of(20)
+    steps, records = metrics.read_text(), newest.read_bytes()
+    metrics.write_text("")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -331,14 +347,26 @@ def test_a_run_is_watched_while_it_trains(tmp_path):
     )
     try:
         assert where in server.stdout.readline()
-        first = urllib.request.urlopen(where).read().decode()
-        assert "10 of 20" in first
-        assert "location.reload" in first
-        with (run / "metrics.jsonl").open("a") as file:
+        assert asked(where, "HEAD") == (200, "")
+        status, text = asked(where)
+        assert status == 200
+        assert f"Waits for the first step of {run}." in text
+        assert "location.reload" in text
+        metrics.write_text(steps)
+        status, text = asked(where)
+        assert status == 200
+        assert "10 of 20" in text
+        assert "location.reload" in text
+        with metrics.open("a") as file:
             file.write(json.dumps({"step": 11, "actor/loss": 0.5}) + "\n")
-        assert "11 of 20" in urllib.request.urlopen(where).read().decode()
-        with pytest.raises(urllib.error.HTTPError, match="404"):
-            urllib.request.urlopen(f"{where}../etc/passwd")
+        assert "11 of 20" in asked(where)[1]
+        newest.write_bytes(records[:200])
+        assert asked(where, "HEAD") == (503, "")
+        status, text = asked(where)
+        assert status == 503
+        assert "is not a Parquet file" in text
+        assert "location.reload" in text, "a page that finds out when there is a report again"
+        assert asked(f"{where}../etc/passwd")[0] == asked(f"{where}x", "HEAD")[0] == 404
         other = luffy("report", run, "--watch", "--port", port, cwd=tmp_path)
         assert other.returncode == 2
         assert "--port" in other.stderr
@@ -454,6 +482,105 @@ def test_a_run_of_one_step_has_a_mark_in_every_chart(opened, tmp_path):
     accuracy = tab.locator(".card dt", has_text="heldout").locator("+ dd").text_content()
     assert accuracy.startswith("6.2 % (")
     assert said == []
+
+
+@pytest.fixture
+def served_at(browser):
+    """A tab at a page that `luffy report --watch` would serve of these runs, with a clock of the test's own."""
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    tab, said = context.new_page(), []
+    tab.on("pageerror", lambda error: said.append(str(error)))
+    tab.clock.install()
+
+    def answer(route, names: list[str]) -> None:
+        status, text = served(names)
+        route.fulfill(status=status, content_type="text/html", body="" if route.request.method == "HEAD" else text)
+
+    def open_at(*runs: Path):
+        context.route("http://run.test/", lambda route: answer(route, [str(run) for run in runs]))
+        tab.goto("http://run.test/")
+        return tab
+
+    yield open_at
+    assert said == []
+    context.close()
+
+
+def refreshed(tab) -> None:
+    tab.evaluate("window.old = true")
+    tab.clock.fast_forward(1000 * REFRESH_S)
+    tab.wait_for_function("!window.old")
+    tab.wait_for_load_state()
+
+
+def test_a_page_that_waits_becomes_the_report(served_at, tmp_path):
+    run = make_run(tmp_path / "run")
+    metrics = run / "metrics.jsonl"
+    steps = metrics.read_text()
+    metrics.write_text("")
+    tab = served_at(run)
+    assert tab.locator("[role=status]").text_content() == f"Waits for the first step of {run}."
+    refreshed(tab)
+    assert tab.title() == "No step yet"
+    metrics.write_text(steps)
+    refreshed(tab)
+    assert tab.title() == f"Runs: {run}"
+    metrics.rename(run / "away")
+    (run / "config.toml").rename(run / "config")
+    tab.clock.fast_forward(1000 * REFRESH_S)
+    tab.wait_for_timeout(300)
+    assert tab.title() == f"Runs: {run}", "as long as the server has no other, the page stays"
+    tab.reload()
+    assert tab.title() == "No report"
+    metrics.write_text(steps)
+    (run / "config").rename(run / "config.toml")
+    refreshed(tab)
+    assert tab.title() == f"Runs: {run}"
+
+
+def test_a_page_that_is_brought_up_to_date_shows_what_one_looks_at(served_at, tmp_path):
+    run = make_run(tmp_path / "run")
+    add_tokens(run)
+    tab = served_at(run)
+    chosen, step = tab.locator("#group option:checked"), tab.locator("#step")
+    told, responses = tab.locator("#told"), tab.locator("#samples tbody td:last-child")
+
+    tab.locator("#smooth").fill("0.2")
+    tab.locator("#measure").select_option("entropy")
+    tab.locator("#which").select_option("0")
+    tab.locator("#samples th").last.locator("button").click()
+    tab.locator("#samples th").last.locator("button").click()
+    order = [one.get_attribute("data-value") for one in responses.all()]
+    assert order == sorted(order, key=float)
+    tab.locator("#group").select_option(index=1)
+    tab.locator(".row .text").focus()
+    for key in ("Home", "ArrowRight", "ArrowRight"):
+        tab.keyboard.press(key)
+    before = told.text_content()
+    assert "token 3 of 7" in before
+    assert "sampled in step 20" in chosen.text_content()
+
+    add_tokens(run, steps=range(0, 31, 10), since=20)
+    refreshed(tab)
+    assert tab.locator("#group option").nth(1).text_content() == "sum/1 (sampled in step 30)"
+    assert chosen.text_content() == "sum/1 (sampled in step 20)", "another group now has its place"
+    assert told.text_content() == before
+    tab.keyboard.press("ArrowRight")
+    assert "token 4 of 7" in told.text_content()
+    assert tab.locator("#measure").input_value() == "entropy"
+    assert tab.locator("#smooth").input_value() == "0.2"
+    assert tab.locator("#which").input_value() == "0"
+    assert [one.get_attribute("data-value") for one in responses.all()] == order
+
+    tab.locator("#group").select_option(index=0)
+    assert tab.locator("#after").text_content() == "30"
+    add_tokens(run, steps=range(0, 41, 10), since=20)
+    refreshed(tab)
+    assert tab.locator("#after").text_content() == "40", "who looked at the newest step does so again"
+    step.fill("1")
+    add_tokens(run, steps=range(0, 51, 10), since=20)
+    refreshed(tab)
+    assert tab.locator("#after").text_content() == "10"
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
