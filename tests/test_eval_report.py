@@ -104,7 +104,9 @@ def test_formulas_are_drawn_from_harmless_elements():
         assert not {"script", "a"} & set(found.tags), bad
         assert not {"href", "class", "style"} & set(found.attributes), bad
     assert formula("x" * 5000) == ""
-    assert "boxed" in typeset("\\boxed{\\frac{1}{2}}")
+    assert typeset("put it in \\boxed{}.") == "put it in \\boxed{}.", "an empty box is told about, not filled"
+    for text in ("\\boxed{\\frac{1}{2}}", "$\\boxed{2}$"):
+        assert typeset(text).count('<mrow class="boxed">') == 1
 
 
 def test_what_the_page_says(page, models):
@@ -193,6 +195,8 @@ def test_in_a_browser_without_a_network(opened, page, width):
     tab, said, asked = opened(page, width)
     assert tab.title() == "Evaluation: mine, <b>other</b>"  # and no script of an answer has changed it
     assert (said, asked) == ([], [page.as_uri()])
+    borders = "[...document.querySelectorAll('.boxed')].map(one => getComputedStyle(one).borderTopStyle)"
+    assert set(tab.evaluate(borders)) == {"solid"}, "an answer in a box is seen to be in one"
     assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")  # wide tables scroll by themselves
 
     column = "[...document.querySelectorAll('#ours tbody tr td:first-child')].map(cell => cell.textContent)"

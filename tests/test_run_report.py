@@ -1,5 +1,6 @@
 """`luffy report`: what it reads, what it warns of, and the page in a browser."""
 
+import itertools
 import json
 import math
 import signal
@@ -15,6 +16,8 @@ import pytest
 from tiny import luffy
 
 from luffy.errors import UserError
+from luffy.reporting.charts import PHASES
+from luffy.reporting.command import REFRESH_S, served
 from luffy.reporting.page import POINTS, render, thinned, write_report
 from luffy.reporting.rules import RULES, findings
 from luffy.reporting.runs import SAMPLES, load
@@ -79,9 +82,9 @@ def make_run(path: Path, changes: dict | None = None, accuracy=ACCURACY, steps: 
 SUM = ("12", "+", "7", " is", "\n", "19", HOSTILE)
 
 
-def add_tokens(run: Path, steps=(0, 10, 20), tokens=SUM, fresh: int = 1, rows: int = 1) -> None:
-    """Records of a watched group, whose trace becomes likelier, and of fresh ones at the end."""
-    (run / "tokens").mkdir()
+def add_tokens(run: Path, steps=(0, 10, 20), tokens=SUM, fresh=1, rows=1, since: int | None = None) -> None:
+    """Records of a watched group, whose trace becomes likelier, and of fresh ones: since this step, else at the end."""
+    (run / "tokens").mkdir(exist_ok=True)
     count = len(tokens)
 
     def row(at: int, trace: bool, **more) -> dict:
@@ -97,8 +100,8 @@ def add_tokens(run: Path, steps=(0, 10, 20), tokens=SUM, fresh: int = 1, rows: i
 
     for at, step in enumerate(steps):
         lines = [row(at, trace, group=0, watched=True, sampled=1) for trace in [False] * rows + [True]]
-        last = fresh if step == steps[-1] else 0
-        lines += [row(at, False, group=1 + n, watched=False, sampled=step) for n in range(last)]
+        count_fresh = fresh if step >= (steps[-1] if since is None else since) else 0
+        lines += [row(at, False, group=1 + n, watched=False, sampled=step) for n in range(count_fresh)]
         write(run / "tokens" / name_of(step), lines)
 
 
@@ -291,6 +294,9 @@ def test_what_cannot_be_reported(tmp_path):
     (run / "metrics.jsonl").write_text("")
     with pytest.raises(UserError, match="no step yet"):
         load(str(run))
+    done = luffy("report", run, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "come back after the first, or let --watch wait" in done.stderr
 
 
 def test_the_command(tmp_path):
@@ -313,8 +319,20 @@ def test_the_command(tmp_path):
         assert words in done.stderr
 
 
+def asked(where: str, method: str = "GET") -> tuple[int, str]:
+    try:
+        answer = urllib.request.urlopen(urllib.request.Request(where, method=method))
+    except urllib.error.HTTPError as error:
+        answer = error
+    return answer.status, answer.read().decode()
+
+
 def test_a_run_is_watched_while_it_trains(tmp_path):
     run = make_run(tmp_path / "run", steps=10)
+    add_tokens(run)
+    metrics, newest = run / "metrics.jsonl", run / "tokens" / name_of(20)
+    steps, records = metrics.read_text(), newest.read_bytes()
+    metrics.write_text("")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -329,14 +347,26 @@ def test_a_run_is_watched_while_it_trains(tmp_path):
     )
     try:
         assert where in server.stdout.readline()
-        first = urllib.request.urlopen(where).read().decode()
-        assert "10 of 20" in first
-        assert "location.reload" in first
-        with (run / "metrics.jsonl").open("a") as file:
+        assert asked(where, "HEAD") == (200, "")
+        status, text = asked(where)
+        assert status == 200
+        assert f"Waits for the first step of {run}." in text
+        assert "location.reload" in text
+        metrics.write_text(steps)
+        status, text = asked(where)
+        assert status == 200
+        assert "10 of 20" in text
+        assert "location.reload" in text
+        with metrics.open("a") as file:
             file.write(json.dumps({"step": 11, "actor/loss": 0.5}) + "\n")
-        assert "11 of 20" in urllib.request.urlopen(where).read().decode()
-        with pytest.raises(urllib.error.HTTPError, match="404"):
-            urllib.request.urlopen(f"{where}../etc/passwd")
+        assert "11 of 20" in asked(where)[1]
+        newest.write_bytes(records[:200])
+        assert asked(where, "HEAD") == (503, "")
+        status, text = asked(where)
+        assert status == 503
+        assert "is not a Parquet file" in text
+        assert "location.reload" in text, "a page that finds out when there is a report again"
+        assert asked(f"{where}../etc/passwd")[0] == asked(f"{where}x", "HEAD")[0] == 404
         other = luffy("report", run, "--watch", "--port", port, cwd=tmp_path)
         assert other.returncode == 2
         assert "--port" in other.stderr
@@ -370,6 +400,14 @@ def test_in_a_browser_without_a_network(opened, tmp_path, width):
     assert tab.title() == f"Runs: {runs[0].name}, {runs[1].name}"
     assert (said, asked) == ([], [page.as_uri()])
     assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    assert tab.evaluate(BORDERS) == ["solid"] * 10, "an answer in a box is seen to be in one"
+    assert tab.evaluate(CENTRES) < 1, "a slider is level with its name"
+    legend = tab.locator(".chart", has_text="Rows without gradient").locator(".legend span")
+    assert [one.text_content().strip() for one in legend.all()] == ["without gradient", "all"]
+    assert "`" not in tab.locator("body").inner_text()
+    keys = tab.locator(".card").first.locator(".keys span")
+    assert [one.inner_text().split()[0] for one in keys.all()] == list(PHASES)
+    assert tab.evaluate(HUES) == [], "a phase's name has the colour of its part of the bar"
     assert "groups without signal" in tab.locator(".warn").first.text_content()
 
     drawn = "[...document.querySelectorAll('.chart svg.plot')].map(svg => svg.querySelectorAll('path.curve').length)"
@@ -399,6 +437,150 @@ def test_in_a_browser_without_a_network(opened, tmp_path, width):
     assert tab.evaluate(order) == sorted(tab.evaluate(order))
     tab.locator("#which").select_option("1")
     assert tab.locator("#count").text_content() == "2 of 12"
+
+
+TICKS = """[...document.querySelectorAll('svg.plot')].map(svg => [...svg.querySelectorAll('.tick')].map(one => {
+    const box = one.getBBox(), right = svg.viewBox.baseVal.width - box.x - box.width;
+    return [one.textContent, box.x, right, one.getAttribute('text-anchor')]; }))"""
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize(
+    ("ends", "labels"),
+    [
+        ((0.003429, 0.002257), ["0.0025", "0.003"]),
+        ((1e-7, 2e-7), ["1e-7", "1.5e-7", "2e-7"]),
+        ((1e-7, 1.3e-7), ["1e-7", "1.1e-7", "1.2e-7", "1.3e-7"]),
+        ((123456, 234567), ["1.5e+5", "2e+5"]),
+        ((0.99999, 1.00001), ["0.99", "1", "1.01"]),
+    ],
+)
+def test_every_number_beside_an_axis_is_whole_and_round(opened, tmp_path, ends, labels, width):
+    run = make_run(tmp_path / "run", {"rollout/kl_k3": ends, "actor/lr": ends, "perf/tokens_per_s": ends}, steps=2000)
+    page = tmp_path / "report.html"
+    write_report(page, [load(str(run))])
+    tab, said, _ = opened(page, width)
+    charts = tab.evaluate(TICKS)
+    assert min(min(left, right) for ticks in charts for _, left, right, _ in ticks) >= 0
+    for ticks in charts:
+        beside = [float(text) for text, _, _, anchor in ticks if anchor == "end"]
+        steps = [b - a for a, b in itertools.pairwise(beside)]
+        assert len(beside) >= 2
+        assert min(steps) > 0
+    at = [chart.locator("h3").text_content() for chart in tab.locator(".chart").all()].index("Sampler against trainer")
+    assert [text for text, _, _, anchor in charts[at] if anchor == "end"] == labels
+    assert said == []
+
+
+def test_a_run_of_one_step_has_a_mark_in_every_chart(opened, tmp_path):
+    page = tmp_path / "report.html"
+    write_report(page, [load(str(make_run(tmp_path / "run", accuracy=(0.062,), steps=1)))])
+    tab, said, _ = opened(page, 1280)
+    marks = "[...document.querySelectorAll('svg.plot')].map(svg => svg.querySelectorAll('circle').length)"
+    assert len(tab.evaluate(marks)) >= 8
+    assert min(tab.evaluate(marks)) >= 1
+    accuracy = tab.locator(".card dt", has_text="heldout").locator("+ dd").text_content()
+    assert accuracy.startswith("6.2 % (")
+    assert said == []
+
+
+@pytest.fixture
+def served_at(browser):
+    """A tab at a page that `luffy report --watch` would serve of these runs, with a clock of the test's own."""
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    tab, said = context.new_page(), []
+    tab.on("pageerror", lambda error: said.append(str(error)))
+    tab.clock.install()
+
+    def answer(route, names: list[str]) -> None:
+        status, text = served(names)
+        route.fulfill(status=status, content_type="text/html", body="" if route.request.method == "HEAD" else text)
+
+    def open_at(*runs: Path):
+        context.route("http://run.test/", lambda route: answer(route, [str(run) for run in runs]))
+        tab.goto("http://run.test/")
+        return tab
+
+    yield open_at
+    assert said == []
+    context.close()
+
+
+def refreshed(tab) -> None:
+    tab.evaluate("window.old = true")
+    tab.clock.fast_forward(1000 * REFRESH_S)
+    tab.wait_for_function("!window.old")
+    tab.wait_for_load_state()
+
+
+def test_a_page_that_waits_becomes_the_report(served_at, tmp_path):
+    run = make_run(tmp_path / "run")
+    metrics = run / "metrics.jsonl"
+    steps = metrics.read_text()
+    metrics.write_text("")
+    tab = served_at(run)
+    assert tab.locator("[role=status]").text_content() == f"Waits for the first step of {run}."
+    refreshed(tab)
+    assert tab.title() == "No step yet"
+    metrics.write_text(steps)
+    refreshed(tab)
+    assert tab.title() == f"Runs: {run}"
+    metrics.rename(run / "away")
+    (run / "config.toml").rename(run / "config")
+    tab.clock.fast_forward(1000 * REFRESH_S)
+    tab.wait_for_timeout(300)
+    assert tab.title() == f"Runs: {run}", "as long as the server has no other, the page stays"
+    tab.reload()
+    assert tab.title() == "No report"
+    metrics.write_text(steps)
+    (run / "config").rename(run / "config.toml")
+    refreshed(tab)
+    assert tab.title() == f"Runs: {run}"
+
+
+def test_a_page_that_is_brought_up_to_date_shows_what_one_looks_at(served_at, tmp_path):
+    run = make_run(tmp_path / "run")
+    add_tokens(run)
+    tab = served_at(run)
+    chosen, step = tab.locator("#group option:checked"), tab.locator("#step")
+    told, responses = tab.locator("#told"), tab.locator("#samples tbody td:last-child")
+
+    tab.locator("#smooth").fill("0.2")
+    tab.locator("#measure").select_option("entropy")
+    tab.locator("#which").select_option("0")
+    tab.locator("#samples th").last.locator("button").click()
+    tab.locator("#samples th").last.locator("button").click()
+    order = [one.get_attribute("data-value") for one in responses.all()]
+    assert order == sorted(order, key=float)
+    tab.locator("#group").select_option(index=1)
+    tab.locator(".row .text").focus()
+    for key in ("Home", "ArrowRight", "ArrowRight"):
+        tab.keyboard.press(key)
+    before = told.text_content()
+    assert "token 3 of 7" in before
+    assert "sampled in step 20" in chosen.text_content()
+
+    add_tokens(run, steps=range(0, 31, 10), since=20)
+    refreshed(tab)
+    assert tab.locator("#group option").nth(1).text_content() == "sum/1 (sampled in step 30)"
+    assert chosen.text_content() == "sum/1 (sampled in step 20)", "another group now has its place"
+    assert told.text_content() == before
+    tab.keyboard.press("ArrowRight")
+    assert "token 4 of 7" in told.text_content()
+    assert tab.locator("#measure").input_value() == "entropy"
+    assert tab.locator("#smooth").input_value() == "0.2"
+    assert tab.locator("#which").input_value() == "0"
+    assert [one.get_attribute("data-value") for one in responses.all()] == order
+
+    tab.locator("#group").select_option(index=0)
+    assert tab.locator("#after").text_content() == "30"
+    add_tokens(run, steps=range(0, 41, 10), since=20)
+    refreshed(tab)
+    assert tab.locator("#after").text_content() == "40", "who looked at the newest step does so again"
+    step.fill("1")
+    add_tokens(run, steps=range(0, 51, 10), since=20)
+    refreshed(tab)
+    assert tab.locator("#after").text_content() == "10"
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -511,6 +693,15 @@ def test_a_finger_on_a_token_says_its_numbers(browser, tmp_path):
     context.close()
 
 
+BORDERS = "[...document.querySelectorAll('#samples .boxed')].map(one => getComputedStyle(one).borderTopStyle)"
+CENTRES = """Math.max(...[...document.querySelectorAll('label:has([type=range])')].map(one => {
+    const text = document.createRange(); text.selectNode(one.firstChild);
+    const [a, b] = [text, one.querySelector('input')].map(part => part.getBoundingClientRect());
+    return Math.abs(a.top + a.bottom - b.top - b.bottom) / 2; }))"""
+HUES = """[...document.querySelectorAll('.card')].flatMap(card => {
+    const [bar, keys] = ['.phases i', '.keys i'].map(one => [...card.querySelectorAll(one)]
+        .map(part => getComputedStyle(part).backgroundColor));
+    return new Set(bar).size === bar.length ? bar.filter((hue, at) => hue !== keys[at]) : bar; })"""
 _LUMINANCE = """const lum = text => { const [r, g, b] = text.match(/[0-9.]+/g).map(one => (one /= 255) <= 0.04045
     ? one / 12.92 : ((one + 0.055) / 1.055) ** 2.4); return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
     const spans = [...document.querySelectorAll('.row span')].filter(one => one.style.background);"""

@@ -7,7 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from luffy.evaluation.mathml import answer, typeset
+from luffy.evaluation.mathml import answer, formula_style, typeset
 from luffy.evaluation.published import Published, beside, published_name
 from luffy.evaluation.scores import Graded, Scores, average, compare
 from luffy.files import write_text
@@ -54,6 +54,7 @@ def write_report(path: Path, models: Sequence[Evaluated], settings: dict[str, An
         markdown=markdown(models),
         latex=latex(models),
         sorting=sorting(),
+        formulas=formula_style(),
     )
     write_text(path, text)
     write_text(path.with_suffix(".md"), markdown(models))

@@ -6,6 +6,7 @@ and attributes of MathML that are known to be harmless.
 
 import re
 from html import escape
+from importlib.resources import files
 from xml.etree import ElementTree
 
 from markupsafe import Markup
@@ -22,7 +23,7 @@ ATTRIBUTES = """
 """
 _FORMULA = re.compile(
     r"\$\$(?P<a>.+?)\$\$|\\\[(?P<b>.+?)\\\]|\\\((?P<c>.+?)\\\)|(?<![\\$])\$(?P<d>[^$\n]+?)(?<!\\)\$"
-    r"|(?P<e>\\boxed\{(?:[^{}\n]|\{(?:[^{}\n]|\{[^{}\n]*\})*\})*\})|(?P<f>\\begin\{(?P<env>[a-z]+\*?)\}.+?\\end\{(?P=env)\})",
+    r"|(?P<e>\\boxed\{(?!\s*\})(?:[^{}\n]|\{(?:[^{}\n]|\{[^{}\n]*\})*\})*\})|(?P<f>\\begin\{(?P<env>[a-z]+\*?)\}.+?\\end\{(?P=env)\})",
     re.DOTALL,
 )
 _SPACE = "{http://www.w3.org/1998/Math/MathML}"
@@ -34,11 +35,14 @@ def typeset(text: str) -> Markup:
     for found in _FORMULA.finditer(text):
         latex = next(found.group(name) for name in "abcdef" if found.group(name))
         drawn = formula(latex, block=bool(found.group("a") or found.group("b")))
-        if drawn and found.group("e"):
-            drawn = f'<span class="boxed">{drawn}</span>'
         made += [escape(text[at : found.start()]), drawn or escape(found.group())]
         at = found.end()
     return Markup("".join([*made, escape(text[at:])]))
+
+
+def formula_style() -> str:
+    """The rules that a page needs to show what `typeset` made."""
+    return (files("luffy.evaluation") / "formulas.css").read_text(encoding="utf-8")
 
 
 def answer(text: str) -> Markup:
@@ -64,6 +68,8 @@ def formula(latex: str, block: bool = False) -> str:
 def _clean(tree: ElementTree.Element) -> ElementTree.Element:
     name = tree.tag.removeprefix(_SPACE)
     kept = {key: value for key, value in tree.attrib.items() if key in ATTRIBUTES.split()}
+    if (name, kept.get("notation")) == ("menclose", "box"):  # not every browser draws one
+        name, kept = "mrow", {"class": "boxed"}
     made = ElementTree.Element(name if name in ELEMENTS.split() else "mrow", kept)
     made.text, made.tail = tree.text, tree.tail
     made.extend(_clean(child) for child in tree)

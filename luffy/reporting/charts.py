@@ -74,7 +74,7 @@ CHARTS = (
         (("none right", "batch/solve_none"), ("all right", "batch/solve_all")),
         "Neither teaches anything: problems are too hard, or done.",
     ),
-    Chart("Rows without gradient", "of a step", (("rows", "batch/zero_rows"), ("of", "batch/rows"))),
+    Chart("Rows without gradient", "of a step", (("without gradient", "batch/zero_rows"), ("all", "batch/rows"))),
     Chart("Verifier", "answers of a step", (("timeouts", "verify/timeouts"), ("crashes", "verify/crashes"))),
     Chart("Speed", "response tokens a second", (("all", "perf/tokens_per_s"),)),
     Chart(

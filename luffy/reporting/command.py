@@ -3,6 +3,7 @@
 import argparse
 import http.server
 import sys
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -63,35 +64,46 @@ def run_report(args: argparse.Namespace) -> int:
     return 0
 
 
+def served(names: list[str]) -> tuple[int, str]:
+    """(HTTP status, page) of the runs as they are now."""
+    from luffy.reporting.page import render, waiting
+    from luffy.reporting.runs import NoStepYet, load
+
+    try:
+        return 200, render([load(name) for name in names], REFRESH_S)
+    except NoStepYet as error:
+        return 200, waiting("No step yet", f"Waits for the first step of {error.run}.", REFRESH_S)
+    except UserError as error:
+        return 503, waiting("No report", str(error), REFRESH_S)
+
+
 def watch(names: list[str], port: int) -> int:
     """Until Ctrl-C."""
-    from luffy.reporting.page import render
-    from luffy.reporting.runs import load
+    from luffy.reporting.runs import NoStepYet, load
 
     for name in names:
-        load(name)  # one that does not exist is better known now
+        with suppress(NoStepYet):
+            load(name)  # one that does not exist is better known now
 
     class Page(http.server.BaseHTTPRequestHandler):
         def do_HEAD(self) -> None:
-            self.send_response(200 if self.path == "/" else 404)
-            self.end_headers()
+            self.head()
 
         def do_GET(self) -> None:
+            self.wfile.write(self.head())
+
+        def head(self) -> bytes:
             if self.path != "/":
                 self.send_error(404)
-                return
-            try:
-                text = render([load(name) for name in names], REFRESH_S)
-            except UserError as error:
-                self.send_error(503, str(error))
-                return
+                return b""
+            status, text = served(names)
             data = text.encode()
-            self.send_response(200)
+            self.send_response(status)
             self.send_header("Content-Type", "text/html; charset=utf-8")
             self.send_header("Content-Length", str(len(data)))
             self.send_header("Cache-Control", "no-store")
             self.end_headers()
-            self.wfile.write(data)
+            return data
 
         def log_message(self, *_: Any) -> None:
             pass

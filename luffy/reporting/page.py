@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from luffy.evaluation.html import shortened, sorting
-from luffy.evaluation.mathml import typeset
+from luffy.evaluation.mathml import formula_style, typeset
 from luffy.files import write_text
 from luffy.reporting.charts import CHARTS, HELD_OUT, PHASES, Chart
 from luffy.reporting.rules import findings
@@ -26,15 +26,9 @@ def write_report(path: Path, runs: list[Run]) -> None:
 
 def render(runs: list[Run], refresh_s: int | None = None) -> str:
     """refresh_s: the page asks for itself again after so long."""
-    import jinja2
-
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    folder = files("luffy.reporting")
-    page = environment.from_string((folder / "report.html").read_text(encoding="utf-8"))
     groups, left = token_groups(runs)
-    return page.render(
+    return _filled(
+        "report.html",
         title=", ".join(run.name for run in runs),
         runs=[summary(run) for run in runs],
         warnings=[(run.name, found) for run in runs for found in findings(run)],
@@ -44,10 +38,30 @@ def render(runs: list[Run], refresh_s: int | None = None) -> str:
         refresh_s=refresh_s,
         most=SAMPLES,
         sorting=sorting(),
+        formulas=formula_style(),
         groups=in_script(groups) if groups else "",
         groups_left=left,
-        token_view=(folder / "tokens.js").read_text(encoding="utf-8"),
+        token_view=_part("tokens.js"),
+        reload=_part("reload.js"),
     )
+
+
+def waiting(title: str, why: str, refresh_s: int) -> str:
+    """In the place of a report that cannot be made now: it asks for itself again as a served report does."""
+    return _filled("waiting.html", title=title, why=why, refresh_s=refresh_s, reload=_part("reload.js"))
+
+
+def _filled(name: str, **values: Any) -> str:
+    import jinja2
+
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    return environment.from_string(_part(name)).render(**values)
+
+
+def _part(name: str) -> str:
+    return (files("luffy.reporting") / name).read_text(encoding="utf-8")
 
 
 def in_script(value: Any) -> str:

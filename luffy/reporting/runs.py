@@ -16,6 +16,14 @@ SAMPLES = 40
 """Shown of a run."""
 
 
+class NoStepYet(UserError):
+    """There will be something to report."""
+
+    def __init__(self, run: str) -> None:
+        super().__init__(f"report: {run} has taken no step yet; come back after the first, or let --watch wait for it")
+        self.run = run
+
+
 @dataclass(slots=True)
 class Run:
     name: str
@@ -68,14 +76,15 @@ def _mean(values: Sequence[float]) -> float | None:
 def load(path: str) -> Run:
     """
     Raises:
-        UserError: there is no run, or it has taken no step.
+        UserError: there is no run.
+        NoStepYet: it has taken no step.
     """
     folder = RunFolder(path)
     if not folder.holds_a_run:
         raise UserError(f"report: {path} is no run folder (it has no config.toml); name one, such as runs/quickstart")
     steps = read_jsonl(folder.metrics) if folder.metrics.exists() else []
     if not steps:
-        raise UserError(f"report: {path} has taken no step yet; --watch waits for nothing, come back after the first")
+        raise NoStepYet(path)
     config = tomllib.loads((folder.path / "config.toml").read_text(encoding="utf-8"))
     return Run(path.rstrip("/"), config, _json(folder.path / "environment.json"), steps, folder.read_evals(),
                list(_samples(folder.samples)), folder.result)  # fmt: skip

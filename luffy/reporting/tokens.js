@@ -229,6 +229,25 @@ const chooseGroup = () => {
   Object.assign(slider, {max: last, value: last, disabled: last === 0});
   drawTokens();
 };
+// For the page when it is loaded again, where other groups may have come before this one and it may have more steps.
+const sameAs = (one, other) => ["run", "id", "sampled"].every(name => one[name] === other[name]);
+const tokensLookedAt = () => {
+  const {run, id, sampled, steps} = GROUPS[+part("group").value], at = +part("step").value;
+  const focused = document.activeElement.matches(".row .text");
+  return {group: {run, id, sampled}, step: at < steps.length - 1 ? steps[at] : null, looked, focused};
+};
+const lookAt = ({group, step, looked: before, focused}) => {
+  const found = GROUPS.findIndex(one => sameAs(one, group));
+  if (found < 0) return;
+  part("group").value = found;
+  chooseGroup();
+  const near = GROUPS[found].steps.map(one => Math.abs(one - step));
+  if (step !== null) part("step").value = near.indexOf(Math.min(...near));  // a long run's steps are thinned
+  looked = before;
+  drawTokens();
+  document.querySelector(".row .at")?.scrollIntoView({block: "nearest"});
+  if (focused) document.querySelector(".row:has(.at) .text")?.focus({preventScroll: true});
+};
 part("group").addEventListener("change", chooseGroup);
 part("measure").addEventListener("change", drawTokens);
 part("step").addEventListener("input", drawTokens);
