@@ -154,8 +154,8 @@ def test_no_secrets_are_printed(here):
     [
         (["--gpu", "h999"], "--gpu must be one of h100"),
         (["--gpu", ""], "--gpu must be one of h100"),
-        (["--gpus", "0"], "--gpus: must be at least 1"),
-        (["--gpus", "-1"], "--gpus: must be at least 1"),
+        (["--gpus", "0"], "--gpus: must be a whole number of at least 1, got '0'"),
+        (["--gpus", "-1"], "--gpus: must be a whole number of at least 1, got '-1'"),
     ],
 )
 def test_machines_that_there_are_not(home, options, word):

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from luffy.commands.arguments import add_command, add_json, add_seed
+from luffy.commands.arguments import add_command, add_json, add_seed, whole
 from luffy.errors import UserError
 from luffy.files import write_text
 from luffy.rewards.gym import MISSING, digest, make_dataset
@@ -30,7 +30,7 @@ def add_gym(commands: Any) -> None:
         ),
     )
     gym.add_argument("task", metavar="TASK", help="such as chain_sum, sudoku, countdown")
-    gym.add_argument("--count", type=int, default=1000, metavar="N", help="problems (default: %(default)s)")
+    gym.add_argument("--count", type=whole, default=1000, metavar="N", help="problems (default: %(default)s)")
     add_seed(gym, "the problems; another one for those to be judged by")
     gym.add_argument("--out", required=True, metavar="FILE.jsonl", help="where to write the problems")
     gym.add_argument(
