@@ -12,13 +12,17 @@ import sys
 import pytest
 from tiny import ROOT, luffy
 
-from luffy.cli import EXIT_CODES, build_parser
+from luffy.cli import EXIT_CODES, build_parser, main
 from luffy.commands.completion import parsers, script
 from luffy.commands.train import spell_out_resume
 from luffy.config import flat_keys
 from luffy.config_file import load_stages, recipe_names
+from luffy.evaluation.suites import NAMES as BENCHMARKS
+from luffy.evaluation.suites import SUITES
 from luffy.generate import Model
+from luffy.machines import MACHINES
 from luffy.objectives import KNOWN
+from luffy.rewards import GRADERS
 from luffy.versions import installed
 
 NAMES = [parser.prog for parser in parsers(build_parser())]
@@ -141,6 +145,18 @@ def test_an_answer_is_as_long_from_python_as_from_a_shell():
         assert inspect.signature(method).parameters["max_tokens"].default == shell
 
 
+@pytest.mark.parametrize(
+    ("words", "command"), [("doctor --quiet", "luffy doctor"), ("recipes list extra", "luffy recipes list")]
+)
+def test_what_a_command_does_not_know_shows_how_that_command_is_used(words, command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(words.split())
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"usage: {command} [-h]")
+    assert said.endswith(f"{command}: error: unrecognized arguments: {words.split()[-1]}\n")
+
+
 # --- docs ----------------------------------------------------------------------------------------------------------
 
 
@@ -168,6 +184,14 @@ def test_the_page_has_every_exit_code():
     page = (ROOT / "docs" / "cli.md").read_text()
     for code, meaning in EXIT_CODES.items():
         assert f"| {code} | {meaning} |" in page
+
+
+def test_the_page_has_every_variable_that_documents_name():
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    named = {name for page in pages for name in re.findall(r"\b(?:LUFFY|VLLM)_[A-Z_]+\b", page.read_text())}
+    assert {"LUFFY_CACHE", "VLLM_LOGGING_LEVEL"} <= named
+    table = (ROOT / "docs" / "cli.md").read_text().partition("| variable | what |")[2].partition("\n\n")[0]
+    assert not {name for name in named if f"`{name}`" not in table}
 
 
 # --- completion ----------------------------------------------------------------------------------------------------
@@ -209,6 +233,17 @@ def test_bash_completes_recipes_keys_and_their_values(bash):
     assert bash("train", "quickstart", "--objective.gae") == ["--objective.gae_lambda"]  # of ppo, not of luffy
     assert set(bash("train", "quickstart", "--objective.name", "")) == set(KNOWN)
     assert set(bash("plan", "quickstart", "--model.gradient_checkpointing", "")) == {"true", "false", "selective"}
+
+
+def test_bash_completes_names_that_an_error_would_list(bash):
+    assert set(bash("plan", "quickstart", "--gpu", "")) == {*MACHINES, "cpu"}
+    assert set(bash("train", "quickstart", "--gpu", "a")) == {"a100", "a100-40gb"}
+    for words in (["grade", "a.jsonl", "--grader"], ["eval", "--compare", "boxed"], ["train", "--reward.grader"]):
+        assert set(bash(*words, "")) == set(GRADERS), words
+    assert set(bash("eval", "--suite", "math", "")) == {*SUITES, *BENCHMARKS}
+    assert bash("eval", "--checkpoint", "b") == ["best"]
+    parser = build_parser()
+    assert parser.parse_args(["grade", "a.jsonl", "--grader", "mine:grade"]).grader == "mine:grade"
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

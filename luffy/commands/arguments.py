@@ -46,7 +46,7 @@ def add_command(
         **options,
     )
     if run is not None:
-        parser.set_defaults(run=run)
+        parser.set_defaults(run=run, parser=parser)
     return parser
 
 
