@@ -83,7 +83,7 @@ def test_what_training_would_leave_out_is_named(tmp_path):
     }
     assert found.verdicts == {"right": 4, "no answer": 1, "wrong": 1}, "nothing is graded where there is no answer"
     said = "\n".join(found.wrong)
-    for words in ("1 problems have no verifiable answer, such as mine/1", "1 prompts are too long, such as mine/3",
+    for words in ("1 problem has no verifiable answer, such as mine/1", "1 prompt is too long, such as mine/3",
                   "never closed, such as mine/0", "tag twice, such as mine/0",
                   "outside the model's vocabulary, such as mine/4",
                   "1 traces have no \\boxed{} nor another verifiable answer, such as mine/2"):  # fmt: skip

@@ -82,7 +82,7 @@ def test_nothing_is_trained_or_written(home, said):
     assert sorted((path, path.stat().st_mtime_ns) for path in home.rglob("*")) == before
     for words in (
         "new, training begins with step 1",
-        "kept 2000 of 2000 problems",
+        "kept 2,000 of 2,000 problems",
         "8 groups, 32 rows",
     ):
         assert words in done.stdout
@@ -137,6 +137,14 @@ def test_what_training_would_refuse(here, options):
     assert planned == trained
     assert planned[0] == 2
     assert planned[2].startswith("luffy: ")
+
+
+def test_fewer_problems_than_a_step_takes(here):
+    code, _, said = here("--data.problems.train", "3", "--dry-run")
+    assert code == 2
+    assert said == (
+        "luffy: data: 3 problems, and a step takes 8 (train.prompts_per_step); lower it, or bring more problems"
+    )
 
 
 def test_no_secrets_are_printed(here):

@@ -46,6 +46,7 @@ def run_gym(args: argparse.Namespace) -> int:
         UserError: the package is missing, or knows no such task, option or value.
     """
     from luffy.console import print_json
+    from luffy.wording import counted
 
     config = dict(_pair(text) for text in args.set)
     if args.count < 1:
@@ -55,7 +56,7 @@ def run_gym(args: argparse.Namespace) -> int:
     if args.json:
         print_json({"out": args.out, "task": args.task, "problems": len(rows)})
         return 0
-    print(f"{args.out}: {len(rows):,} problems of {args.task}; train on them with --reward.grader gym")
+    print(f"{args.out}: {counted(len(rows), 'problem')} of {args.task}; train on them with --reward.grader gym")
     return 0
 
 
