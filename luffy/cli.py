@@ -1,7 +1,7 @@
 """The `luffy` command: which commands there are, and how each of them ends.
 
 Heavy imports happen inside the commands, so `--help` and a mistyped key answer at once. Training with many ranks
-(docs/multi-node.md) ends with the code of the rank that failed first, and with 0 after SIGTERM, once it has saved.
+(docs/multi-node.md) ends with the code of the rank that failed first.
 """
 
 import argparse
@@ -11,7 +11,7 @@ import sys
 from luffy.errors import UserError
 
 EXIT_CODES = {
-    0: "done",
+    0: "done; or stopped by SIGTERM, where training has saved the steps that it had done",
     1: "data check or doctor found something wrong; or a bug of ours, with a traceback",
     2: "something to mend, said in one sentence on stderr",
     130: "interrupted by Ctrl-C; training has saved the steps that it had done, unless it was pressed twice",
@@ -53,7 +53,7 @@ def _answer(argv: list[str] | None) -> int:
         parser = build_parser()
         args, rest = parser.parse_known_args(argv)
         if rest and not args.keys:
-            parser.parse_args(argv)  # ends with argparse's own message
+            args.parser.error(f"unrecognized arguments: {' '.join(rest)}")  # parse_args would say how luffy is used
         if getattr(args, "quiet", False):
             from luffy.console import be_quiet
 

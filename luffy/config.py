@@ -70,6 +70,7 @@ class ProblemsConfig(Section):
     ood: PositiveInt = 128
     """Number of out-of-distribution problems: harder than any in training."""
     seed: int = 0
+    """Of the problems and their traces; another seed makes others."""
     wrong: Fraction = 0.0
     """Fraction of traces whose reasoning goes wrong and whose final answer is therefore wrong."""
     missing: Fraction = 0.0
@@ -199,8 +200,11 @@ class CorrectionConfig(Section):
 
 class OptimConfig(Section):
     lr: Positive = 1e-6
+    """Learning rate of AdamW, the highest: after the warm-up and before the schedule lowers it."""
     betas: tuple[Beta, Beta] = (0.9, 0.999)
+    """AdamW's: what its moving means of the gradient and of its square keep at an update, as shares."""
     weight_decay: NonNegative = 0.01
+    """AdamW's: an update shrinks every weight by this share of it, times the learning rate."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Updates over which the learning rate rises linearly from 0."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -208,6 +212,7 @@ class OptimConfig(Section):
     on_cpu: bool = False
     """Keep master weights and Adam's moments in host memory and update them there: frees 12 bytes a parameter."""
     max_grad_norm: Positive = 1.0
+    """A gradient that is longer, in the norm of all weights together, is scaled down to it."""
     max_bad_steps: PositiveInt = 3
     """Updates with a non-finite loss or gradient are skipped; after so many in a row the run stops with a dump."""
 
@@ -218,11 +223,13 @@ class TrainConfig(Section):
     max_minutes: Positive | None = None
     """Stop after so many minutes of training (evaluation not counted), whatever `steps` says."""
     prompts_per_step: PositiveInt = 128
+    """Problems of a step's batch, a group of rows for each; a multiple of `train.updates_per_step`."""
     updates_per_step: PositiveInt = 1
     """Optimizer updates that one batch of rollouts is split into."""
     tokens_per_micro: PositiveInt = 32768
     """Token budget of a micro-batch; sequences are packed, nothing is padded."""
     seed: int = 0
+    """Of the order of problems, and of all that is sampled or drawn."""
     hang_minutes: NonNegative = 240.0
     """A phase of a step that takes longer ends the run, with the ranks that are behind named; 0: never."""
 

@@ -4,7 +4,6 @@ Unknown keys are errors that name the nearest valid one. Like `luffy.config`, th
 """
 
 import copy
-import difflib
 import tomllib
 from importlib import resources
 from pathlib import Path
@@ -15,6 +14,7 @@ from pydantic_settings import CliSettingsSource, SettingsError
 
 from luffy.config import Config, config_of, flat_keys
 from luffy.errors import UserError
+from luffy.wording import nearest
 
 
 def recipe_names() -> list[str]:
@@ -189,8 +189,8 @@ def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
 
 
 def _nearest(key: str, known: list[str], dashes: str = "") -> str:
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    return f"; did you mean {dashes}{close[0]}?" if close else f" (known: {', '.join(known)})"
+    close = nearest(key, known)
+    return f"; did you mean {dashes}{close}?" if close else f" (known: {', '.join(known)})"
 
 
 def _first_problem(error: ValidationError) -> str:

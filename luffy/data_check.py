@@ -19,6 +19,7 @@ from luffy.data.examples import TRACE_FAULTS, encode_trace, within
 from luffy.data.think import CLOSE
 from luffy.rewards.graders import SYMBOLIC
 from luffy.rewards.latex import last_boxed
+from luffy.wording import counted
 
 if TYPE_CHECKING:
     from luffy.prompts import PromptTemplate
@@ -84,18 +85,20 @@ def check(
     repeated = [key for key, count in Counter(map(plain, problems)).items() if count > 1]
     if repeated:
         ids = [problem.id for problem in problems if plain(problem) in set(repeated[:NAMED])]
-        found.wrong.append(f"{len(repeated)} questions are there more than once, {named(ids)}")
+        found.wrong.append(f"{counted(len(repeated), 'question', _IS)} there more than once, {named(ids)}")
     return found
 
 
+_HAS, _IS, _CANNOT = ("has", "have"), ("is", "are"), ("cannot", "cannot")
 FAULTS = {
-    "without_answer": "problems have no verifiable answer",
-    "prompts_too_long": "prompts are too long",
-    "prompts_outside": "prompts have tokens outside the model's vocabulary",
-    **{fault: f"traces cannot be learnt from: {words}" for fault, words in TRACE_FAULTS.items()},
-    "logps": "traces have other teacher log-probs than tokens",
-    "traces_open": "traces never close the think tag that the prompt opens",
+    "without_answer": ("problem", _HAS, "no verifiable answer"),
+    "prompts_too_long": ("prompt", _IS, "too long"),
+    "prompts_outside": ("prompt", _HAS, "tokens outside the model's vocabulary"),
+    **{fault: ("trace", _CANNOT, f"be learnt from: {words}") for fault, words in TRACE_FAULTS.items()},
+    "logps": ("trace", _HAS, "other teacher log-probs than tokens"),
+    "traces_open": ("trace", ("never closes", "never close"), "the think tag that the prompt opens"),
 }
+"""(what, verb, what is wrong with it) of each."""
 
 
 def encode(
@@ -128,7 +131,8 @@ def encode(
     for name, ids in faults.items():
         if ids:
             found.left_out[name] = len(ids)
-            found.wrong.append(f"{len(ids)} {FAULTS[name]}, {named(ids)}")
+            what, verb, wrong_with = FAULTS[name]
+            found.wrong.append(f"{counted(len(ids), what, verb)} {wrong_with}, {named(ids)}")
 
 
 def grade(found: Checked, problems: Sequence[Problem], verifier: VerifierPool) -> None:
@@ -142,9 +146,12 @@ def grade(found: Checked, problems: Sequence[Problem], verifier: VerifierPool) -
     wrong = [id for (id, _, _), verdict in zip(pairs, said, strict=True) if verdict != "right"]
     without = [id for (id, _, _), verdict in zip(pairs, said, strict=True) if verdict == "no answer"]
     if without:
-        found.wrong.append(f"{len(without)} traces have no \\boxed{{}} nor another verifiable answer, {named(without)}")
+        traces = counted(len(without), "trace", _HAS)
+        found.wrong.append(f"{traces} no \\boxed{{}} nor another verifiable answer, {named(without)}")
     if wrong:
-        found.wrong.append(f"the verifier does not accept {len(wrong)} of {len(pairs)} traces, {named(wrong)}")
+        found.wrong.append(
+            f"the verifier does not accept {len(wrong)} of {counted(len(pairs), 'trace')}, {named(wrong)}"
+        )
 
 
 def overlap(found: Checked, problems: Sequence[Problem], name: str, others: Sequence[Problem], words: int) -> None:
@@ -155,7 +162,7 @@ def overlap(found: Checked, problems: Sequence[Problem], name: str, others: Sequ
     ids = [p.id for p in problems if plain(p) in same or not runs.isdisjoint(runs_of(p, words))]
     found.overlaps[name] = ids
     if ids:
-        found.wrong.append(f"{len(ids)} problems are among those of {name} or much like them, {named(ids)}")
+        found.wrong.append(f"{counted(len(ids), 'problem', _IS)} among those of {name} or much like them, {named(ids)}")
 
 
 def question(problem: Problem) -> str:
@@ -182,7 +189,10 @@ def named(ids: Sequence[str]) -> str:
 
 def report(found: Checked, problems: Sequence[Problem], template: PromptTemplate) -> Iterator[str]:
     """Lines for people."""
-    yield f"{found.problems} problems, {found.traces} traces; {found.without_trace} problems have none"
+    yield (
+        f"{counted(found.problems, 'problem')}, {counted(found.traces, 'trace')}; "
+        f"{counted(found.without_trace, 'problem', _HAS)} none"
+    )
     for what, lengths in (("prompts", found.prompt_lengths), ("traces", found.trace_lengths)):
         if lengths:
             yield f"\n{what}, tokens: {min(lengths)} to {max(lengths)}, median {sorted(lengths)[len(lengths) // 2]}"
@@ -196,7 +206,7 @@ def report(found: Checked, problems: Sequence[Problem], template: PromptTemplate
     if found.verdicts:
         yield "\ntraces by the verifier: " + ", ".join(f"{n} {what}" for what, n in found.verdicts.most_common())
     for name, ids in found.overlaps.items():
-        yield f"also in {name}: {len(ids)} problems"
+        yield f"also in {name}: {counted(len(ids), 'problem')}"
     yield ""
     yield from (f"! {sentence}" for sentence in found.wrong)
     if not found.wrong:

@@ -6,6 +6,7 @@ from typing import Any
 from luffy.footprint import PARTS
 from luffy.machines import GIB
 from luffy.plan import HEADROOM
+from luffy.wording import counted
 
 PAGE = 13
 """Columns of what a line is about."""
@@ -18,7 +19,7 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
     for number, stage in enumerate(stages, 1):
         of = f"stage {number} of {len(stages)}: " if len(stages) > 1 else ""
         yield ""
-        yield f"{of}{stage['objective']} on {stage['model']}, {_count(found['ranks'], 'rank')}"
+        yield f"{of}{stage['objective']} on {stage['model']}, {counted(found['ranks'], 'rank')}"
         changed = found["changed"] if stage is stages[0] else []
         for key in changed:
             yield from _said("" if key is not changed[0] else "changed", _change(key))
@@ -50,7 +51,7 @@ def _state(state: dict[str, Any], later: list[dict[str, Any]]) -> str:
     if state["state"] == "new":
         return "new, training begins with step 1"
     if state["state"] == "complete":
-        done = f"complete after {state['steps_done']} steps"
+        done = f"complete after {counted(state['steps_done'], 'step')}"
         if later and later[0]["state"]["state"] == "complete":
             return done  # nothing goes on, and the result is that of the last
         return f"{done}; --resume {'goes on with stage 2' if later else 'prints its result again'}"
@@ -62,7 +63,7 @@ def _state(state: dict[str, Any], later: list[dict[str, Any]]) -> str:
 def _data(data: dict[str, Any]) -> Iterator[str]:
     yield f"{data['source']}: {data['report']}"
     spread = [_spread(what, data[f"{what}_tokens"]) for what in ("prompt", "trace") if data[f"{what}_tokens"]]
-    yield f"{'; '.join(spread)}; {data['with_trace']:,} of {data['kept']:,} problems have a trace"
+    yield f"{'; '.join(spread)}; {data['with_trace']:,} of {counted(data['kept'], 'problem')} with a trace"
     yield from data["notes"]
 
 
@@ -73,8 +74,8 @@ def _spread(what: str, lengths: dict[str, float]) -> str:
 def _step(step: dict[str, Any]) -> Iterator[str]:
     rows = step["rollouts"] + step["traces"]
     yield (
-        f"{step['groups']} groups, {rows:,.0f} rows: {_number(step['rollouts'])} rollouts, {_number(step['traces'])} "
-        f"traces; {_count(step['updates'], 'update')}"
+        f"{counted(step['groups'], 'group')}, {rows:,.0f} rows: {_number(step['rollouts'])} rollouts, "
+        f"{_number(step['traces'])} traces; {counted(step['updates'], 'update')}"
     )
     if step["rollouts"]:
         yield (
@@ -89,18 +90,19 @@ def _step(step: dict[str, Any]) -> Iterator[str]:
 def _length(stage: dict[str, Any]) -> Iterator[str]:
     limit = f", or {stage['max_minutes']:g} minutes of training" if stage["max_minutes"] else ""
     every = stage["checkpoint_every"]
-    saved = f"a checkpoint every {every} steps and at the end" if every else "a checkpoint at the end"
-    yield f"{stage['steps']:,} steps, {stage['epochs']:.2f} epochs{limit}; {saved}"
+    saved = f"a checkpoint every {counted(every, 'step')} and at the end" if every else "a checkpoint at the end"
+    yield f"{counted(stage['steps'], 'step')}, {stage['epochs']:.2f} epochs{limit}; {saved}"
 
 
 def _evaluation(found: dict[str, Any]) -> Iterator[str]:
-    sets = ", ".join(f"{name} ({problems:,} problems)" for name, problems in found["sets"].items())
+    sets = ", ".join(f"{name} ({counted(problems, 'problem')})" for name, problems in found["sets"].items())
     yield f"before and after: {sets or 'nothing'}"
     during = found["during"]
     if during["times"]:
-        yield f"every {during['every']} steps {during['problems']:,} problems, {during['times']} times"
+        asked = counted(during["problems"], "problem")
+        yield f"every {counted(during['every'], 'step')} {asked}, {counted(during['times'], 'time')}"
     if found["answers"]:
-        yield f"{found['answers']:,} answers in all, of at most {found['max_tokens']:,} tokens"
+        yield f"{counted(found['answers'], 'answer')} in all, of at most {found['max_tokens']:,} tokens"
 
 
 def _memory(stage: dict[str, Any]) -> Iterator[str]:
@@ -133,7 +135,7 @@ def _time(stage: dict[str, Any]) -> Iterator[str]:
     after = f"{few} to {many}" if few < many else few
     ends = "" if few == seconds["steps_left"] else f" (the limit ends the run after {after} of them)"
     yield (
-        f"{_count(seconds['steps_left'], 'step')} left {_range(seconds['training_left'])}{ends}, with evaluations "
+        f"{counted(seconds['steps_left'], 'step')} left {_range(seconds['training_left'])}{ends}, with evaluations "
         f"{_range(seconds['left'])}; starting the engine and loading weights not counted"
     )
     yield f"{stage['machine']['rates']}; shares of them are assumed (docs/planning.md), so take it as an order of size"
@@ -148,10 +150,6 @@ def _span(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
-
-
-def _count(number: float, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def _number(value: float) -> str:

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,6 +33,25 @@ DISK_ERRORS = {
 }
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_TEMPORARY = re.compile(r"\.([^/]+)\.tmp$")
+"""As `temporary_name` makes them, which nobody else knows."""
+
+
+@contextmanager
+def reading(path: Path, what: str) -> Iterator[None]:
+    """Turn a file that cannot be read into one sentence. what: who reads."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise UserError(f"{what}: there is no file {path}; mend the path") from error
+    except IsADirectoryError as error:
+        raise UserError(f"{what}: {path} is a folder, and a file is read; name one of its files") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{what}: {path} is not UTF-8: {error}") from error
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        raise UserError(f"{what}: {path} cannot be read ({error.strerror}); mend that, or name another") from error
 
 
 @contextmanager
@@ -40,12 +60,15 @@ def disk_errors(what: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in DISK_ERRORS:
-            raise UserError(
-                f"{what}: {error.strerror}: {error.filename or 'while writing'}; nothing was replaced; "
-                f"{'make room' if error.errno in FULL else 'mend the path'} and try again"
-            ) from error
-        raise
+        if error.errno not in DISK_ERRORS:
+            raise
+        file = _TEMPORARY.sub(r"\1", str(error.filename)) if error.filename else ""
+        if file and error.errno == errno.ENOENT and not (folder := Path(file).parent).exists():
+            said, remedy = f"there is no folder {folder}", "make it, or mend the path,"
+        else:
+            said = f"{error.strerror}: {file or 'while writing'}"
+            remedy = "make room" if error.errno in FULL else "mend the path"
+        raise UserError(f"{what}: {said}; nothing was replaced; {remedy} and try again") from error
 
 
 def write_text(path: Path, text: str) -> None:

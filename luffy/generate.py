@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
 
 from luffy.errors import UserError
-from luffy.opening import Opened, open_model, start_engine
+from luffy.opening import ANSWER_TOKENS, Opened, open_model, start_engine
 
 Asked = str | Sequence[Mapping[str, str]]
 """A question, or the turns of a conversation that ends with the user's."""
@@ -46,7 +46,7 @@ class Model:
         n: int = 1,
         temperature: float = 0.6,
         top_p: float = 1.0,
-        max_tokens: int = 1024,
+        max_tokens: int = ANSWER_TOKENS,
         seed: int = 0,
     ) -> list[list[str]]:
         """n answers to each, without what ends them; greedy at temperature 0.
@@ -65,7 +65,13 @@ class Model:
         return [[self.opened.template.decode(one.token_ids) for one in completions] for completions in found]
 
     def stream(
-        self, asked: Asked, *, temperature: float = 0.6, top_p: float = 1.0, max_tokens: int = 1024, seed: int = 0
+        self,
+        asked: Asked,
+        *,
+        temperature: float = 0.6,
+        top_p: float = 1.0,
+        max_tokens: int = ANSWER_TOKENS,
+        seed: int = 0,
     ) -> Iterator[str]:
         """An answer in pieces, as they are sampled; together they are what `answer` gives."""
         from luffy.rollout.engine import Request

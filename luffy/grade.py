@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from luffy.errors import UserError
-from luffy.files import disk_errors, new_file
+from luffy.files import new_file, reading
 from luffy.rewards import Verdict, VerifierPool, label
 
 AT_A_TIME = 4096
@@ -90,7 +90,7 @@ def grade_file(
     """
     found = Graded()
     with ExitStack() as stack:
-        with disk_errors(f"grade: {path}"):
+        with reading(path, "grade"):
             file = stack.enter_context(path.open(encoding="utf-8", errors="surrogatepass"))
         pools = [
             stack.enter_context(_pool(name, workers, timeout_s))

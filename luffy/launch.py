@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from luffy.commands.arguments import whole
 from luffy.errors import UserError
 from luffy.failure import verdict
 
@@ -53,12 +54,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--rdzv-id", metavar="ID", help="name of the job, the same on all nodes (default: luffy)")
     group.add_argument("--rdzv-backend", choices=("c10d",), help="torch's own, which needs no other service")
     group.add_argument(
-        "--node-rank", type=int, metavar="R", help="node 0 is the one at --rdzv-endpoint (default: SLURM's)"
+        "--node-rank", type=whole, metavar="R", help="node 0 is the one at --rdzv-endpoint (default: SLURM's)"
     )
     group.add_argument("--local-addr", metavar="HOST", help="this node's address for the others (default: its name)")
-    group.add_argument("--max-restarts", type=int, metavar="K", help="start again after a failure, K times at most")
+    group.add_argument("--max-restarts", type=whole, metavar="K", help="start again after a failure, K times at most")
     group.add_argument(
-        "--stopped-exit", type=int, metavar="CODE", help="exit code after a save on SIGTERM (default: 0)"
+        "--stopped-exit", type=whole, metavar="CODE", help="exit code after a save on SIGTERM (default: 0)"
     )
 
 

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from luffy.rollout.servers import Servers
     from luffy.rollout.vllm_engine import VllmEngine
 
+ANSWER_TOKENS = 512
+"""Longest answer, unless another is asked for."""
 STYLES = ("chat", "luffy", "plain")
 TEMPLATES = {
     "qwen-math": "oat-zero-qwen2.5-math-7b",

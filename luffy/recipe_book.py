@@ -85,8 +85,10 @@ def run_diff(args: argparse.Namespace) -> int:
     if args.json:
         found = [{"key": key, "values": list(values)} for key, *values in differences(*map(spelled_out, args.sources))]
         print_json(found)
+    elif rows := list(differing(*args.sources)):
+        _print_table(["", *args.sources], rows)
     else:
-        _print_table(["", *args.sources], list(differing(*args.sources)))
+        print(f"{args.sources[0]} and {args.sources[1]} are the same in every key")
     return 0
 
 

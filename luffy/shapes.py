@@ -4,7 +4,6 @@ transformers, so that a plan costs no time.
     H hidden   L blocks   A = heads x head_dim, K = kv_heads x head_dim   I intermediate   V vocabulary
 """
 
-import difflib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from luffy.errors import UserError, first_line
+from luffy.wording import nearest
 
 
 @dataclass(frozen=True)
@@ -190,8 +190,8 @@ def find_shape(model: str) -> Shape:
     if folder.is_dir():
         raise UserError(f"plan: the folder {model} has no config.json; name a model folder")
     if "/" not in model or model.startswith((".", "/", "~")):
-        close = difflib.get_close_matches(short, KNOWN, n=1, cutoff=0.5)
-        hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(KNOWN)}"
+        close = nearest(short, KNOWN)
+        hint = f"did you mean {close}?" if close else f"known: {', '.join(KNOWN)}"
         raise UserError(f"plan: no folder and no well-known model is called {model!r}; {hint}")
     return _from_file(_download(model), model)
 

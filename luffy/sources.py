@@ -11,6 +11,7 @@ from luffy.errors import UserError, user_errors
 from luffy.markers import doubt
 from luffy.problems import ProblemSpec, write_splits
 from luffy.prompts import PromptTemplate
+from luffy.wording import counted
 
 if TYPE_CHECKING:
     from luffy.data import FilterReport
@@ -126,6 +127,14 @@ def load_sets(config: Config, template: PromptTemplate) -> Sets:
     training = load_examples(
         training_source(config), template, config, split=config.data.split, limit=config.data.limit
     )
+    have, need = len(training.examples), config.train.prompts_per_step
+    if have < need:
+        whence = f" of {config.data.path}" if config.data.path else ""
+        lost = f" ({training.report})" if have < training.report.problems else ""
+        raise UserError(
+            f"data: {counted(have, 'problem')}{whence}, and a step takes {need} (train.prompts_per_step); lower it, or "
+            f"bring more problems{lost}"
+        )
     heldout, notes = {}, []
     for name, source in evaluation_sources(config).items():
         loaded = load_examples(source, template, config, split=config.eval.split)

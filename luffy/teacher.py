@@ -103,6 +103,6 @@ def template_of(path: str, student: PromptTemplate, own: Style | None) -> Prompt
     if found.opens_think != student.opens_think:
         raise UserError(
             "score: one of the teacher's and the student's prompts opens the think block and the other does not, so a "
-            "trace would begin at different places; give a --teacher-prompt that does as the student's"
+            "trace would begin at different places; give a --teacher-template that does as the student's"
         )
     return found

@@ -4,7 +4,6 @@ README.md, CONTRIBUTING.md and others are pages under names of their own, the ca
 keys are written from the code, and any other file of the repository that a page links to is copied to source/.
 """
 
-import copy
 import posixpath
 import re
 from collections.abc import Callable, Iterator
@@ -81,7 +80,8 @@ def catalogue() -> str:
         for name in names:
             whose = f"Options of `{name}`" if len(names) > 1 else "Options"
             lines += [f"{whose}, with `objective.` before them:", ""]
-            lines += [*_table(_described(find(name).Options)), ""]
+            options = {key: field for key, field in find(name).Options.model_fields.items() if key != "name"}
+            lines += [*_table(options), ""]
     return "\n".join(lines)
 
 
@@ -96,17 +96,6 @@ def keys() -> str:
     for section, fields in sections.items():
         lines += [f"## {section or 'At the top'}", "", *_table(fields), ""]
     return "\n".join(lines)
-
-
-def _described(options: Any) -> dict[str, Any]:
-    """Fields of a class of options, less its name; one that only changes a default has its base's description."""
-    found = {}
-    for name, field in options.model_fields.items():
-        bases = (base.model_fields for base in options.__mro__ if hasattr(base, "model_fields"))
-        said = (fields[name].description for fields in bases if name in fields)
-        found[name] = copy.copy(field)
-        found[name].description = next(filter(None, said), None)
-    return {name: field for name, field in found.items() if name != "name"}
 
 
 def _table(fields: dict[str, Any]) -> Iterator[str]:

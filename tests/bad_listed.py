@@ -10,6 +10,7 @@ LISTED = {
         "unreadable jsonl",
         "truncated jsonl",
         "empty dataset after filters",
+        "fewer problems than a step takes",
         "prompt longer than the limit",
         "model path that does not exist",
         "model path that lacks a tokenizer",

@@ -229,10 +229,20 @@ TRAINING = [
         ),
     ),
     Bad(
+        error="fewer problems than a step takes",
+        provoke=lambda home: home.train(data__path=home.parquet("single.parquet", [trace_row("What is 1+1?")])),
+        says=Says(
+            "data: 1 problem of ",
+            "a step takes 2 (train.prompts_per_step)",
+            "single.parquet",
+            "lower it, or bring more problems",
+        ),
+    ),
+    Bad(
         error="prompt longer than the limit",
         provoke=what_a_run_says,
         code=0,
-        shows=("kept 12 of 13 problems: 1 prompts too long (e.g. mine/train/12)",),
+        shows=("kept 12 of 13 problems: 1 prompt too long (e.g. mine/train/12)",),
         needs=("run",),
     ),
     Bad(

@@ -84,6 +84,18 @@ def one_line(capsys) -> str:
     return " ".join(capsys.readouterr().err.split())
 
 
+def test_a_file_that_cannot_be_written_is_named_as_it_was_asked_for(tmp_path):
+    with pytest.raises(UserError) as raised:
+        write_text(tmp_path / "none" / "page.html", "")
+    assert str(raised.value) == (
+        f"cannot write page.html: there is no folder {tmp_path}/none; nothing was replaced; make it, or mend the path, "
+        f"and try again"
+    )
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=rf"Not a directory: {tmp_path}/file/page.html; nothing was replaced"):
+        write_text(tmp_path / "file" / "page.html", "")
+
+
 def test_a_checkpoint_is_a_model_folder_and_restores_the_optimizer(trained, write):
     policy, optimizer = trained
     path = write(7, loop={"tokens": 5})

@@ -1,6 +1,7 @@
 """Every command: its help has examples that it takes, its options mean the same everywhere, docs and shells know it."""
 
 import argparse
+import inspect
 import re
 import resource
 import shlex
@@ -11,12 +12,17 @@ import sys
 import pytest
 from tiny import ROOT, luffy
 
-from luffy.cli import EXIT_CODES, build_parser
+from luffy.cli import EXIT_CODES, build_parser, main
 from luffy.commands.completion import parsers, script
 from luffy.commands.train import spell_out_resume
 from luffy.config import flat_keys
 from luffy.config_file import load_stages, recipe_names
+from luffy.evaluation.suites import NAMES as BENCHMARKS
+from luffy.evaluation.suites import SUITES
+from luffy.generate import Model
+from luffy.machines import MACHINES
 from luffy.objectives import KNOWN
+from luffy.rewards import GRADERS
 from luffy.versions import installed
 
 NAMES = [parser.prog for parser in parsers(build_parser())]
@@ -104,13 +110,51 @@ def test_the_version(tmp_path):
     assert (done.returncode, done.stdout) == (0, f"luffy-rl {installed('luffy-rl')}\n")
 
 
-def test_names_that_documents_had_go_on_to_work():
-    score = ["data", "score", "x.jsonl", "--model", "m", "--out", "y.jsonl"]
-    args = build_parser().parse_args([*score, "--prompt-style", "luffy", "--teacher-prompt", "chat"])
-    assert (args.template, args.teacher_template) == ("luffy", "chat")
-    args = build_parser().parse_args(["data", "prepare", "openr1", "--out", "o", "--max-tokens", "9"])
-    assert args.max_tokens == 9
-    assert build_parser().parse_args(["data", "prepare", "openr1", "--out", "o"]).max_tokens == 8192
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("generate hm --temperature abc", "--temperature: must be a number of at least 0, got 'abc'"),
+        ("generate hm --temperature -1", "--temperature: must be a number of at least 0, got '-1'"),
+        ("generate hm --top-p 1.5", "--top-p: must be a number above 0 and at most 1, got '1.5'"),
+        ("generate hm --memory-fraction 1", "--memory-fraction: must be a number between 0 and 1, got '1'"),
+        ("generate hm --seed 0.5", "--seed: must be a whole number, got '0.5'"),
+        ("grade a.jsonl --grader boxed --workers x", "--workers: must be a whole number of at least 1, got 'x'"),
+        ("grade a.jsonl --grader boxed --timeout nan", "--timeout: must be a number above 0, got 'nan'"),
+        ("plan quickstart --gpus x", "--gpus: must be a whole number of at least 1, got 'x'"),
+        ("plan quickstart --context x", "--context: must be a whole number, got 'x'"),
+        ("train quickstart --nproc-per-node 1 --max-restarts x", "--max-restarts: must be a whole number, got 'x'"),
+        ("report runs/a --port x", "--port: must be a whole number from 1 to 65535, got 'x'"),
+    ],
+)
+def test_a_number_that_is_none(words, said, capsys):
+    with pytest.raises(SystemExit) as ended:
+        build_parser().parse_args(words.split())
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.endswith(f"error: argument {said}\n")
+
+
+def test_every_number_is_of_a_type_that_says_what_it_must_be():
+    for parser in parsers(build_parser()):
+        for action in parser._actions:
+            assert action.type not in (int, float), (parser.prog, action.option_strings)
+
+
+def test_an_answer_is_as_long_from_python_as_from_a_shell():
+    shell = build_parser().parse_args(["generate", "hm"]).max_tokens
+    for method in (Model.answers, Model.stream):
+        assert inspect.signature(method).parameters["max_tokens"].default == shell
+
+
+@pytest.mark.parametrize(
+    ("words", "command"), [("doctor --quiet", "luffy doctor"), ("recipes list extra", "luffy recipes list")]
+)
+def test_what_a_command_does_not_know_shows_how_that_command_is_used(words, command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(words.split())
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"usage: {command} [-h]")
+    assert said.endswith(f"{command}: error: unrecognized arguments: {words.split()[-1]}\n")
 
 
 # --- docs ----------------------------------------------------------------------------------------------------------
@@ -140,6 +184,14 @@ def test_the_page_has_every_exit_code():
     page = (ROOT / "docs" / "cli.md").read_text()
     for code, meaning in EXIT_CODES.items():
         assert f"| {code} | {meaning} |" in page
+
+
+def test_the_page_has_every_variable_that_documents_name():
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    named = {name for page in pages for name in re.findall(r"\b(?:LUFFY|VLLM)_[A-Z_]+\b", page.read_text())}
+    assert {"LUFFY_CACHE", "VLLM_LOGGING_LEVEL"} <= named
+    table = (ROOT / "docs" / "cli.md").read_text().partition("| variable | what |")[2].partition("\n\n")[0]
+    assert not {name for name in named if f"`{name}`" not in table}
 
 
 # --- completion ----------------------------------------------------------------------------------------------------
@@ -172,7 +224,6 @@ def test_bash_completes_commands_and_options(bash):
     assert set(bash("data", "")) == {"check", "gym", "prepare", "score"}
     assert bash("data", "check", "--aga") == ["--against"]
     assert bash("train", "quickstart", "--resume", "--dry") == ["--dry-run"]
-    assert "--prompt-style" not in bash("data", "score", "--")
 
 
 def test_bash_completes_recipes_keys_and_their_values(bash):
@@ -182,6 +233,17 @@ def test_bash_completes_recipes_keys_and_their_values(bash):
     assert bash("train", "quickstart", "--objective.gae") == ["--objective.gae_lambda"]  # of ppo, not of luffy
     assert set(bash("train", "quickstart", "--objective.name", "")) == set(KNOWN)
     assert set(bash("plan", "quickstart", "--model.gradient_checkpointing", "")) == {"true", "false", "selective"}
+
+
+def test_bash_completes_names_that_an_error_would_list(bash):
+    assert set(bash("plan", "quickstart", "--gpu", "")) == {*MACHINES, "cpu"}
+    assert set(bash("train", "quickstart", "--gpu", "a")) == {"a100", "a100-40gb"}
+    for words in (["grade", "a.jsonl", "--grader"], ["eval", "--compare", "boxed"], ["train", "--reward.grader"]):
+        assert set(bash(*words, "")) == set(GRADERS), words
+    assert set(bash("eval", "--suite", "math", "")) == {*SUITES, *BENCHMARKS}
+    assert bash("eval", "--checkpoint", "b") == ["best"]
+    parser = build_parser()
+    assert parser.parse_args(["grade", "a.jsonl", "--grader", "mine:grade"]).grader == "mine:grade"
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

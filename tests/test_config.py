@@ -6,9 +6,11 @@ import typing
 import pytest
 import tomli_w
 
-from luffy.config import Config, flat_keys
+from luffy.config import Config, config_of, flat_keys
 from luffy.config_file import load_config, recipe_names
 from luffy.errors import UserError
+from luffy.objectives import KNOWN
+from luffy.objectives.grpo import RatioOptions
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -100,6 +102,13 @@ def test_a_misspelt_recipe_is_answered_with_the_nearest():
         load_config("quickstrt")
     with pytest.raises(UserError, match="no file"):
         load_config("nowhere.toml")
+
+
+def test_every_key_says_what_it_is():
+    for name in KNOWN:
+        assert not [key for key, field in flat_keys(config_of(name)).items() if not field.description], name
+    ratio = flat_keys(config_of("dapo"))["objective.clip_low"]
+    assert (ratio.default, ratio.description) == (0.2, RatioOptions.model_fields["clip_low"].description)
 
 
 def test_optional_keys_default_to_null_so_that_toml_can_say_everything():

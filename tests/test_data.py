@@ -213,7 +213,7 @@ def test_a_gsm8k_row_without_gold_is_named(tmp_path):
 
 def test_bad_parquet_columns_are_named(tmp_path):
     path = write_parquet(tmp_path / "bad.parquet", [{"question": "x", "solution": "y"}])
-    with pytest.raises(DataError, match="column 'problem' is missing, the nearest column present is 'solution'"):
+    with pytest.raises(DataError, match="column 'problem' is missing, the columns present are 'question', 'solution'"):
         load_problems(path)
     path = write_parquet(
         tmp_path / "bad.parquet",
@@ -321,7 +321,7 @@ def test_traces_that_cannot_be_learnt_from_are_dropped_and_counted():
 
 
 def test_nothing_left_is_an_error_that_says_why():
-    with pytest.raises(DataError, match="no example is left with max_prompt_tokens=2: kept 0 of 1 problems: 1 prompts"):
+    with pytest.raises(DataError, match="no example is left with max_prompt_tokens=2: kept 0 of 1 problem: 1 prompt"):
         tokenize([problem("a")], Letters(), max_prompt_tokens=2, max_trace_tokens=5)
 
 

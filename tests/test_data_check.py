@@ -44,16 +44,16 @@ def test_every_fault_is_found_and_named(files):
     assert found.overlaps == {"test": [ids[1], ids[2]]}
     assert len(found.trace_lengths) == 3
     said = " ".join(found.wrong)
-    for words in ("1 traces cannot be learnt from: with an EOS inside",
+    for words in ("1 trace cannot be learnt from: with an EOS inside",
                   "does not accept 1 of 4 traces", "2 problems are among those of test",
-                  "1 questions are there more than once"):  # fmt: skip
+                  "1 question is there more than once"):  # fmt: skip
         assert words in said
     assert ids[0] in found.wrong[1]
     assert found.left_out == {"traces_broken": 1}
     text = "\n".join(report(found, problems[:1], template))
     assert "<|im_start|>user\n1 + 1?<|im_end|>" in text
     assert "It is \\boxed{2}.<|im_end|>" in text  # with the token that ends it
-    assert "! 1 traces" in text
+    assert "! 1 trace " in text
 
 
 def test_what_training_would_leave_out_is_named(tmp_path):
@@ -83,10 +83,10 @@ def test_what_training_would_leave_out_is_named(tmp_path):
     }
     assert found.verdicts == {"right": 4, "no answer": 1, "wrong": 1}, "nothing is graded where there is no answer"
     said = "\n".join(found.wrong)
-    for words in ("1 problems have no verifiable answer, such as mine/1", "1 prompts are too long, such as mine/3",
+    for words in ("1 problem has no verifiable answer, such as mine/1", "1 prompt is too long, such as mine/3",
                   "never closed, such as mine/0", "tag twice, such as mine/0",
                   "outside the model's vocabulary, such as mine/4",
-                  "1 traces have no \\boxed{} nor another verifiable answer, such as mine/2"):  # fmt: skip
+                  "1 trace has no \\boxed{} nor another verifiable answer, such as mine/2"):  # fmt: skip
         assert words in said, words
     opening = PromptTemplate(tokenizer, style="luffy")
     assert check(load_problems(path), opening, None, {}).left_out["traces_open"] == 5

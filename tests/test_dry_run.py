@@ -88,7 +88,7 @@ def test_nothing_is_trained_or_written(home, said):
     assert sorted((path, path.stat().st_mtime_ns) for path in home.rglob("*")) == before
     for words in (
         "new, training begins with step 1",
-        "kept 2000 of 2000 problems",
+        "kept 2,000 of 2,000 problems",
         "8 groups, 32 rows",
     ):
         assert words in done.stdout
@@ -145,6 +145,14 @@ def test_what_training_would_refuse(here, options):
     assert planned[2].startswith("luffy: ")
 
 
+def test_fewer_problems_than_a_step_takes(here):
+    code, _, said = here("--data.problems.train", "3", "--dry-run")
+    assert code == 2
+    assert said == (
+        "luffy: data: 3 problems, and a step takes 8 (train.prompts_per_step); lower it, or bring more problems"
+    )
+
+
 def test_no_secrets_are_printed(here):
     """Of what was given."""
     urls = "http://me:pass1234@10.0.0.7:8001/?key=word5678"
@@ -160,8 +168,8 @@ def test_no_secrets_are_printed(here):
     [
         (["--gpu", "h999"], "--gpu must be one of h100"),
         (["--gpu", ""], "--gpu must be one of h100"),
-        (["--gpus", "0"], "--gpus: must be at least 1"),
-        (["--gpus", "-1"], "--gpus: must be at least 1"),
+        (["--gpus", "0"], "--gpus: must be a whole number of at least 1, got '0'"),
+        (["--gpus", "-1"], "--gpus: must be a whole number of at least 1, got '-1'"),
     ],
 )
 def test_machines_that_there_are_not(home, options, word):

@@ -89,6 +89,15 @@ def test_the_command(home):
     assert refused(luffy("generate", "--file", "y", *options, cwd=home), "--out")
 
 
+def test_what_can_be_refused_before_a_model_is_opened(tmp_path):
+    base = ["generate", "--model", "no/model", "--out", "out.jsonl", "--file"]
+    gone = luffy(*base, "gone.jsonl", cwd=tmp_path)
+    assert gone.stderr == "luffy: generate: there is no file gone.jsonl; mend the path\n"
+    assert refused(luffy(*base, ".", cwd=tmp_path), "generate: . is a folder, and a file is read")
+    for empty in ("", " \n"):
+        assert refused(luffy("generate", empty, "--model", "no/model", cwd=tmp_path), "empty QUESTION", "give a text")
+
+
 def test_a_file_of_questions_can_be_graded(home):
     rows = [
         {"id": "a", "prompt": "What is 2+2?", "answer": "4"},

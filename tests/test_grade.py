@@ -68,7 +68,9 @@ def test_a_line_that_cannot_be_graded(tmp_path, line, words):
 
 
 def test_what_is_missing(tmp_path):
-    assert refused(luffy("grade", tmp_path / "no.jsonl", "--grader", "exact", cwd=tmp_path), "no.jsonl", "No such file")
+    gone = luffy("grade", "no.jsonl", "--grader", "exact", cwd=tmp_path)
+    assert gone.stderr == "luffy: grade: there is no file no.jsonl; mend the path\n"
+    assert refused(luffy("grade", ".", "--grader", "exact", cwd=tmp_path), "grade: . is a folder, and a file is read")
     (tmp_path / "empty.jsonl").touch()
     assert refused(luffy("grade", tmp_path / "empty.jsonl", "--grader", "exact", cwd=tmp_path), "has no lines")
     file = write_jsonl(tmp_path / "a.jsonl", ROWS)

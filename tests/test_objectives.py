@@ -909,6 +909,8 @@ def test_one_of_ones_own(tmp_path, monkeypatch):
         ("halved:Other", "cannot be imported"),
         ("mine", "known: luffy"),
         ("luffi", "did you mean luffy"),
+        ("grp0", "did you mean grpo"),
+        ("nope", "known: luffy, grpo"),
     ):
         with pytest.raises(UserError, match=words):
             load_config("quickstart", ["--objective.name", name])

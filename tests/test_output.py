@@ -108,7 +108,7 @@ def test_quiet_leaves_the_result(home):
 def test_a_port_that_no_machine_has(home):
     done = luffy("report", "run", "--watch", "--port", "99999", cwd=home)
     assert done.returncode == 2
-    assert done.stderr.endswith("argument --port: must be at most 65535, got 99999\n")
+    assert done.stderr.endswith("argument --port: must be a whole number from 1 to 65535, got '99999'\n")
 
 
 # --- a stdout that is lost -----------------------------------------------------------------------------------------

@@ -55,8 +55,9 @@ def test_columns_tell_schemas_apart():
         (["problem", "generation"], "here: column 'generations' is missing, the nearest .* is 'generation'; expected"),
         (["prompts", "answer"], "column 'prompt' is missing, the nearest column present is 'prompts'; expected"),
         (["prompt", "answer", "trace"], "column 'trace' is unknown, is it 'traces'"),
-        (["conversations"], "column .* is missing, the nearest column present is 'conversations'"),
+        (["conversations"], "column .* is missing, the columns present are 'conversations'"),
         ([*OPENR1.keys() - {"is_reasoning_complete"}, "is_reasoning_completed"], "is it 'is_reasoning_complete'"),
+        (["x", "y"], "here: column .* is missing, the columns present are 'x', 'y'; expected"),
         ([], "here: column .* is missing, there are no columns"),
     ],
 )  # fmt: skip

@@ -27,7 +27,8 @@ def test_what_is_shown_trains_the_same(name, tmp_path):
     (tmp_path / "copy.toml").write_text(done.stdout)
     assert load_stages(str(tmp_path / "copy.toml")) == load_stages(name)
     same = luffy("recipes", "diff", name, "copy.toml", cwd=tmp_path)
-    assert same.stdout.strip() == f"{name}  copy.toml"
+    assert same.stdout == f"{name} and copy.toml are the same in every key\n"
+    assert luffy("recipes", "diff", name, "copy.toml", "--json", cwd=tmp_path).stdout.strip() == "[]"
     assert ("first" in spelled_out(name)) == (len(load_stages(name)) == 2)
 
 

@@ -187,7 +187,7 @@ def test_a_teacher_may_see_prompts_as_its_own_template_writes_them(tmp_path):
     [problem] = load_problems(write_jsonl(tmp_path / "in.jsonl", ROWS[:1]))
     prompt, _ = teacher.sequence(problem, "Two.")
     assert teacher.template.tokenizer.decode(list(prompt)) == "1 + 1?\n"
-    with pytest.raises(UserError, match="opens the think block"):
+    with pytest.raises(UserError, match="opens the think block .* give a --teacher-template"):
         teacher_with(make_tokenizer(), tmp_path / "other", own="luffy")
 
 

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from luffy.opening import STYLES, TEMPLATES
+from luffy.opening import ANSWER_TOKENS, STYLES, TEMPLATES
 
 EMBEDDED = "embedded:smollm2-135m-instruct"
 RECIPE = "RECIPE|FILE.toml"
@@ -46,7 +46,7 @@ def add_command(
         **options,
     )
     if run is not None:
-        parser.set_defaults(run=run)
+        parser.set_defaults(run=run, parser=parser)
     return parser
 
 
@@ -72,18 +72,13 @@ def add_problems(parser: argparse.ArgumentParser, what: str = "problems") -> Non
 
 
 def add_seed(parser: argparse.ArgumentParser, of: str = "what is drawn") -> None:
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help=f"of {of} (default: %(default)s)")
+    parser.add_argument("--seed", type=whole, default=0, metavar="N", help=f"of {of} (default: %(default)s)")
 
 
 def add_template(parser: argparse.ArgumentParser, default: str) -> None:
     choices = (*STYLES, *TEMPLATES)
     said = f"how prompts are written: {', '.join(choices)} (default: {default})"
     parser.add_argument("--template", choices=choices, metavar="T", help=said)
-
-
-def add_old_name(parser: argparse.ArgumentParser, name: str, dest: str, **options: Any) -> None:
-    """A name that documents had for another option, which goes on to work and is no longer said."""
-    parser.add_argument(name, dest=dest, default=argparse.SUPPRESS, help=argparse.SUPPRESS, **options)
 
 
 def add_grading(parser: argparse.ArgumentParser) -> None:
@@ -132,7 +127,11 @@ def add_sampling(parser: argparse.ArgumentParser, models: bool = False) -> None:
         "--top-p", type=share, default=1.0, metavar="P", help="share of probability sampled from (default: %(default)s)"
     )
     parser.add_argument(
-        "--max-tokens", type=positive, default=512, metavar="N", help="longest answer (default: %(default)s)"
+        "--max-tokens",
+        type=positive,
+        default=ANSWER_TOKENS,
+        metavar="N",
+        help="longest answer (default: %(default)s)",
     )
     add_seed(parser)
     add_engine(parser)
@@ -143,43 +142,42 @@ def opening_options(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in ("checkpoint", "template", "memory_fraction", "kv_cache_gib")}
 
 
-def above_zero(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be above 0, got {value}")
+def _number(text: str, kind: Callable[[str], Any], fits: Callable[[Any], bool], expected: str) -> Any:
+    """Of a command line. argparse would name our functions where `kind` raises ValueError."""
+    try:
+        value = kind(text)
+    except ValueError:
+        fitting = False
+    else:
+        fitting = fits(value)
+    if not fitting:
+        raise argparse.ArgumentTypeError(f"must be {expected}, got {text!r}")
     return value
+
+
+def above_zero(text: str) -> float:
+    return _number(text, float, lambda value: 0 < value < float("inf"), "a number above 0")
 
 
 def not_negative(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be at least 0, got {value}")
-    return value
+    return _number(text, float, lambda value: 0 <= value < float("inf"), "a number of at least 0")
 
 
 def fraction(text: str) -> float:
-    value = float(text)
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"must lie between 0 and 1, got {value}")
-    return value
+    return _number(text, float, lambda value: 0 < value < 1, "a number between 0 and 1")
 
 
 def share(text: str) -> float:
-    value = float(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"must lie above 0 and be at most 1, got {value}")
-    return value
+    return _number(text, float, lambda value: 0 < value <= 1, "a number above 0 and at most 1")
 
 
 def port(text: str) -> int:
-    value = positive(text)
-    if value > 65535:
-        raise argparse.ArgumentTypeError(f"must be at most 65535, got {value}")
-    return value
+    return _number(text, int, lambda value: 1 <= value <= 65535, "a whole number from 1 to 65535")
 
 
 def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
+    return _number(text, int, lambda value: value >= 1, "a whole number of at least 1")
+
+
+def whole(text: str) -> int:
+    return _number(text, int, lambda _: True, "a whole number")

@@ -69,7 +69,8 @@ def _add_keys(parser: argparse.ArgumentParser) -> None:
     fields = {key: field for name in KNOWN for key, field in flat_keys(config_of(name)).items()}
     for key, field in fields.items():
         values = list(KNOWN) if key == "objective.name" else list(_values(field.annotation))
-        metavar = "SOURCE" if key.rpartition(".")[2] in ("path", "validation") else "VALUE"
+        kinds = {"path": "SOURCE", "validation": "SOURCE", "grader": "GRADER"}
+        metavar = kinds.get(key.rpartition(".")[2], "VALUE")
         said = " ".join((field.description or "").split()).replace("%", "%%")
         parser.add_argument(f"--{key}", choices=values or None, metavar=metavar, help=said.partition(". ")[0])
 
@@ -98,6 +99,19 @@ def _say_what_completes(action: Any) -> None:
         action.complete = shtab.FILE
     elif metavar == "[auto]":
         action.nargs = "?"
+    elif names := _listed(action.dest, metavar):
+        action.choices = names  # of parsers that only write the script: others are taken too
+
+
+def _listed(dest: str, metavar: str) -> list[str]:
+    """Names that an error would list."""
+    from luffy.evaluation.suites import NAMES, SUITES
+    from luffy.machines import MACHINES
+    from luffy.rewards import GRADERS
+
+    if dest == "suite":
+        return list(dict.fromkeys((*SUITES, *NAMES)))
+    return {"GRADER": [*GRADERS], "KIND": [*MACHINES, "cpu"], "WHICH": ["newest", "best"]}.get(metavar, [])
 
 
 def _recipes() -> dict[str, Any]:

@@ -10,7 +10,6 @@ from luffy.commands.arguments import (
     add_engine,
     add_grading,
     add_json,
-    add_old_name,
     add_problems,
     add_quiet,
     add_template,
@@ -100,14 +99,12 @@ def _add_score(commands: Any) -> None:
     score.add_argument("--student", metavar="MODEL", help="model that will be trained, whose tokens are scored")
     score.add_argument("--recipe", metavar="RECIPE|FILE.toml", help="of that training; --student need not be given")
     add_template(score, "the recipe's, else the model's chat")
-    add_old_name(score, "--prompt-style", "template", choices=STYLES)
     score.add_argument(
         "--teacher-template",
         choices=STYLES,
         metavar="T",
         help=f"show it prompts in its own template: {', '.join(STYLES)} (default: as the student sees them)",
     )
-    add_old_name(score, "--teacher-prompt", "teacher_template", choices=STYLES)
     score.add_argument(
         "--teacher", metavar="NAME", help="in the file: score its traces alone (default: the end of the model's name)"
     )

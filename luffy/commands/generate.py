@@ -10,6 +10,7 @@ from typing import Any
 
 from luffy.commands.arguments import add_command, add_json, add_quiet, add_sampling, opening_options
 from luffy.errors import UserError
+from luffy.wording import counted
 
 
 def add_generate(commands: Any) -> None:
@@ -61,6 +62,9 @@ def run_question(args: argparse.Namespace) -> int:
     from luffy.opening import open_model
 
     question = sys.stdin.read() if args.question == "-" else args.question
+    if not question.strip():
+        whence = "standard input" if args.question == "-" else "QUESTION"
+        raise UserError(f"generate: expected a question, got an empty {whence}; give a text, or --file with --out")
     sampling = {"temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_tokens, "seed": args.seed}
     opened = open_model(args.model, **opening_options(args))
     context = len(opened.template.encode_prompt([{"role": "user", "content": question}])) + args.max_tokens
@@ -86,14 +90,13 @@ def run_file(args: argparse.Namespace) -> int:
     from luffy.evaluation.answers import Sampling, Store, sample
     from luffy.evaluation.progress import QuestionProgress
     from luffy.evaluation.questions import Question
-    from luffy.files import disk_errors, new_file
+    from luffy.files import new_file
     from luffy.load import identity
     from luffy.opening import open_model, start_engine
 
     out = Path(args.out)
+    rows = read_questions(Path(args.file))  # first: a model may take a while
     opened = open_model(args.model, **opening_options(args))
-    with disk_errors(f"generate: {args.file}"):
-        rows = read_questions(Path(args.file))
     questions = [
         Question(str(number), "", tuple(opened.template.encode_prompt(turns)), "", args.n) for number, turns, _ in rows
     ]
@@ -120,7 +123,7 @@ def run_file(args: argparse.Namespace) -> int:
     if args.json:
         print_json({"out": str(out), "questions": len(questions), "answers": len(questions) * args.n})
     else:
-        print(f"{len(questions)} questions, {len(questions) * args.n} answers: {out}")
+        print(f"{counted(len(questions), 'question')}, {counted(len(questions) * args.n, 'answer')}: {out}")
     return 0
 
 
@@ -128,12 +131,11 @@ def read_questions(path: Path) -> list[tuple[int, Sequence[Mapping[str, str]], d
     """(line number, turns, the line) of a file. Raises UserError where a line has no prompt, with its number."""
     from luffy.data import DataError
     from luffy.data.columns import asked, conversation
+    from luffy.files import reading
 
     found: list[tuple[int, Sequence[Mapping[str, str]], dict[str, Any]]] = []
-    try:
+    with reading(path, "generate"):
         lines = path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"generate: {path} is not UTF-8: {error}") from error
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue

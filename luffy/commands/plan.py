@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from luffy.commands.arguments import add_command, add_json, add_source, positive
+from luffy.commands.arguments import add_command, add_json, add_source, positive, whole
 
 
 def add_plan(commands: Any) -> None:
@@ -25,8 +25,10 @@ def add_plan(commands: Any) -> None:
     add_source(plan)
     plan.add_argument("--model", metavar="MODEL", help="folder, well-known model or Hugging Face id, not the recipe's")
     add_machine(plan, "8; of a cpu 1", "h100")
-    plan.add_argument("--context", type=int, metavar="TOKENS", help="longest prompt and answer (default: the recipe's)")
-    plan.add_argument("--answer-tokens", type=int, metavar="N", help="mean answer (default: half of the longest)")
+    plan.add_argument(
+        "--context", type=whole, metavar="TOKENS", help="longest prompt and answer (default: the recipe's)"
+    )
+    plan.add_argument("--answer-tokens", type=whole, metavar="N", help="mean answer (default: half of the longest)")
     add_json(plan)
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from luffy.data.problem import DataError, Logps, Problem
 from luffy.data.think import think_fault
+from luffy.wording import counted
 
 if TYPE_CHECKING:
     from luffy.prompts import PromptTemplate
@@ -80,9 +81,11 @@ class FilterReport:
         longest += "".join(self._said(name, words) for name, words in more.items())
         traces = "".join(self._said(name, TRACE_FAULTS[name]) for name in list(TRACE_FAULTS)[2:])
         return (
-            f"kept {self.kept} of {self.problems} problems: {self.prompts_too_long} prompts too long{longest}; "
-            f"kept {used} of {self.traces} traces: {self.traces_too_long} too long, {self.traces_broken} with an EOS "
-            f"inside{traces}; {self.no_trace} problems came without a trace, {self.on_policy_only} are on-policy only"
+            f"kept {self.kept:,} of {counted(self.problems, 'problem')}: "
+            f"{counted(self.prompts_too_long, 'prompt')} too long{longest}; kept {used:,} of "
+            f"{counted(self.traces, 'trace')}: {self.traces_too_long:,} too long, {self.traces_broken:,} with an EOS "
+            f"inside{traces}; {counted(self.no_trace, 'problem')} came without a trace, "
+            f"{self.on_policy_only:,} on-policy only"
         )
 
     def _said(self, name: str, words: str) -> str:

@@ -13,6 +13,7 @@ from luffy.data.readers.luffy import read_luffy
 from luffy.data.readers.numina import read_numina
 from luffy.data.readers.openr1 import read_openr1
 from luffy.data.readers.plain import read_plain
+from luffy.wording import nearest
 
 
 class Reader(Protocol):
@@ -70,12 +71,14 @@ def find_schema(columns: Iterable[str], where: str) -> Schema:
             _refuse_misspelt(schema, present, where)
             _refuse_unread(schema, present, where)
             return schema
-    nearest = max(SCHEMAS, key=lambda schema: _likeness(schema, present))
-    column = next(column for column in nearest.required if column not in present)
-    near = difflib.get_close_matches(column, present, n=1, cutoff=0.0)
-    said = f"the nearest column present is {near[0]!r}" if near else "there are no columns"
+    schema = max(SCHEMAS, key=lambda one: _likeness(one, present))
+    column = next(column for column in schema.required if column not in present)
+    if near := nearest(column, present):
+        said = f"the nearest column present is {near!r}"
+    else:
+        said = f"the columns present are {', '.join(map(repr, present))}" if present else "there are no columns"
     raise DataError(
-        f"{where}: column {column!r} is missing, {said}; expected {nearest}, or those of another schema in docs/data.md"
+        f"{where}: column {column!r} is missing, {said}; expected {schema}, or those of another schema in docs/data.md"
     )
 
 

@@ -22,6 +22,7 @@ from luffy.errors import UserError, user_errors
 from luffy.evaluation.suites import NAMES, SUITES, benchmarks_in, problems_of
 from luffy.opening import Opened, language_config, open_model, positions_of, start_engine, start_servers
 from luffy.seeds import derive
+from luffy.wording import counted
 
 NO_LIMIT = 1 << 30
 SHOWN = 5
@@ -207,7 +208,7 @@ def load_model(args: argparse.Namespace, name: str) -> Model:
     for source, problems, repeats in asked:
         loaded = tokenized(problems, opened.template, opened.config)
         if lost := loaded.report.problems - loaded.report.kept:
-            say(f"{source}: {lost} problems cannot be asked: {loaded.report}")
+            say(f"{source}: {counted(lost, 'problem')} cannot be asked: {loaded.report}")
         made = benchmarks_of(loaded.examples, args.n * repeats, several=bool(args.temperature))
         if twice := found.keys() & made.keys():
             raise UserError(f"eval: two sources have problems of {min(twice)}; evaluate them one at a time")

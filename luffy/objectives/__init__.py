@@ -4,12 +4,12 @@
 looked for as MODULE:CLASS. Importing this imports no torch: a configuration is read without it.
 """
 
-import difflib
 import os
 import sys
 from importlib import import_module
 
 from luffy.objectives.base import Objective, Options, Terms
+from luffy.wording import nearest
 
 KNOWN = {
     "luffy": "luffy.objectives.luffy:Luffy",
@@ -46,8 +46,8 @@ def find(name: str) -> type[Objective]:
     """
     where = KNOWN.get(name, name)
     if ":" not in where:
-        close = difflib.get_close_matches(name, KNOWN, n=1, cutoff=0.5)
-        known = f"did you mean {close[0]}?" if close else f"known: {', '.join(KNOWN)}, or MODULE:CLASS"
+        close = nearest(name, KNOWN)
+        known = f"did you mean {close}?" if close else f"known: {', '.join(KNOWN)}, or MODULE:CLASS"
         raise ValueError(f"objective.name must be one that is known, got {name!r}; {known}")
     module, _, attribute = where.partition(":")
     if os.getcwd() not in sys.path:

@@ -36,6 +36,7 @@ class Options(Section):
     """What every objective may be told; one's own come in a subclass."""
 
     name: str
+    """Of the objective: one of the catalogue, or MODULE:CLASS."""
 
     @property
     def sampled(self) -> int:

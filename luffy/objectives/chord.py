@@ -30,9 +30,11 @@ class Chord(Guided):
         phi: bool = True
         """Weigh a trace's token by p (1 - p)."""
         mu_peak: Fraction = 0.5
+        """Weight of imitation at its highest. Ours, as the next two: the paper tunes them."""
         mu_valley: Fraction = 0.05
+        """The same at the run's end."""
         warmup: Fraction = 0.1
-        """Share of the steps over which mu rises. These three are ours: the paper tunes them."""
+        """Share of the steps over which mu rises."""
 
     looks: ClassVar = "logp"
 

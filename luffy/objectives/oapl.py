@@ -28,8 +28,10 @@ class Oapl(Grpo):
     class Options(GroupOptions):
         name: Literal["oapl"] = "oapl"
         beta1: Positive = 1.0
+        """Temperature of the group's value V, in units of reward. Ours, as beta2: the survey that we have gives none
+        for OAPL, and 0.5 and 0.001 for its relative A*-PO."""
         beta2: Positive = 0.1
-        """Both are ours: the survey that we have gives none for OAPL, and 0.5 and 0.001 for its relative A*-PO."""
+        """Reward of a nat of S. Ours."""
 
     looks: ClassVar = "logp"
     corrects: ClassVar = True

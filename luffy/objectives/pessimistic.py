@@ -28,6 +28,7 @@ class Pessimistic(Oapl):
         beta: Positive = 0.1
         """Ours."""
         shift: float = 0.0
+        """Added to every advantage, in units of reward."""
 
     looks: ClassVar = "logp"
     corrects: ClassVar = True

@@ -46,7 +46,9 @@ class Prime(base.Objective):
         discount: Fraction = 1.0
         """Of a process reward, for each token that it is away."""
         process_coef: NonNegative = 1.0
+        """Weight of process rewards in an advantage."""
         outcome_coef: NonNegative = 1.0
+        """Weight of the outcome in it."""
         process_norm: bool = False
         """Divide process rewards by the largest sum of later ones in the update."""
         normalise: bool = True
@@ -58,6 +60,7 @@ class Prime(base.Objective):
         reward_lr: Positive = 1e-6
         """Learning rate of phi; schedule and all else but the next are the policy's (`optim`)."""
         reward_max_grad_norm: Positive = 10.0
+        """As `optim.max_grad_norm`, of phi."""
         reward_update: Literal["before", "after"] = "before"
         """phi learns a step's outcomes before it says the step's rewards, as the authors' recipe in verl has it, or
         after the policy has learned, as their first scripts have it: then nothing of the step is in its rewards."""

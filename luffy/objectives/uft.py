@@ -38,7 +38,9 @@ class Uft(Prefixed):
         clip_low: NonNegative | None = 0.2
         clip_high: NonNegative | None = 0.2
         high: Fraction = 0.95
+        """Mean share of a trace that is given at the run's beginning."""
         low: Fraction = 0.05
+        """The same where hints end."""
         hinted: Annotated[float, Field(gt=0, le=1)] = 0.5
         """Share of the steps that have hints."""
         hint_coef: NonNegative = 0.001

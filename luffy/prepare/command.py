@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
-from luffy.commands.arguments import add_command, add_json, add_old_name, add_problems, add_quiet, positive
+from luffy.commands.arguments import add_command, add_json, add_problems, add_quiet, positive, whole
 
 if TYPE_CHECKING:
     from luffy.prepare.tally import Tally
@@ -30,7 +30,7 @@ def add_prepare(commands: Any) -> None:
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of train.parquet and report.json")
     add_problems(parser)
     parser.add_argument("--revision", metavar="COMMIT", help="of a dataset id (default: the newest)")
-    parser.add_argument("--traces", type=int, default=1, metavar="N", help="of each problem at most (default: 1)")
+    parser.add_argument("--traces", type=whole, default=1, metavar="N", help="of each problem at most (default: 1)")
     parser.add_argument(
         "--max-prompt-tokens", type=positive, metavar="N", help="longest prompt (default: training filters them itself)"
     )
@@ -42,7 +42,6 @@ def add_prepare(commands: Any) -> None:
         metavar="N",
         help="longest trace (default: %(default)s)",
     )
-    add_old_name(parser, "--max-tokens", "max_tokens", type=positive)
     parser.add_argument(
         "--tokenizer",
         default="Qwen/Qwen2.5-Math-7B",

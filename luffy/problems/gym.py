@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from luffy.commands.arguments import add_command, add_json, add_seed
+from luffy.commands.arguments import add_command, add_json, add_seed, whole
 from luffy.errors import UserError
 from luffy.files import write_text
 from luffy.rewards.gym import MISSING, digest, make_dataset
@@ -30,7 +30,7 @@ def add_gym(commands: Any) -> None:
         ),
     )
     gym.add_argument("task", metavar="TASK", help="such as chain_sum, sudoku, countdown")
-    gym.add_argument("--count", type=int, default=1000, metavar="N", help="problems (default: %(default)s)")
+    gym.add_argument("--count", type=whole, default=1000, metavar="N", help="problems (default: %(default)s)")
     add_seed(gym, "the problems; another one for those to be judged by")
     gym.add_argument("--out", required=True, metavar="FILE.jsonl", help="where to write the problems")
     gym.add_argument(
@@ -46,6 +46,7 @@ def run_gym(args: argparse.Namespace) -> int:
         UserError: the package is missing, or knows no such task, option or value.
     """
     from luffy.console import print_json
+    from luffy.wording import counted
 
     config = dict(_pair(text) for text in args.set)
     if args.count < 1:
@@ -55,7 +56,7 @@ def run_gym(args: argparse.Namespace) -> int:
     if args.json:
         print_json({"out": args.out, "task": args.task, "problems": len(rows)})
         return 0
-    print(f"{args.out}: {len(rows):,} problems of {args.task}; train on them with --reward.grader gym")
+    print(f"{args.out}: {counted(len(rows), 'problem')} of {args.task}; train on them with --reward.grader gym")
     return 0
 
 
