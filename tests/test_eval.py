@@ -251,6 +251,7 @@ def test_two_models_on_two_benchmarks(home):
     assert refused(other, "another temperature (0.6, now 1.0)")
 
 
+@pytest.mark.slow
 def test_ctrl_c_and_the_same_command_again(home):
     """Comes to what an evaluation comes to that nobody interrupts."""
     options = ["--model", home / "model", "--data", home / "sums.jsonl", "--n", "2", "--max-tokens", "400"]

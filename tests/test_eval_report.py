@@ -177,6 +177,7 @@ def test_published_numbers_beside_ours():
     assert {name for one in published() for name in one.percent} == {*BENCHMARKS, "Avg-ID", "Avg-OOD"}
 
 
+@pytest.mark.slow
 def test_the_command_writes_it(tmp_path):
     model = make_model(tmp_path / "model")
     (tmp_path / "sums.jsonl").write_text(json.dumps({"prompt": "What is $1+1$?", "answer": "2"}) + "\n")

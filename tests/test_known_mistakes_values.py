@@ -173,6 +173,7 @@ def test_logits_of_narrow_operands_are_not_rounded(op, backend, dtype):
     check(op, backend, make_head(n, h, v, dtype, spread=8.0), atol=1e-4, grad=None)  # logits up to 30
 
 
+@pytest.mark.slow
 @on("logprobs", fast=True)
 def test_logits_beyond_two_to_the_31(op, backend):
     """Mistake 11 (cce#37, trl#7266): 32-bit offsets into [N, V] wrap."""

@@ -185,7 +185,7 @@ def test_micro_batches_of_one_rank(whole):
             [MeshConfig(), MeshConfig(replicate=2), MeshConfig(sequence=2), MeshConfig(sequence=4)],
             marks=pytest.mark.slow,
         ),
-        (4, [MeshConfig(replicate=2, sequence=2)]),
+        pytest.param(4, [MeshConfig(replicate=2, sequence=2)], marks=pytest.mark.slow),
     ],
     ids=["2", "4", "4-hybrid"],
 )

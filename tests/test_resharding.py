@@ -32,6 +32,7 @@ from luffy.weights import weights_of
 ODD = {"vocab_size": 61, "hidden_size": 10, "num_attention_heads": 5, "num_key_value_heads": 1, "head_dim": 2}
 
 
+@pytest.mark.slow
 def test_any_number_of_ranks_reads_what_any_other_wrote(tmp_path):
     for name, tied in (("tied", True), ("untied", False)):
         save_model(tmp_path / name, tie_word_embeddings=tied, **ODD)

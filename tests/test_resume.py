@@ -108,11 +108,13 @@ def assert_same_curve(run: Path, other: Path) -> None:
             assert a[name] == pytest.approx(b[name], rel=1e-4), (a["step"], name)
 
 
+@pytest.mark.slow
 def test_two_ranks_follow_the_curve_of_one(alone, two):
     assert_same_curve(two, alone)
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 4])
 def test_a_run_of_two_ranks_goes_on_with_other_numbers(home, alone, two, ranks):
     run = home / f"on-{ranks}"
     shutil.copytree(two, run)
@@ -170,17 +172,6 @@ def test_the_best_checkpoint_by_a_validation_set_stays(home):
     assert kept == {"step-000003", Path(best["checkpoint"]).name}
 
 
-def test_what_a_run_was_judged_by_before_it_was_stopped_is_not_asked_again(home, alone):
-    run = home / "judged"
-    shutil.copytree(alone, run)
-    result = json.loads((run / "result.json").read_text())
-    (run / "result.json").unlink()
-    before = (run / "evals.jsonl").read_bytes()
-    run_to_end(home, run.name, "--resume", **RANKS)
-    assert (run / "evals.jsonl").read_bytes() == before
-    assert json.loads((run / "result.json").read_text()) == result
-
-
 ALONE = {"rank": 0, "size": 1} | dict.fromkeys(("device", "store", "params", "data"))
 
 
@@ -217,6 +208,7 @@ def test_a_run_that_is_stopped_between_two_sets_keeps_the_first(tmp_path, monkey
     assert judged == ["a", "b", "a"], "of another size it is another set"
 
 
+@pytest.mark.slow
 def test_damaged_checkpoints_are_set_aside_and_never_a_fresh_start(home, two):
     run = home / "damaged"
     shutil.copytree(two, run)

@@ -151,6 +151,7 @@ def test_a_sync_gives_every_server_the_new_weights(policy, servers):
     assert [path.name for path in (servers.folder / "weights").iterdir()] == ["version-000002"]
 
 
+@pytest.mark.slow
 def test_a_server_that_is_killed_while_it_generates_costs_nothing(servers):
     servers.metrics()
     found = []

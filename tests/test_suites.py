@@ -119,6 +119,7 @@ def test_what_cannot_be_downloaded_is_to_be_placed(place, tmp_path):
     assert refused(luffy("eval", "--model", model, cwd=tmp_path), "--data or --suite", "quick")
 
 
+@pytest.mark.slow
 def test_a_benchmark_and_a_file_through_vllm(place, tmp_path):
     place("amc", ROWS["amc"])
     place("gpqa", ROWS["gpqa"])

@@ -177,6 +177,7 @@ def test_the_report_of_a_real_run_in_a_browser(home, opened, tmp_path, width):
         assert (said, asked) == ([], [page.as_uri()])
 
 
+@pytest.mark.slow
 def test_a_run_that_keeps_none_learns_the_same(home, tmp_path):
     """Bit for bit: looking at tokens changes nothing of a training."""
     run = tmp_path / "none"

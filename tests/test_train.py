@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -163,6 +164,17 @@ def test_a_finished_run_is_printed_again_and_not_redone(whole, home):
     assert (whole / "metrics.jsonl").read_bytes() == before
 
 
+def test_what_a_run_was_judged_by_before_it_was_stopped_is_not_asked_again(whole, home):
+    shutil.copytree(whole, run := home / "judged")
+    result = json.loads((run / "result.json").read_text())
+    (run / "result.json").unlink()
+    before = (run / "evals.jsonl").read_bytes()
+    done = luffy(*arguments(run, home / "model", "--resume", train__steps=4), cwd=home)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (run / "evals.jsonl").read_bytes() == before
+    assert json.loads((run / "result.json").read_text()) == result
+
+
 def test_a_folder_with_a_run_is_refused(whole, home):
     done = luffy(*arguments(whole, home / "model", train__steps=4), cwd=home)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
@@ -194,6 +206,7 @@ def test_baselines_run_through_the_same_loop(home, objective):
         assert r["batch/avg_prefix_ratio"] == 0.0
 
 
+@pytest.mark.slow
 def test_evaluation_of_a_run(whole, home):
     [data] = (home / "cache" / "problems").glob("*/ood.parquet")
     out = home / "answers"
@@ -206,6 +219,7 @@ def test_evaluation_of_a_run(whole, home):
     assert model["benchmarks"][0]["grader"] == "number-1"  # the run's
 
 
+@pytest.mark.slow
 def test_generation_from_a_run(whole, home):
     done = luffy("generate", "2+2?", "--model", whole, "--max-tokens", "4", cwd=home)
     assert done.returncode == 0, done.stderr[-3000:]
