@@ -95,9 +95,9 @@ def build_parser() -> argparse.ArgumentParser:
     from luffy.commands.generate import add_generate
     from luffy.commands.grade import add_grade
     from luffy.commands.plan import add_plan
+    from luffy.commands.recipes import add_recipes
     from luffy.commands.train import add_train
     from luffy.evaluation.command import add_eval
-    from luffy.recipe_book import add_recipes
     from luffy.reporting.command import add_report
 
     codes = [f"  {code:<4} {meaning}" for code, meaning in EXIT_CODES.items()]
