@@ -233,6 +233,10 @@ def test_unreadable_files_are_named(tmp_path):
     cut.write_text(json.dumps(row()) + "\n" + json.dumps(row())[:50])
     with pytest.raises(DataError, match=r"cut\.jsonl, line 2: not valid JSON"):
         load_problems(cut)
+    for more_than_python_reads in ("[" * 10**6, '{"a": ' + "1" * 5000 + "}"):
+        cut.write_text(more_than_python_reads)
+        with pytest.raises(DataError, match="line 1: not valid JSON"):
+            load_problems(cut)
     cut.write_text("[1]\n")
     with pytest.raises(DataError, match="line 1: must be a JSON object, got list"):
         load_problems(cut)

@@ -64,6 +64,10 @@ def test_lines_end_where_lines_end(tmp_path):
     path.write_bytes('{"prompt": "caf\u00e9"}\n'.encode("latin-1"))
     with pytest.raises(UserError, match=r"x.jsonl is not UTF-8"):
         read_questions(path)
+    for more_than_python_reads in ("[" * 10**6, '{"prompt": ' + "1" * 5000 + "}"):
+        path.write_text(more_than_python_reads)
+        with pytest.raises(UserError, match=r"x.jsonl:1: not JSON"):
+            read_questions(path)
 
 
 def test_a_stream_that_is_left_leaves_nothing_behind(model):

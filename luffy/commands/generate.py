@@ -142,11 +142,12 @@ def read_questions(path: Path) -> list[tuple[int, Sequence[Mapping[str, str]], d
         where = f"{path}:{number}"
         try:
             row = json.loads(line)
-            if not isinstance(row, dict) or "prompt" not in row:
-                raise UserError(f"{where}: expected an object with `prompt`, got {line[:60]!r}")
-            turns = (asked if isinstance(row["prompt"], str) else conversation)(row, "prompt", where)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # no JSON, or more than Python reads
             raise UserError(f"{where}: not JSON: {error}") from error
+        if not isinstance(row, dict) or "prompt" not in row:
+            raise UserError(f"{where}: expected an object with `prompt`, got {line[:60]!r}")
+        try:
+            turns = (asked if isinstance(row["prompt"], str) else conversation)(row, "prompt", where)
         except DataError as error:
             raise UserError(f"generate: {error}") from error
         found.append((number, turns, row))

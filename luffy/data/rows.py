@@ -135,9 +135,10 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
                         f"{where}: must be text in UTF-8, got byte 0x{line[error.start]:02x} at column "
                         f"{error.start + 1}; save the file as plain UTF-8, or copy it again"
                     ) from error
-                except json.JSONDecodeError as error:
+                except (ValueError, RecursionError) as error:  # no JSON, or more than Python reads
+                    why = getattr(error, "msg", error)
                     raise DataError(
-                        f"{where}: not valid JSON ({error.msg}), is the file cut short? copy it again, or mend the line"
+                        f"{where}: not valid JSON ({why}), is the file cut short? copy it again, or mend the line"
                     ) from error
                 if not isinstance(row, dict):
                     raise DataError(f"{where}: must be a JSON object, got {type(row).__name__}")
