@@ -118,7 +118,7 @@ ROLLOUTS = [
         error="a prompt that vLLM rejects",
         provoke=refused_prompt,
         code=0,
-        shows=("rollout: 1 prompts were refused and are skipped: ",),
+        shows=("rollout: 1 prompt was refused and is skipped: ",),
         needs=("server",),
     ),
 ]

@@ -192,7 +192,7 @@ def test_a_row_without_an_answer_is_left_to_be_counted(tmp_path):
 
 def test_how_many_rows_are_refused_is_said(tmp_path):
     rows = [row(), *[row(target_teachers=["a", "b"])] * 3, row()]
-    words = "line 2: column 'target_teachers' must have an entry for each of 1 traces, got 2; of 3 rows after it 2 are"
+    words = "'target_teachers' must have an entry for each trace, 1 in all, got 2; of 3 rows after it 2 are"
     with pytest.raises(DataError, match=words):
         load_problems(write_jsonl(tmp_path / "data.jsonl", rows))
 

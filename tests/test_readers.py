@@ -117,8 +117,8 @@ def test_a_trace_may_say_who_wrote_it(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"target_teachers": ["x"]}, "column 'target_teachers' must have an entry for each of 2 traces, got 1"),
-        ({"target_logps": [[], [], []]}, "column 'target_logps' must have an entry for each of 2 traces, got 3"),
+        ({"target_teachers": ["x"]}, "column 'target_teachers' must have an entry for each trace, 2 in all, got 1"),
+        ({"target_logps": [[], [], []]}, "column 'target_logps' must have an entry for each trace, 2 in all, got 3"),
         ({"target_logps": [[0.5], []]}, "column 'target_logps' must hold log-probs, numbers of at most 0"),
         ({"target_ds_qwen_7b_probs": [0.5, 0.0]}, "column 'target_ds_qwen_7b_probs' must hold probabilities above 0"),
     ],
@@ -127,7 +127,7 @@ def test_what_is_said_of_traces_must_be_said_of_each(tmp_path, changes, message)
     row = {"prompt": [USER], "reward_model": {"ground_truth": "42"}, "target": [ASSISTANT], "target_lst": ["b"]}
     with pytest.raises(DataError, match=message):
         load(tmp_path, row | changes)
-    with pytest.raises(DataError, match="'teachers' must have an entry for each of 2 traces, got 1"):
+    with pytest.raises(DataError, match=r"'teachers' must have an entry for each trace, 2 in all, got 1"):
         load(tmp_path, {"prompt": "Why?", "answer": "42", "traces": ["a", "b"], "teachers": ["x"]})
 
 

@@ -328,7 +328,7 @@ def test_a_prompt_that_is_refused_is_skipped_and_counted(servers, capsys):
     answers = ask(servers, [PROMPTS[0], tuple([5] * 300), PROMPTS[1]])
     assert [len(found) for found in answers] == [3, 0, 3]
     assert servers.metrics()["rollout/refused"] == 1
-    assert "1 prompts were refused and are skipped" in capsys.readouterr().err
+    assert "1 prompt was refused and is skipped" in capsys.readouterr().err
 
 
 def test_servers_of_others_are_checked_before_they_are_trusted(model, servers, policy, tmp_path):

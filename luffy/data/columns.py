@@ -96,7 +96,7 @@ def one_for_each(column: str, given: Sequence[Any], traces: Sequence[str], where
     """Raises DataError where a column that is there has not an entry for each trace."""
     if given and len(given) != len(traces):
         raise DataError(
-            f"{where}: column {column!r} must have an entry for each of {len(traces)} traces, got {len(given)}"
+            f"{where}: column {column!r} must have an entry for each trace, {len(traces)} in all, got {len(given)}"
         )
 
 

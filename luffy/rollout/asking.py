@@ -16,6 +16,7 @@ from luffy.console import say
 from luffy.errors import UserError
 from luffy.rollout.client import Client, Cut, Refused, Unreachable
 from luffy.rollout.engine import Completion
+from luffy.wording import counted
 
 T = TypeVar("T")
 LET_GO_S = 60.0  # for servers, when sampling is stopped
@@ -129,7 +130,8 @@ class Asking(Generic[T]):
         if not self._open and not self._ended.is_set():
             self._ended.set()
             if said := self._refusals:
-                say(f"rollout: {len(said)} prompts were refused and are skipped: {said[0]}")
+                refused = counted(len(said), "prompt", ("was refused and is", "were refused and are"))
+                say(f"rollout: {refused} skipped: {said[0]}")
         return found
 
     def stop(self) -> dict[int, list[Completion]]:
