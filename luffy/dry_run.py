@@ -6,6 +6,7 @@ engine. What nothing can know before, the length of rollouts, is assumed to be h
 """
 
 import errno
+import math
 import os
 from contextlib import suppress
 from dataclasses import replace
@@ -123,13 +124,15 @@ def _refuse_unwritable(folder: Path) -> None:
 def _state(run: RunFolder, config: Config) -> dict[str, Any]:
     """new, begun or complete, and where `--resume` would go on."""
     if not run.holds_a_run:
-        return {"state": "new", "steps_done": 0, "checkpoint": None}
-    from luffy.checkpoint import latest, step_of
+        return {"state": "new", "steps_done": 0, "seconds_done": 0.0, "checkpoint": None}
+    from luffy.checkpoint import latest, load_loop, step_of
 
     newest = latest(run.checkpoints)
     done = 0 if newest is None else step_of(newest)
+    seconds = 0.0 if newest is None else load_loop(newest)["train_seconds"]
     state = "complete" if run.is_complete(config) else "begun"
-    return {"state": state, "steps_done": done, "checkpoint": None if newest is None else newest.name}
+    name = None if newest is None else newest.name
+    return {"state": state, "steps_done": done, "seconds_done": seconds, "checkpoint": name}
 
 
 def _data(config: Config, sets: Sets) -> dict[str, Any]:
@@ -263,9 +266,10 @@ def _seconds(
     longest = evaluation["max_tokens"]
     asked = step_time.answering(given.work, evaluation["answers"], max(1, longest // 2), longest)
     left = 0 if state["state"] == "complete" else config.train.steps - state["steps_done"]
-    most = 60 * config.train.max_minutes if config.train.max_minutes else float("inf")
+    limit = 60 * config.train.max_minutes if config.train.max_minutes else math.inf
+    most = max(0.0, limit - state["seconds_done"])
     share = left / config.train.steps
-    within = [min(left, int(most / one)) for one in step] if most < float("inf") else [left, left]
+    within = [left if most == math.inf else min(left, math.ceil(most / one)) for one in step]  # the last begins in time
     steps = [min(left * one, most) for one in step]
     whole = [one + share * asking for one, asking in zip(steps, asked, strict=True)]
     return {

@@ -1,5 +1,6 @@
 """Accuracy on a set of problems: one answer each, graded by the verifier pool."""
 
+import hashlib
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -43,6 +44,12 @@ class Evaluation:
         import json
 
         write_text(path, "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in self.samples))
+
+
+def digest_of(name: str, examples: list[Example]) -> str:
+    """What tells these problems of a set from others: another has another."""
+    problems = [(example.problem.id, example.prompt_ids, example.problem.answer) for example in examples]
+    return hashlib.sha256(repr((name, problems)).encode()).hexdigest()[:16]
 
 
 def recorded(line: dict[str, Any]) -> dict[str, Any]:

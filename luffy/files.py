@@ -33,8 +33,8 @@ DISK_ERRORS = {
 }
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_TEMPORARY = re.compile(r"\.([^/]+)\.tmp$")
-"""As `temporary_name` makes them, which nobody else knows."""
+_TEMPORARY = re.compile(r"(^|/)\.([^/]+)\.tmp$")
+"""As `temporary_name` makes them: a message has the name that was asked for."""
 
 
 @contextmanager
@@ -62,7 +62,7 @@ def disk_errors(what: str) -> Iterator[None]:
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
-        file = _TEMPORARY.sub(r"\1", str(error.filename)) if error.filename else ""
+        file = _TEMPORARY.sub(r"\1\2", str(error.filename)) if error.filename else ""
         if file and error.errno == errno.ENOENT and not (folder := Path(file).parent).exists():
             said, remedy = f"there is no folder {folder}", "make it, or mend the path,"
         else:

@@ -11,7 +11,7 @@ class Memory(NamedTuple):
 
     total: float
     available: float
-    """Without what the kernel gives back when it is asked, such as its cache of files."""
+    """Also what the kernel gives back when it is asked, such as its cache of files."""
 
 
 def host_memory(root: Path = Path("/")) -> Memory:
@@ -19,7 +19,8 @@ def host_memory(root: Path = Path("/")) -> Memory:
     total = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     found = Memory(total, _numbers(root / "proc/meminfo").get("MemAvailable:", total / 1024) * 1024)
     for limit, used in _groups(root):
-        found = Memory(min(found.total, limit), min(found.available, max(0.0, limit - used)))
+        left = limit - min(limit, max(0.0, used))  # used and cache are read at two moments
+        found = Memory(min(found.total, limit), min(found.available, left))
     return found
 
 

@@ -20,7 +20,7 @@ from luffy.console import StepProgress
 from luffy.correction import correct
 from luffy.data import Example, Ledger
 from luffy.errors import UserError
-from luffy.evaluate import Evaluation, evaluate, recorded
+from luffy.evaluate import Evaluation, digest_of, evaluate, recorded
 from luffy.files import write_json
 from luffy.groups import Group
 from luffy.interrupt import Stopped
@@ -242,19 +242,19 @@ def micro_batches(t: Trainer, part: Terms) -> list[MicroBatch]:
 
 
 def evaluate_all(t: Trainer, step: int) -> list[dict[str, Any]]:
-    """On every problem set that the run is judged by; those that it was judged by already, before it was stopped, are
-    read. Collective.
+    """On every problem set that the run is judged by. What it was judged by already after its last step, before it was
+    stopped, is read. Collective.
 
     Raises:
         Stopped: as asked, before a set; what is done is done.
     """
-    done = t.world.everyone(t.run.read_evals())[0]
-    known = {record["name"]: recorded(record) for record in done if record["step"] == step}
+    done = t.world.everyone(t.run.read_evals() if t.world.is_main else [])[0]
+    known = {record.get("problems"): recorded(record) for record in done if record["step"] == step}
     found = []
     for name, examples in t.heldout.items():
         chosen = examples[: t.config.eval.limit]
-        if name in known and known[name]["num_problems"] == len(chosen):
-            found.append(known[name])
+        if (digest := digest_of(name, chosen)) in known:
+            found.append(known[digest])
             continue
         if found and must_stop(t):
             raise Stopped(t.stop.preempted)
@@ -290,7 +290,7 @@ def evaluate_set(t: Trainer, name: str, examples: list[Example], step: int) -> E
         )
     if t.world.is_main:
         result.write_samples(t.run.samples / f"{name}-step-{step:06d}.jsonl")
-    t.evals.write(step, result.record() | result.scores())
+    t.evals.write(step, result.record() | result.scores() | {"problems": digest_of(name, examples)})
     return result
 
 

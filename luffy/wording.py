@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Iterable
 
 ALIKE = 0.6
-"""From 0 to 1: a word of three letters with two of them swapped is 0.67 like itself, words of nothing in common 0.5."""
+"""Share of letters that two words have in common, in order: of three two may be swapped, and two of four are chance."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:

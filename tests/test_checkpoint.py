@@ -1,5 +1,6 @@
 """Checkpoints and files: whole or absent. Several ranks: test_resharding.py."""
 
+import errno
 import json
 import os
 import random
@@ -26,7 +27,7 @@ from luffy.checkpoint import Checkpointer, saving
 from luffy.config import Config, ModelConfig, OptimConfig
 from luffy.config_file import load_config
 from luffy.errors import UserError
-from luffy.files import new_folder, read_jsonl, remove_folder, sweep, write_text
+from luffy.files import disk_errors, new_folder, read_jsonl, remove_folder, sweep, write_text
 from luffy.load import empty_lm, load_weights
 from luffy.manifest import MANIFEST, damage, read_manifest, verify
 from luffy.metrics import MetricsLog
@@ -94,6 +95,11 @@ def test_a_file_that_cannot_be_written_is_named_as_it_was_asked_for(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=rf"Not a directory: {tmp_path}/file/page.html; nothing was replaced"):
         write_text(tmp_path / "file" / "page.html", "")
+    with (
+        pytest.raises(UserError, match=rf"Is a directory: {tmp_path}/exp.1.tmp; nothing was replaced"),
+        disk_errors("run"),
+    ):
+        raise IsADirectoryError(errno.EISDIR, "Is a directory", f"{tmp_path}/exp.1.tmp")  # somebody's own name
 
 
 def test_a_checkpoint_is_a_model_folder_and_restores_the_optimizer(trained, write):

@@ -187,7 +187,12 @@ def test_the_page_has_every_exit_code():
 
 
 def test_the_page_has_every_variable_that_documents_name():
-    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    pages = [
+        ROOT / "README.md",
+        *(ROOT / "docs").rglob("*.md"),
+        ROOT / "scripts/setup.sh",
+        ROOT / "scripts/quickstart.sh",
+    ]
     named = {name for page in pages for name in re.findall(r"\b(?:LUFFY|VLLM)_[A-Z_]+\b", page.read_text())}
     assert {"LUFFY_CACHE", "VLLM_LOGGING_LEVEL"} <= named
     table = (ROOT / "docs" / "cli.md").read_text().partition("| variable | what |")[2].partition("\n\n")[0]

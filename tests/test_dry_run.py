@@ -74,7 +74,8 @@ def test_memory_and_time_are_those_of_the_plan(said):
     assert low / slower < 0.08 < high
     assert seconds["training_left"][1] <= 60 * 11.5
     few, many = seconds["steps_in_time"]
-    assert 0 < few <= many == min(seconds["steps_left"], int(60 * 11.5 / low))
+    assert 0 < few <= many <= seconds["steps_left"] == 100
+    assert many == 100 or (many - 1) * low < 60 * 11.5 <= many * low  # the last of them begins in time
     assert seconds["left"][1] > seconds["training_left"][1]
     assert "measured just now" in stage["machine"]["rates"] or "data sheet" in stage["machine"]["rates"]
 
@@ -181,6 +182,12 @@ def test_machines_that_there_are_not(home, options, word):
     assert without.returncode == 2, "only --dry-run takes them"
 
 
+def make_checkpoint(folder: Path, seconds: float) -> None:
+    (folder / "trainer").mkdir(parents=True)
+    (folder / "trainer/loop.json").write_text(json.dumps({"train_seconds": seconds}))
+    write_manifest(folder, {})
+
+
 def test_the_state_of_the_run_folder(home, here):
     shown = luffy("recipes", "show", "quickstart", cwd=home).stdout
     run = home / "held"
@@ -194,6 +201,9 @@ def test_the_state_of_the_run_folder(home, here):
     _, begun, _ = here("--dry-run", "--resume", folder="held")
     assert "holds a run without a checkpoint; --resume begins with step 1" in begun
     assert "a step took 9 s so far (measured, median of this run)" in begun
+    make_checkpoint(run / "checkpoints" / "step-000005", seconds=60 * 11.5 - 89)
+    _, begun, _ = here("--dry-run", "--resume", folder="held")
+    assert "39 steps left 89 s (the limit ends the run after 10 of them)" in begun
     with RunFolder(run).lock():
         assert "another process is training" in here("--dry-run", "--resume", folder="held")[2]
     asked = {"steps": 44, "max_minutes": 11.5}
@@ -252,8 +262,7 @@ def test_two_stages_half_and_all_done(home, here):
     whole, (first, last) = RunFolder("stages"), load_stages("quickstart", ["--model.name", str(home / "model"), *TWO])
     whole.first.open(first)
     shutil.copytree(home / "model", whole.first.checkpoints / "step-000005")
-    (whole.first.checkpoints / "step-000005" / "trainer").mkdir()
-    write_manifest(whole.first.checkpoints / "step-000005", {})
+    make_checkpoint(whole.first.checkpoints / "step-000005", seconds=60.0)
     asked = {"steps": 5, "max_minutes": None}
     kept = {"asked": asked, "checkpoint": "checkpoints/step-000005"}
     whole.first.finish(kept | {"objective": "sft", "steps": 5, "train_minutes": 1.0, "response_tokens": 0})

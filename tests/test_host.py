@@ -50,6 +50,17 @@ def test_a_container_has_what_its_group_leaves(tmp_path, groups, folder, names):
     assert host_memory(tree(tmp_path, MEMINFO | files)) == (0.5 * GIB, 0.25 * GIB)
 
 
+def test_the_tightest_of_several_limits_counts(tmp_path):
+    group = {"memory.max": f"{GIB}", "memory.current": f"{GIB // 2}"}
+    inner = {"memory.max": f"{GIB // 2}", "memory.current": "100", "memory.stat": STAT}  # less in use than its cache
+    files = {f"sys/fs/cgroup/a/{name}": text for name, text in group.items()}
+    files |= {f"sys/fs/cgroup/a/b/{name}": text for name, text in inner.items()}
+    files |= MEMINFO | {"proc/self/cgroup": "0::/a/b\n"}
+    assert host_memory(tree(tmp_path, files)) == (0.5 * GIB, 0.5 * GIB)
+    (tmp_path / "sys/fs/cgroup/a/memory.max").write_text(f"{3 * GIB // 4}")
+    assert host_memory(tmp_path) == (0.5 * GIB, 0.25 * GIB)
+
+
 def test_no_system_says_nothing(tmp_path):
     found = host_memory(tmp_path)
     assert found.total == found.available > 0

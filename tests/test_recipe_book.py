@@ -32,6 +32,17 @@ def test_what_is_shown_trains_the_same(name, tmp_path):
     assert ("first" in spelled_out(name)) == (len(load_stages(name)) == 2)
 
 
+def test_a_first_stage_that_is_without_the_others_default_is_shown_so(tmp_path):
+    """TOML has no null, and a first stage takes over what the second says."""
+    (tmp_path / "two.toml").write_text('[objective]\nname = "grpo"\n[first.objective]\nname = "luffy"\n')
+    done = luffy("recipes", "show", "two.toml", cwd=tmp_path)
+    (tmp_path / "copy.toml").write_text(done.stdout)
+    first, last = load_stages(str(tmp_path / "copy.toml"))
+    assert [first, last] == load_stages(str(tmp_path / "two.toml"))
+    assert (first.objective.clip_low, last.objective.clip_low) == (None, 0.2)
+    assert "# clip_low = 0.2" in done.stdout.splitlines()
+
+
 def test_every_key_is_shown(tmp_path):
     shown = luffy("recipes", "show", "quickstart", cwd=tmp_path).stdout.splitlines()
     table, found = "", set()

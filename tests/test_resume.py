@@ -17,8 +17,9 @@ from test_train import arguments, assert_same_state, records, without_times
 from tiny import luffy
 
 from luffy import checkpoint, train
+from luffy.data import Example, Problem
 from luffy.distributed import World
-from luffy.evaluate import Evaluation
+from luffy.evaluate import Evaluation, digest_of
 from luffy.interrupt import StopOnInterrupt, Stopped
 from luffy.run_folder import RunFolder
 
@@ -185,13 +186,14 @@ def test_a_run_that_is_stopped_between_two_sets_keeps_the_first(tmp_path, monkey
             timeouts=0,
         )  # fmt: skip
         with t.run.evals.open("a") as file:
-            file.write(json.dumps({"step": step} | found.record()) + "\n")
+            file.write(json.dumps({"step": step, "problems": digest_of(name, examples)} | found.record()) + "\n")
         t.stop.asked = True
         return found
 
     monkeypatch.setattr(train, "evaluate_set", evaluate_set)
     config = SimpleNamespace(eval=SimpleNamespace(limit=2))
-    heldout = {"a": [1, 2, 3], "b": [1, 2]}
+    one, two, three = (Example(Problem(str(n), "", (), "1"), (n,), ()) for n in range(3))
+    heldout = {"a": [one, two, three], "b": [one, two]}
     trainer = SimpleNamespace(config=config, run=RunFolder(tmp_path), heldout=heldout, world=World(**ALONE))
     trainer.stop = StopOnInterrupt()
     with pytest.raises(Stopped):
@@ -202,10 +204,10 @@ def test_a_run_that_is_stopped_between_two_sets_keeps_the_first(tmp_path, monkey
     assert judged == ["a", "b"], "and asked to stop in the last, it is done"
     assert [record["num_problems"] for record in train.evaluate_all(trainer, 4)] == [2, 2]
     assert judged == ["a", "b"]
-    heldout["a"] = [1]
+    heldout["a"] = [one, three]
     trainer.stop = StopOnInterrupt()
     train.evaluate_all(trainer, 4)
-    assert judged == ["a", "b", "a"], "of another size it is another set"
+    assert judged == ["a", "b", "a"], "of other problems it is another set"
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ def name_of(step: int) -> str:
 
 
 def step_of(checkpoint: Path) -> int:
-    """The reverse."""
+    """The step of a checkpoint, by its folder's name."""
     return int(checkpoint.name.removeprefix("step-"))
 
 

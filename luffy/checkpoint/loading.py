@@ -41,7 +41,8 @@ def refuse_other_sizes(checkpoint: Path, found: Any, base: Any) -> None:
 
 
 def load_loop(checkpoint: Path) -> dict[str, Any]:
-    """
+    """The loop's counters.
+
     Raises:
         UserError: it cannot be read.
     """

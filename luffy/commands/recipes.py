@@ -73,7 +73,7 @@ def run_show(args: argparse.Namespace) -> int:
     if args.json:
         print_json(found)
     else:
-        print("\n".join(_toml(found)))
+        print("\n".join(_toml(found, found.get("first", {}))))
     return 0
 
 
@@ -90,18 +90,21 @@ def run_diff(args: argparse.Namespace) -> int:
     return 0
 
 
-def _toml(values: dict[str, Any], above: str = "") -> Iterator[str]:
-    """Lines. TOML has no null, so keys without a value are comments."""
+def _toml(values: dict[str, Any], first: dict[str, Any], above: str = "") -> Iterator[str]:
+    """Lines. TOML has no null, so keys without a value are comments; so is a default that the first stage, which takes
+    over what it does not say itself, is without."""
     import tomli_w
 
     for key, value in values.items():
         if value is None:
             yield f"# {key} is not set"
         elif not isinstance(value, dict):
-            yield tomli_w.dumps({key: value}).rstrip()
+            left_out = key in first and first[key] is None
+            for line in tomli_w.dumps({key: value}).rstrip().splitlines():
+                yield f"# {line}" if left_out else line
     for key, value in values.items():
         if isinstance(value, dict):
-            yield from ("", f"[{above}{key}]", *_toml(value, f"{above}{key}."))
+            yield from ("", f"[{above}{key}]", *_toml(value, first.get(key) or {}, f"{above}{key}."))
 
 
 def _described(name: str) -> tuple[str, str, str, str]:

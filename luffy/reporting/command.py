@@ -3,6 +3,7 @@
 import argparse
 import http.server
 import sys
+import threading
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from luffy.commands.arguments import add_command, add_json, port
 from luffy.errors import UserError
+from luffy.run_folder import RunFolder
 
 REFRESH_S = 10
 
@@ -85,6 +87,17 @@ def watch(names: list[str], port: int) -> int:
         with suppress(NoStepYet):
             load(name)  # one that does not exist is better known now
 
+    lock = threading.Lock()
+    made: dict[tuple[Any, ...], tuple[int, str]] = {}
+
+    def page() -> tuple[int, str]:
+        """Made once of what the folders hold, for a HEAD, the GET that follows it and all tabs."""
+        with lock:
+            if (now := tuple(map(_state, names))) not in made:
+                made.clear()
+                made[now] = served(names)
+            return made[now]
+
     class Page(http.server.BaseHTTPRequestHandler):
         def do_HEAD(self) -> None:
             self.head()
@@ -96,7 +109,7 @@ def watch(names: list[str], port: int) -> int:
             if self.path != "/":
                 self.send_error(404)
                 return b""
-            status, text = served(names)
+            status, text = page()
             data = text.encode()
             self.send_response(status)
             self.send_header("Content-Type", "text/html; charset=utf-8")
@@ -119,3 +132,10 @@ def watch(names: list[str], port: int) -> int:
         except KeyboardInterrupt:
             print("report: ended", file=sys.stderr)
     return 0
+
+
+def _state(name: str) -> tuple[tuple[int, int], ...]:
+    """Changes with what a page is made of."""
+    run = RunFolder(name)
+    files = (run.metrics, run.evals, run.path / "result.json", *run.samples.glob("*"), *run.tokens.glob("*"))
+    return tuple((one.stat().st_mtime_ns, one.stat().st_size) if one.exists() else (0, 0) for one in files)
