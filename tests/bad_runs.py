@@ -172,7 +172,7 @@ TRAINING = [
         says=Says(
             "missing.parquet: column 'reward_model'",
             "expected prompt and reward_model",
-            "is missing, the nearest column present is",
+            "is missing, the columns present are 'data_source', 'prompt'",
             "docs/data.md",
         ),
     ),

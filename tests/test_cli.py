@@ -68,8 +68,8 @@ def test_code_that_comes_with_a_model_is_not_run(home):
     assert not (home / "was-run").exists()
 
 
-def test_too_few_problems_for_a_batch(home):
-    refused(train(home, "--data.problems.train", "3"), "batch_size", "3")
+def test_too_few_problems_for_a_step(home):
+    refused(train(home, "--data.problems.train", "3"), "3 problems", "a step takes 8 (train.prompts_per_step)")
 
 
 def test_an_unknown_grader_or_family(home):

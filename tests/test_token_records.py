@@ -127,6 +127,7 @@ def test_characters_of_several_tokens_are_whole():
     assert "".join(pieces(tokenizer, ids[:2] + ids[:1])) == "n\ufffdn"
 
 
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_with_the_same_records(home, tmp_path):
     """Taken back to step 2, with a file of a step that never was: what follows is written again, bit for bit."""
     run = tmp_path / "resumed"
