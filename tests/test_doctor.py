@@ -104,7 +104,7 @@ def test_memory_and_folders(tmp_path):
     assert "set HF_HOME" in hardware.cache("model cache", tmp_path / "file" / "below", "HF_HOME").lacks
 
 
-@pytest.mark.parametrize(("free", "few"), [(7, True), (9, False)])
+@pytest.mark.parametrize(("free", "few"), [(9, True), (11, False)])
 def test_memory_that_the_quickstart_has_no_room_in(monkeypatch, free, few):
     monkeypatch.setattr(hardware, "host_memory", lambda: (16 * hardware.GIB, free * hardware.GIB))
     found = hardware.memory()

@@ -11,8 +11,8 @@ from luffy.embedded import cache_dir
 from luffy.host import host_memory
 
 GIB = 2**30
-QUICKSTART = 8
-"""GiB that it takes on a CPU, the engine's cache among them."""
+QUICKSTART = 10
+"""GiB that it takes on a CPU, with the copies for its last checkpoint (docs/planning.md)."""
 LEAST_SHARED = 1.0
 """GiB of /dev/shm: NCCL and vLLM's processes talk through it; containers often have 64 MiB."""
 
