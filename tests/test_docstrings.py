@@ -124,7 +124,8 @@ def raised(function: Any, seen: frozenset[str] = frozenset()) -> set[str]:
             helper = function.__globals__.get(node.func.id)
             if inspect.isfunction(helper) and helper.__module__ in (function.__module__, _checks.__name__):
                 found |= raised(helper, seen | {node.func.id})
-    return found - {"NotImplementedError"}  # the duty of a subclass
+    only = ast.unparse(tree(function).body[-1]) == "raise NotImplementedError"
+    return set() if only else found  # a subclass's duty, and nothing that a caller meets
 
 
 def tensors(function: Any) -> list[str]:
@@ -166,12 +167,7 @@ def test_errors_are_listed(item: Public):
     assert not silent, f"{silent} not under `Raises:` of: {item.doc}"
 
 
-def numbers(function: Any) -> bool:
-    """Whether it takes or gives some."""
-    return any(re.search("Tensor|float", str(kind)) for kind in function.__annotations__.values())
-
-
-@rows([i for i in FUNCTIONS if numbers(i.thing) and re.search(r"[Ll]og-prob|[Ee]ntropy|log-likelihood", i.doc)])
+@rows([item for item in FUNCTIONS if re.search(r"[Ll]og-prob|[Ee]ntropy|log-likelihood", item.doc)])
 def test_log_probs_have_a_unit(item: Public):
     assert "nats" in item.doc.lower() or ELSEWHERE.search(item.doc), item.doc
 

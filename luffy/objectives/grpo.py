@@ -84,7 +84,7 @@ class Grpo(base.Objective):
         return self.alive(group.rows)
 
     def alive(self, rows: list[Row]) -> list[Row]:
-        """Those with a gradient. Of advantage 0 a policy loss has none, but an entropy bonus and a KL term do."""
+        """Those with a gradient. Of advantage 0 a policy loss has none, but what is added for every token has one."""
         return [row for row in rows if row.advantage or self.options.entropy_coef or self.options.kl_coef]
 
 
