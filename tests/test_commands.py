@@ -17,8 +17,8 @@ from luffy.commands.completion import parsers, script
 from luffy.commands.train import spell_out_resume
 from luffy.config import flat_keys
 from luffy.config_file import load_stages, recipe_names
-from luffy.evaluation.suites import NAMES as BENCHMARKS
-from luffy.evaluation.suites import SUITES
+from luffy.evaluation.benchmarks import NAMES as BENCHMARKS
+from luffy.evaluation.benchmarks import SUITES
 from luffy.generate import Model
 from luffy.machines import MACHINES
 from luffy.objectives import KNOWN
@@ -85,6 +85,18 @@ def test_help_is_quick(tmp_path):
     assert sorted(spent)[2] < 0.5, spent
     for code, meaning in EXIT_CODES.items():
         assert f"  {code:<4} {meaning}" in done.stdout
+
+
+def test_help_needs_the_standard_library_alone():
+    code = "import sys; from luffy.cli import build_parser; build_parser(); print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", f"import sys; sys.path.append({str(ROOT)!r}); {code}"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    ours = {name.partition(".")[0] for name in done.stdout.split()} - set(sys.stdlib_module_names) - {"__main__"}
+    assert ours == {"luffy"}, ours
 
 
 INTERRUPTED = """

@@ -7,7 +7,8 @@ from test_cli import refused
 from tiny import luffy, make_model
 
 from luffy.errors import UserError
-from luffy.evaluation.suites import BENCHMARKS, SUITES, benchmarks_in, problems_of
+from luffy.evaluation.benchmarks import BENCHMARKS, SUITES, benchmarks_in
+from luffy.evaluation.suites import problems_of
 from luffy.rewards import grade_boxed, grade_choice
 
 ROWS = {

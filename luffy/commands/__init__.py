@@ -1,8 +1,8 @@
 """Commands that have no house of their own: what each is told, and what it runs.
 
 arguments    what all commands share: types of values, options that mean the same everywhere, examples in help
-train, plan, grade, data, doctor, completion
+train, plan, generate, grade, recipes, data (with gym), doctor, completion
 
-`luffy eval`, `generate`, `report`, `recipes`, `data prepare` and `data gym` are beside their code. Nothing here
-imports anything heavy before its command runs.
+`luffy eval`, `report` and `data prepare` are beside their code. What a command needs beyond the standard library is
+imported when it runs (a test holds it), so that `luffy --help` answers at once.
 """

@@ -105,7 +105,7 @@ def _say_what_completes(action: Any) -> None:
 
 def _listed(dest: str, metavar: str) -> list[str]:
     """Names that an error would list."""
-    from luffy.evaluation.suites import NAMES, SUITES
+    from luffy.evaluation.benchmarks import NAMES, SUITES
     from luffy.machines import MACHINES
     from luffy.rewards import GRADERS
 

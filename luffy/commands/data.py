@@ -1,4 +1,4 @@
-"""`luffy data`: check and score; prepare and gym are beside their code."""
+"""`luffy data`: check and score; gym is in a file of its own, prepare beside its code."""
 
 import argparse
 from pathlib import Path
@@ -15,10 +15,10 @@ from luffy.commands.arguments import (
     add_template,
     positive,
 )
+from luffy.commands.gym import add_gym
 from luffy.errors import UserError
 from luffy.opening import STYLES
 from luffy.prepare.command import add_prepare
-from luffy.problems.gym import add_gym
 
 
 def add_data(commands: Any) -> None:

@@ -3,7 +3,6 @@
 import argparse
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from luffy.commands.arguments import (
     positive,
 )
 from luffy.errors import UserError, user_errors
-from luffy.evaluation.suites import NAMES, SUITES, benchmarks_in, problems_of
+from luffy.evaluation.benchmarks import NAMES, SUITES, benchmarks_in
 from luffy.opening import Opened, language_config, open_model, positions_of, start_engine, start_servers
 from luffy.seeds import derive
 from luffy.wording import counted
@@ -188,6 +187,7 @@ def load_model(args: argparse.Namespace, name: str) -> Model:
     from luffy.console import say
     from luffy.data import load_problems
     from luffy.evaluation.questions import benchmarks_of
+    from luffy.evaluation.suites import problems_of
     from luffy.sources import tokenized
 
     opened = open_model(name, **opening_options(args))
@@ -268,6 +268,8 @@ def evaluate_model(
     args: argparse.Namespace, model: Model, sampling: Any, pools: Pools, graders: dict[str, str]
 ) -> tuple[list[Any], dict[str, list[Any]]]:
     """Scores of each benchmark, and the graded answers that they are made of."""
+    from concurrent.futures import ThreadPoolExecutor
+
     from luffy.console import say
     from luffy.evaluation.answers import Store, sample
     from luffy.evaluation.progress import QuestionProgress

@@ -1,7 +1,6 @@
 """`luffy report RUN...`: the page, once or kept up to date on loopback."""
 
 import argparse
-import http.server
 import sys
 import threading
 from contextlib import suppress
@@ -11,7 +10,6 @@ from typing import Any
 
 from luffy.commands.arguments import add_command, add_json, port
 from luffy.errors import UserError
-from luffy.run_folder import RunFolder
 
 REFRESH_S = 10
 
@@ -81,6 +79,8 @@ def served(names: list[str]) -> tuple[int, str]:
 
 def watch(names: list[str], port: int) -> int:
     """Until Ctrl-C."""
+    import http.server
+
     from luffy.reporting.runs import NoStepYet, load
 
     for name in names:
@@ -136,6 +136,8 @@ def watch(names: list[str], port: int) -> int:
 
 def _state(name: str) -> tuple[tuple[int, int], ...]:
     """Changes with what a page is made of."""
+    from luffy.run_folder import RunFolder
+
     run = RunFolder(name)
     files = (run.metrics, run.evals, run.path / "result.json", *run.samples.glob("*"), *run.tokens.glob("*"))
     return tuple((one.stat().st_mtime_ns, one.stat().st_size) if one.exists() else (0, 0) for one in files)
