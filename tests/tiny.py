@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+import warm
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
@@ -79,7 +80,10 @@ def sample(engine, prompts, counts, *, temperature: float, max_tokens: int, seed
 
 
 def luffy(*args: str | Path, cwd: Path, timeout: int = 240, **env: str) -> subprocess.CompletedProcess[str]:
-    """Run the command in a process of its own, as a user would; caches go below `cwd`."""
-    command = [sys.executable, "-m", "luffy", *map(str, args)]
+    """Run the command in a process of its own, as a user would; caches go below `cwd`. One with an environment of its
+    own does its imports itself."""
     environment = os.environ | {"LUFFY_CACHE": str(cwd / "cache"), "COLUMNS": "120"} | env
+    if not env:
+        return warm.luffy([*map(str, args)], cwd, environment, timeout)
+    command = [sys.executable, "-m", "luffy", *map(str, args)]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)

@@ -80,7 +80,8 @@ def packages() -> Finding:
 def imports() -> Finding:
     """Whether what commands build on loads at all: a binary for another CUDA is installed, and does not."""
     prepare_libraries()
-    importlib.import_module("torch")
+    for name in ("torch", "transformers"):
+        importlib.import_module(name)
     return Finding("imports", "torch and transformers load")
 
 

@@ -3,20 +3,17 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from luffy import dtypes
-from luffy.config import Config
 from luffy.errors import UserError
 
 if TYPE_CHECKING:
+    from luffy.config import Config
     from luffy.distributed import World
     from luffy.rollout.engine import Engine
 
 
 def make_engine(
     path: str,
-    config: Config,
+    config: "Config",
     *,
     eos_token_id: int,
     sizes: dict[str, int],
@@ -35,6 +32,11 @@ def make_engine(
     Raises:
         UserError: it does not start.
     """
+    import torch
+
+    from luffy import dtypes
+    from luffy.rollout.replay import Recorder, Replay
+
     rollout = config.rollout
     options: dict[str, Any] = {
         "dtype": dtypes.resolve(rollout.dtype or config.model.dtype),
@@ -43,8 +45,6 @@ def make_engine(
         "trust_remote_code": config.model.trust_remote_code,
         "version": version,
     }
-    from luffy.rollout.replay import Recorder, Replay
-
     engine: Engine
     if rollout.replay is not None:
         return Replay(Path(rollout.replay), version)

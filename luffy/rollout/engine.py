@@ -10,9 +10,9 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, Self
 
-import torch
-
 if TYPE_CHECKING:
+    import torch
+
     from luffy.model import Policy
 
 Ids = tuple[int, ...]
@@ -109,7 +109,7 @@ class Engine(Protocol):
     def score(self, sequences: Sequence[Ids]) -> list[list[float]]:
         """Log-prob of every token but the first of each sequence, at temperature 1, nats."""
 
-    def sync(self, policy: "Policy", dtype: torch.dtype, version: int) -> int:
+    def sync(self, policy: "Policy", dtype: "torch.dtype", version: int) -> int:
         """Take over the policy's weights, in `dtype`, as `version`; returns how many tensors there were. Collective.
 
         Raises:
