@@ -10,9 +10,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from luffy.errors import UserError
+from luffy.data.json_lines import json_lines
+from luffy.errors import UserError, user_errors
 from luffy.files import new_file, reading
 from luffy.rewards import Verdict, VerifierPool, label
 
@@ -90,15 +91,14 @@ def grade_file(
     """
     found = Graded()
     with ExitStack() as stack:
-        with reading(path, "grade"):
-            file = stack.enter_context(path.open(encoding="utf-8", errors="surrogatepass"))
+        lines = read_lines(path)
+        block = _block(lines, path)  # before processes are started
         pools = [
             stack.enter_context(_pool(name, workers, timeout_s))
             for name in ([grader, compare] if compare else [grader])
         ]
         written = stack.enter_context(stack.enter_context(new_file(out)).open("w")) if out else None
-        lines = read_lines(file, path)
-        while block := list(islice(lines, AT_A_TIME)):
+        while block:
             pairs = [(line.response, line.answer) for line in block]
             verdicts = [pool.grade(pairs) for pool in pools]
             for at, line in enumerate(block):
@@ -107,6 +107,7 @@ def grade_file(
                 if written:
                     row = line.row | {"reward": verdict.reward, "verdict": verdict.status}
                     written.write(json.dumps(row) + "\n")
+            block = _block(lines, path)
         if not found.lines:
             raise UserError(f"grade: {path} has no lines")
         if written:
@@ -121,19 +122,15 @@ def _pool(grader: str, workers: int, timeout_s: float) -> VerifierPool:
         raise UserError(f"grade: {error}") from error
 
 
-def read_lines(file: TextIO, path: Path) -> Iterator[Line]:
-    """Raises UserError as `grade_file`."""
+def _block(lines: Iterator[Line], path: Path) -> list[Line]:
+    with user_errors("grade"), reading(path, "grade"):
+        return list(islice(lines, AT_A_TIME))
+
+
+def read_lines(path: Path) -> Iterator[Line]:
+    """Raises UserError as `grade_file`, and what `json_lines` raises."""
     seen: dict[Any, int] = {}
-    for number, text in enumerate(_utf8(file, path), 1):
-        if not text.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            row = json.loads(text)
-        except (ValueError, RecursionError) as error:  # no JSON, or a number that Python does not read
-            raise UserError(f"{where}: not JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise UserError(f"{where}: expected an object with `response` and `answer`, got {type(row).__name__}")
+    for number, where, row in json_lines(path):
         for name in ("response", "answer"):
             if name not in row:
                 raise UserError(
@@ -147,13 +144,6 @@ def read_lines(file: TextIO, path: Path) -> Iterator[Line]:
             if seen.setdefault(key, number) != number:
                 raise UserError(f"{where}: id {id!r} is also that of line {seen[key]}; ids must differ, or `sample`")
         yield Line(number, row, row["response"], _answer(row["answer"], where))
-
-
-def _utf8(file: TextIO, path: Path) -> Iterator[str]:
-    try:
-        yield from file
-    except UnicodeDecodeError as error:
-        raise UserError(f"grade: {path} is not UTF-8: {error}") from error
 
 
 def _answer(value: Any, where: str) -> str | tuple[str, ...]:

@@ -294,13 +294,16 @@ EVALUATION = [
     Bad(
         error="duplicate ids",
         provoke=graded("twice", {"id": 1}, {"id": 1}),
-        says=Says("twice.jsonl:3", "ids must differ", "id 1 is also that of line 2", "or `sample`"),
+        says=Says("twice.jsonl, line 3", "ids must differ", "id 1 is also that of line 2", "or `sample`"),
     ),
     Bad(
         error="predictions file with missing fields",
         provoke=graded("holes", {"response": None}),
         says=Says(
-            "holes.jsonl:2: no field `response`", "needs `response` and `answer`", "has answer", "add it, or rename one"
+            "holes.jsonl, line 2: no field `response`",
+            "needs `response` and `answer`",
+            "has answer",
+            "add it, or rename one",
         ),
     ),
     Bad(

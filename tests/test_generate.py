@@ -62,11 +62,11 @@ def test_lines_end_where_lines_end(tmp_path):
     [(number, turns, _)] = read_questions(path)
     assert (number, turns[-1]["content"]) == (1, "a\u2028b")
     path.write_bytes('{"prompt": "caf\u00e9"}\n'.encode("latin-1"))
-    with pytest.raises(UserError, match=r"x.jsonl is not UTF-8"):
+    with pytest.raises(UserError, match=r"^generate: .*x.jsonl, line 1: must be text in UTF-8, got byte 0xe9"):
         read_questions(path)
     for more_than_python_reads in ("[" * 10**6, '{"prompt": ' + "1" * 5000 + "}"):
         path.write_text(more_than_python_reads)
-        with pytest.raises(UserError, match=r"x.jsonl:1: not JSON"):
+        with pytest.raises(UserError, match=r"x.jsonl, line 1: not valid JSON"):
             read_questions(path)
 
 
@@ -124,9 +124,9 @@ def test_a_file_of_questions_can_be_graded(home):
 def test_a_file_that_cannot_be_asked(home):
     base = ["generate", "--model", home / "model", "--out", "none.jsonl", "--file"]
     (home / "bad.jsonl").write_text('{"prompt": "x"}\n{"question": "y"}\n')
-    assert refused(luffy(*base, "bad.jsonl", cwd=home), "bad.jsonl:2", "`prompt`")
+    assert refused(luffy(*base, "bad.jsonl", cwd=home), "bad.jsonl, line 2", "no field `prompt`", "has question")
     (home / "bad.jsonl").write_text('{"prompt": " "}\n')
-    assert refused(luffy(*base, "bad.jsonl", cwd=home), "bad.jsonl:1", "empty")
+    assert refused(luffy(*base, "bad.jsonl", cwd=home), "bad.jsonl, line 1", "empty")
     (home / "bad.jsonl").write_text("\n")
     assert refused(luffy(*base, "bad.jsonl", cwd=home), "no lines")
     assert refused(luffy(*base, "no.jsonl", cwd=home), "no.jsonl")

@@ -47,16 +47,16 @@ def test_a_timeout_is_said_and_written(tmp_path):
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ('{"response": "x"}', ("answers.jsonl:2", "no field `answer`", "response")),
-        ('{"answer": "x"}', ("answers.jsonl:2", "no field `response`")),
+        ('{"response": "x"}', ("answers.jsonl, line 2", "no field `answer`", "response")),
+        ('{"answer": "x"}', ("answers.jsonl, line 2", "no field `response`")),
         ('{"response": 3, "answer": "x"}', ("`response` must be a text, got int",)),
         ('{"response": "3", "answer": {"a": 1}}', ("`answer` must be a text or a number",)),
         ('{"response": "3", "answer": []}', ("`answer` must be",)),
         ('{"response": "3", "answer": " "}', ("`answer` must be",)),
         ('{"response": "3", "answer": true}', ("`answer` must be",)),
         ('{"id": "a", "response": "3", "answer": "3"}', ("id 'a' is also that of line 1",)),
-        ("[1]", ("expected an object", "got list")),
-        ("{", ("not JSON",)),
+        ("[1]", ("must be a JSON object", "got list")),
+        ("{", ("answers.jsonl, line 2", "not valid JSON", "mend the line")),
     ],
 )
 def test_a_line_that_cannot_be_graded(tmp_path, line, words):

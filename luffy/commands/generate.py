@@ -129,28 +129,20 @@ def run_file(args: argparse.Namespace) -> int:
 
 def read_questions(path: Path) -> list[tuple[int, Sequence[Mapping[str, str]], dict[str, Any]]]:
     """(line number, turns, the line) of a file. Raises UserError where a line has no prompt, with its number."""
-    from luffy.data import DataError
     from luffy.data.columns import asked, conversation
+    from luffy.data.json_lines import json_lines
+    from luffy.errors import user_errors
     from luffy.files import reading
 
     found: list[tuple[int, Sequence[Mapping[str, str]], dict[str, Any]]] = []
-    with reading(path, "generate"):
-        lines = path.read_text(encoding="utf-8").split("\n")
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:  # no JSON, or more than Python reads
-            raise UserError(f"{where}: not JSON: {error}") from error
-        if not isinstance(row, dict) or "prompt" not in row:
-            raise UserError(f"{where}: expected an object with `prompt`, got {line[:60]!r}")
-        try:
+    with user_errors("generate"), reading(path, "generate"):
+        for number, where, row in json_lines(path):
+            if "prompt" not in row:
+                raise UserError(
+                    f"{where}: no field `prompt`; the line has {', '.join(row) or 'none'}: add it, or rename one"
+                )
             turns = (asked if isinstance(row["prompt"], str) else conversation)(row, "prompt", where)
-        except DataError as error:
-            raise UserError(f"generate: {error}") from error
-        found.append((number, turns, row))
+            found.append((number, turns, row))
     if not found:
         raise UserError(f"generate: {path} has no lines")
     return found

@@ -4,12 +4,12 @@ Deliberately absent: caching, downloads other than through the `datasets` packag
 """
 
 import gc
-import json
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from luffy.data.json_lines import json_lines
 from luffy.data.problem import DataError
 from luffy.data.schemas import find_schema
 from luffy.errors import first_line
@@ -123,26 +123,8 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 def _jsonl_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     number = 0
     try:
-        with path.open("rb") as lines:  # decoded by the line, so that the one that cannot be is known
-            for number, line in enumerate(lines, start=1):
-                where = f"{path}, line {number}"
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line.decode())
-                except UnicodeDecodeError as error:
-                    raise DataError(
-                        f"{where}: must be text in UTF-8, got byte 0x{line[error.start]:02x} at column "
-                        f"{error.start + 1}; save the file as plain UTF-8, or copy it again"
-                    ) from error
-                except (ValueError, RecursionError) as error:  # no JSON, or more than Python reads
-                    why = getattr(error, "msg", error)
-                    raise DataError(
-                        f"{where}: not valid JSON ({why}), is the file cut short? copy it again, or mend the line"
-                    ) from error
-                if not isinstance(row, dict):
-                    raise DataError(f"{where}: must be a JSON object, got {type(row).__name__}")
-                yield where, row
+        for number, where, row in json_lines(path):  # noqa: B007 - named below
+            yield where, row
     except OSError as error:
         raise DataError(f"{path}: unreadable after line {number}: {error}; copy or download it again") from error
 
