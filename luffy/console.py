@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import sys
 import time
 import warnings
 from typing import Any, Self
@@ -27,6 +28,9 @@ console = Results(highlight=False, soft_wrap=True)
 """Of results."""
 progress = Console(highlight=False, soft_wrap=True, stderr=True)
 """Of progress and warnings."""
+
+QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error"}
+"""Variables of libraries, where the user has not set them."""
 
 
 def be_quiet() -> None:
@@ -53,14 +57,21 @@ def _finite(value: Any) -> Any:
 
 
 def quiet_libraries() -> None:
-    """Silence what libraries say at start-up; errors still come through. Before they are imported: two of them take
-    seconds, which a mistyped path should not cost."""
+    """Silence what libraries say at start-up; errors still come through.
+
+    transformers and huggingface_hub are not imported for that, which takes seconds that a mistyped path should not
+    cost: they read variables when they are, and what the user has set is left alone.
+    """
     warnings.filterwarnings("ignore", category=FutureWarning)
-    for name in ("vllm", "transformers", "torch.distributed", "huggingface_hub"):
+    for name in ("vllm", "torch.distributed"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    quiet = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error"}
-    for variable, value in quiet.items():  # these two set their loggers when they are imported
-        os.environ.setdefault(variable, value)
+    ours = QUIET.keys() - os.environ.keys()
+    os.environ.update({variable: QUIET[variable] for variable in ours})
+    if "transformers" in sys.modules and "TRANSFORMERS_VERBOSITY" in ours:  # in a notebook: it has read them
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
 
 
 def say(text: str) -> None:

@@ -46,8 +46,6 @@ def reading(path: Path, what: str) -> Iterator[None]:
         raise UserError(f"{what}: there is no file {path}; mend the path") from error
     except IsADirectoryError as error:
         raise UserError(f"{what}: {path} is a folder, and a file is read; name one of its files") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{what}: {path} is not UTF-8: {error}") from error
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise

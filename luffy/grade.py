@@ -5,15 +5,16 @@ A line is {"response": text, "answer": text, number or a list of them, ...}; wha
 
 import json
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Generator, Iterator
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from luffy.data.json_lines import json_lines
-from luffy.errors import UserError, user_errors
+from luffy.data.problem import DataError
+from luffy.errors import UserError
 from luffy.files import new_file, reading
 from luffy.rewards import Verdict, VerifierPool, label
 
@@ -91,8 +92,9 @@ def grade_file(
     """
     found = Graded()
     with ExitStack() as stack:
-        lines = read_lines(path)
-        block = _block(lines, path)  # before processes are started
+        lines = stack.enter_context(closing(read_lines(path)))
+        if not (block := _block(lines, path)):  # before processes are started
+            raise UserError(f"grade: {path} has no lines")
         pools = [
             stack.enter_context(_pool(name, workers, timeout_s))
             for name in ([grader, compare] if compare else [grader])
@@ -108,8 +110,6 @@ def grade_file(
                     row = line.row | {"reward": verdict.reward, "verdict": verdict.status}
                     written.write(json.dumps(row) + "\n")
             block = _block(lines, path)
-        if not found.lines:
-            raise UserError(f"grade: {path} has no lines")
         if written:
             written.flush()
     return found
@@ -123,26 +123,29 @@ def _pool(grader: str, workers: int, timeout_s: float) -> VerifierPool:
 
 
 def _block(lines: Iterator[Line], path: Path) -> list[Line]:
-    with user_errors("grade"), reading(path, "grade"):
-        return list(islice(lines, AT_A_TIME))
+    try:
+        with reading(path, "grade"):
+            return list(islice(lines, AT_A_TIME))
+    except DataError as error:
+        raise UserError(f"grade: {error}") from error
 
 
-def read_lines(path: Path) -> Iterator[Line]:
-    """Raises UserError as `grade_file`, and what `json_lines` raises."""
+def read_lines(path: Path) -> Generator[Line, None, None]:
+    """Raises DataError where `grade_file` raises UserError for a line, and what `json_lines` raises."""
     seen: dict[Any, int] = {}
     for number, where, row in json_lines(path):
         for name in ("response", "answer"):
             if name not in row:
-                raise UserError(
+                raise DataError(
                     f"{where}: no field `{name}`; the line has {', '.join(row) or 'none'}, and each needs "
                     f"`response` and `answer`: add it, or rename one"
                 )
         if not isinstance(row["response"], str):
-            raise UserError(f"{where}: `response` must be a text, got {type(row['response']).__name__}")
+            raise DataError(f"{where}: `response` must be a text, got {type(row['response']).__name__}")
         if (id := row.get("id")) is not None:
             key = json.dumps([id, row.get("sample")])
             if seen.setdefault(key, number) != number:
-                raise UserError(f"{where}: id {id!r} is also that of line {seen[key]}; ids must differ, or `sample`")
+                raise DataError(f"{where}: id {id!r} is also that of line {seen[key]}; ids must differ, or `sample`")
         yield Line(number, row, row["response"], _answer(row["answer"], where))
 
 
@@ -151,7 +154,7 @@ def _answer(value: Any, where: str) -> str | tuple[str, ...]:
     good = values and all(isinstance(one, str | int | float) and not isinstance(one, bool) for one in values)
     texts = tuple(str(one) for one in values) if good else ()
     if not texts or not all(text.strip() for text in texts):
-        raise UserError(
+        raise DataError(
             f"{where}: `answer` must be a text or a number, or a list of them, not empty; got {value!r:.60}"
         )
     return texts if isinstance(value, list) else texts[0]

@@ -52,7 +52,6 @@ def open_model(
     Raises:
         UserError: there is no such model, checkpoint or chat template.
     """
-    from luffy.checkpoint import choose
     from luffy.config import Config
     from luffy.config_file import load_config
     from luffy.run_folder import RunFolder
@@ -62,6 +61,8 @@ def open_model(
     config.model.name, config.reward.grader = name, ""
     run = RunFolder(name)
     if run.holds_a_run:
+        from luffy.checkpoint import choose  # imports torch
+
         config = load_config(str(run.path / "config.toml"))
         config.model.name = str(choose(run.checkpoints, checkpoint).resolve())
     elif checkpoint != "newest":

@@ -2,6 +2,8 @@
 
 import argparse
 import inspect
+import logging
+import os
 import re
 import resource
 import shlex
@@ -88,16 +90,60 @@ def test_help_is_quick(tmp_path):
         assert f"  {code:<4} {meaning}" in done.stdout
 
 
-def test_help_needs_the_standard_library_alone():
-    code = "import sys; from luffy.cli import build_parser; build_parser(); print(*sys.modules)"
-    done = subprocess.run(
-        [sys.executable, "-I", "-S", "-c", f"import sys; sys.path.append({str(ROOT)!r}); {code}"],
-        capture_output=True,
-        text=True,
-        check=True,
+IMPORTS = """
+import sys
+there = set(sys.modules)
+from luffy.cli import main
+try:
+    main(sys.argv[1:])
+except SystemExit:
+    pass
+print("imported", *{name.partition(".")[0] for name in sys.modules.keys() - there} - set(sys.stdlib_module_names))
+"""
+
+
+def imported(*args, cwd):
+    """Packages that a command imports in a new interpreter, and what it says on stderr."""
+    done = subprocess.run([sys.executable, "-c", IMPORTS, *args], cwd=cwd, capture_output=True, text=True, check=True)
+    return set(done.stdout.splitlines()[-1].split()[1:]), done.stderr
+
+
+def test_help_needs_the_standard_library_alone(tmp_path):
+    assert imported("--help", cwd=tmp_path) == ({"luffy"}, "")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "recipes",
+        "train quickstrt",
+        "train quickstart --optim.lrr 1",
+        "generate x --model ./none",
+        "generate --file none.jsonl --out out.jsonl",
+        "eval --suite quick --model ./none",
+        "grade none.jsonl --grader boxed",
+        "report none",
+        "data check none.parquet",
+    ],
+)
+def test_a_mistake_costs_no_import_of_torch(tmp_path, words):
+    packages, said = imported(*words.split(), cwd=tmp_path)
+    assert not packages & {"torch", "transformers", "vllm"}
+    assert said.startswith("luffy: ") or words == "recipes"
+
+
+def test_libraries_are_quiet_whether_they_are_imported_before_or_after(tmp_path):
+    prepare = "from luffy.process import prepare_libraries; prepare_libraries()"
+    look = (
+        "import logging, transformers; from transformers.utils.logging import is_progress_bar_enabled as bars;"
+        "print(bars(), logging.getLogger('transformers').getEffectiveLevel())"
     )
-    ours = {name.partition(".")[0] for name in done.stdout.split()} - set(sys.stdlib_module_names) - {"__main__"}
-    assert ours == {"luffy"}, ours
+    for code in (f"{prepare}; {look}", f"import transformers; {prepare}; {look}"):
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+        assert done.stdout == f"False {logging.ERROR}\n"
+    told = os.environ | {"TRANSFORMERS_VERBOSITY": "info"}
+    done = subprocess.run([sys.executable, "-c", f"{prepare}; {look}"], capture_output=True, text=True, env=told)
+    assert done.stdout == f"False {logging.INFO}\n"
 
 
 INTERRUPTED = """

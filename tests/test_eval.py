@@ -230,7 +230,7 @@ def test_two_models_on_two_benchmarks(home):
     """Through vLLM; a second time nothing is asked."""
     options = ["--model", home / "model", home / "other", "--data", home / "sums.jsonl", home / "letters.jsonl"]
     options += ["--n", "3", "--max-tokens", "6", "--pass-at", "2", "--compare", "answer", "--out", home / "out"]
-    done = luffy("eval", *options, cwd=home)
+    done = luffy("eval", *options, cwd=home, fresh=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "average: " in done.stdout
     assert "p = " in done.stdout

@@ -64,6 +64,9 @@ def test_lines_end_where_lines_end(tmp_path):
     path.write_bytes('{"prompt": "caf\u00e9"}\n'.encode("latin-1"))
     with pytest.raises(UserError, match=r"^generate: .*x.jsonl, line 1: must be text in UTF-8, got byte 0xe9"):
         read_questions(path)
+    path.write_text('{"prompt": "\\ud800"}')
+    with pytest.raises(UserError, match=r"x.jsonl, line 1: a text holds .*half of a character"):
+        read_questions(path)
     for more_than_python_reads in ("[" * 10**6, '{"prompt": ' + "1" * 5000 + "}"):
         path.write_text(more_than_python_reads)
         with pytest.raises(UserError, match=r"x.jsonl, line 1: not valid JSON"):

@@ -55,13 +55,15 @@ def test_a_timeout_is_said_and_written(tmp_path):
         ('{"response": "3", "answer": " "}', ("`answer` must be",)),
         ('{"response": "3", "answer": true}', ("`answer` must be",)),
         ('{"id": "a", "response": "3", "answer": "3"}', ("id 'a' is also that of line 1",)),
-        ("[1]", ("must be a JSON object", "got list")),
+        ("[1]", ("answers.jsonl, line 2: must be a JSON object, got list",)),
+        ("\udcff", ("grade: ", "answers.jsonl, line 2: must be text in UTF-8, got byte 0xff at column 1")),
         ("{", ("answers.jsonl, line 2", "not valid JSON", "mend the line")),
     ],
 )
 def test_a_line_that_cannot_be_graded(tmp_path, line, words):
     file = write_jsonl(tmp_path / "answers.jsonl", ROWS[:1])
-    file.write_text(file.read_text() + line + "\n")
+    with file.open("a", errors="surrogateescape") as more:
+        more.write(line + "\n")
     done = luffy("grade", file, "--grader", "exact", "--out", tmp_path / "out.jsonl", cwd=tmp_path)
     assert refused(done, *words)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["answers.jsonl"]

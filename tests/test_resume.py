@@ -28,7 +28,7 @@ OFTEN = {"train__steps": STEPS, "checkpoint__every": 1, "eval__every": 0}
 
 
 def run_to_end(home: Path, name: str, *more: str, **options) -> Path:
-    done = luffy(*arguments(home / name, home / "model", *more, **options), cwd=home, timeout=500)
+    done = luffy(*arguments(home / name, home / "model", *more, **options), cwd=home, timeout=500, fresh=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return home / name
 

@@ -66,7 +66,7 @@ def test_the_second_stage_is_a_run_of_its_own_from_the_firsts_last_checkpoint(ho
 
     config = load_config(str(whole / "config.toml"))
     assert config.model.name == str(whole / "first" / "checkpoints" / "step-000005")
-    alone = luffy("train", whole / "config.toml", "--run-dir", home / "alone", cwd=home)
+    alone = luffy("train", whole / "config.toml", "--run-dir", home / "alone", cwd=home, fresh=True)
     assert alone.returncode == 0, alone.stderr[-3000:]
     assert_same_state(home / "alone", whole, "step-000004")
 

@@ -76,7 +76,7 @@ def assert_same_state(a: Path, b: Path, step: str) -> None:
 @pytest.fixture(scope="module")
 def whole(home) -> Path:
     """Four steps in one go."""
-    done = luffy(*arguments(home / "whole", home / "model", train__steps=4), cwd=home)
+    done = luffy(*arguments(home / "whole", home / "model", train__steps=4), cwd=home, fresh=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "held-out problems" in done.stdout
     return home / "whole"
@@ -87,7 +87,7 @@ def halves(home) -> Path:
     """One step, by a time limit, then the other three."""
     for minutes, more, last in ((1e-6, [], 1), (1000, ["--resume"], 4)):
         options = {"train__steps": 4, "train__max_minutes": minutes}
-        done = luffy(*arguments(home / "halves", home / "model", *more, **options), cwd=home)
+        done = luffy(*arguments(home / "halves", home / "model", *more, **options), cwd=home, fresh=True)
         assert done.returncode == 0, done.stderr[-3000:]
         assert records(home / "halves")[-1]["step"] == last
         torn = home / "halves" / "checkpoints" / ".step-000009.tmp"  # as a kill while saving leaves it

@@ -79,11 +79,16 @@ def sample(engine, prompts, counts, *, temperature: float, max_tokens: int, seed
     return generate(engine, [Request(p, count, max_tokens, seed) for p, count, seed in asked], temperature)
 
 
-def luffy(*args: str | Path, cwd: Path, timeout: int = 240, **env: str) -> subprocess.CompletedProcess[str]:
-    """Run the command in a process of its own, as a user would; caches go below `cwd`. One with an environment of its
-    own does its imports itself."""
+def luffy(
+    *args: str | Path, cwd: Path, timeout: int = 240, fresh: bool = False, **env: str
+) -> subprocess.CompletedProcess[str]:
+    """Run the command in a process of its own, as a user would; caches go below `cwd`.
+
+    fresh: of a new interpreter, where what it imports or how it ends is what the test is about, or where its set orders
+    must differ from another's.
+    """
     environment = os.environ | {"LUFFY_CACHE": str(cwd / "cache"), "COLUMNS": "120"} | env
-    if not env:
+    if not fresh and warm.serves(environment):
         return warm.luffy([*map(str, args)], cwd, environment, timeout)
     command = [sys.executable, "-m", "luffy", *map(str, args)]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)

@@ -91,12 +91,14 @@ def run_file(args: argparse.Namespace) -> int:
     from luffy.evaluation.progress import QuestionProgress
     from luffy.evaluation.questions import Question
     from luffy.files import new_file
-    from luffy.load import identity
     from luffy.opening import open_model, start_engine
 
     out = Path(args.out)
     rows = read_questions(Path(args.file))  # first: a model may take a while
     opened = open_model(args.model, **opening_options(args))
+
+    from luffy.load import identity  # imports torch
+
     questions = [
         Question(str(number), "", tuple(opened.template.encode_prompt(turns)), "", args.n) for number, turns, _ in rows
     ]
@@ -129,20 +131,23 @@ def run_file(args: argparse.Namespace) -> int:
 
 def read_questions(path: Path) -> list[tuple[int, Sequence[Mapping[str, str]], dict[str, Any]]]:
     """(line number, turns, the line) of a file. Raises UserError where a line has no prompt, with its number."""
-    from luffy.data.columns import asked, conversation
+    from luffy.data import DataError
+    from luffy.data.columns import asked, conversation, whole
     from luffy.data.json_lines import json_lines
-    from luffy.errors import user_errors
     from luffy.files import reading
 
     found: list[tuple[int, Sequence[Mapping[str, str]], dict[str, Any]]] = []
-    with user_errors("generate"), reading(path, "generate"):
-        for number, where, row in json_lines(path):
-            if "prompt" not in row:
-                raise UserError(
-                    f"{where}: no field `prompt`; the line has {', '.join(row) or 'none'}: add it, or rename one"
-                )
-            turns = (asked if isinstance(row["prompt"], str) else conversation)(row, "prompt", where)
-            found.append((number, turns, row))
+    try:
+        with reading(path, "generate"):
+            for number, where, row in json_lines(path):
+                if "prompt" not in row:
+                    had = ", ".join(row) or "none"
+                    raise DataError(f"{where}: no field `prompt`; the line has {had}: add it, or rename one")
+                turns = (asked if isinstance(row["prompt"], str) else conversation)(row, "prompt", where)
+                whole("".join(turn["content"] for turn in turns), where)
+                found.append((number, turns, row))
+    except DataError as error:
+        raise UserError(f"generate: {error}") from error
     if not found:
         raise UserError(f"generate: {path} has no lines")
     return found

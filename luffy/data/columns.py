@@ -71,6 +71,15 @@ def asked(row: Row, column: str, where: str) -> tuple[Mapping[str, str], ...]:
     return ({"role": "user", "content": question},)
 
 
+def whole(text: str, where: str) -> None:
+    """Raises DataError where half of a character is in it, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start : error.end]
+        raise DataError(f"{where}: a text holds {half!r}, which is half of a character") from None
+
+
 def answers(row: Row, column: str, where: str) -> str | tuple[str, ...]:
     """The accepted answer or answers; "" for null, an absent column and an empty text."""
     value = row.get(column)

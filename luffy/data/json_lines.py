@@ -1,14 +1,14 @@
 """Files of JSON objects, one to a line, whoever wrote them."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
 from luffy.data.problem import DataError
 
 
-def json_lines(path: Path) -> Iterator[tuple[int, str, dict[str, Any]]]:
+def json_lines(path: Path) -> Generator[tuple[int, str, dict[str, Any]], None, None]:
     """(number of the line, from 1; the same to name in an error; its object), read as they are asked for. Blank lines
     are passed over. Half of a character, which sampled text may hold, is left to whoever reads the field.
 
@@ -32,7 +32,7 @@ def _object(line: bytes, where: str) -> dict[str, Any]:
             f"file as plain UTF-8, or copy it again"
         ) from error
     except (ValueError, RecursionError) as error:  # no JSON, or more than Python reads
-        why = getattr(error, "msg", error)
+        why = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
         raise DataError(
             f"{where}: not valid JSON ({why}), is the file cut short? copy it again, or mend the line"
         ) from error

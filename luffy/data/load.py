@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
+from luffy.data.columns import whole
 from luffy.data.problem import DataError, Problem
 from luffy.data.rows import SourceRow, read_rows
 from luffy.data.schemas import Schema, find_schema
@@ -56,11 +57,7 @@ def convert(rows: Iterable[SourceRow]) -> Iterator[tuple[SourceRow, Schema, Prob
 
 def _read(schema: Schema, row: SourceRow) -> Problem:
     problem = schema.read(row.values, name=row.name, number=row.number, where=row.where)
-    try:
-        "".join([*(turn["content"] for turn in problem.messages), *problem.traces, *problem.answer]).encode()
-    except UnicodeEncodeError as error:
-        half = error.object[error.start : error.end]
-        raise DataError(f"{row.where}: a text holds {half!r}, which is half of a character") from None
+    whole("".join([*(turn["content"] for turn in problem.messages), *problem.traces, *problem.answer]), row.where)
     return problem
 
 

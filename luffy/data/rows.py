@@ -5,6 +5,7 @@ Deliberately absent: caching, downloads other than through the `datasets` packag
 
 import gc
 from collections.abc import Generator, Iterable, Iterator, Mapping
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -123,8 +124,9 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 def _jsonl_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     number = 0
     try:
-        for number, where, row in json_lines(path):  # noqa: B007 - named below
-            yield where, row
+        with closing(json_lines(path)) as lines:
+            for number, where, row in lines:  # noqa: B007 - named below
+                yield where, row
     except OSError as error:
         raise DataError(f"{path}: unreadable after line {number}: {error}; copy or download it again") from error
 

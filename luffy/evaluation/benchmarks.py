@@ -5,7 +5,7 @@
     quick   sums of digits, made on the spot                                for a laptop
 
 Which data sets the papers used is not known for all of them. Columns and names of the data sets are from public code
-that reads them; none was downloaded here. The rows are read by suites.py: `luffy eval --help` needs only the names.
+that reads them; none was downloaded here. suites.py finds the rows; `luffy eval --help` needs only the names.
 """
 
 import random
