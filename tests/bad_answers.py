@@ -108,7 +108,7 @@ ROLLOUTS = [
     Bad(
         error="too little memory for KV at the requested context",
         provoke=lambda home: home.process(
-            "generate", "?", "--max-tokens", "300", "--kv-cache-gib", "4e-5", "--model", home.model
+            "generate", "?", "--max-tokens", "300", "--kv-cache-gib", "1e-4", "--model", home.model
         ),
         says=Says(
             "one sequence of ", " GiB of KV cache and there are ", " GiB are missing", "raise rollout.kv_cache_gib to"
