@@ -190,6 +190,7 @@ def test_the_plan_covers_a_chunk_and_keeps_many_cores_busy():
         assert schedule.efficiency(1024, hidden, vocabulary, 64) > 0.7
 
 
+@pytest.mark.slow
 def test_micro_benchmarks_are_not_collected_by_default():
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", "tests"]
     done = subprocess.run(command, cwd=ops.ROOT, capture_output=True, text=True)

@@ -57,7 +57,7 @@ for ours, theirs in zip(*found, strict=True):
 """
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("qwen2", marks=pytest.mark.slow), "qwen3"])
 def test_a_patched_model_computes_what_it_did(family, tmp_path):
     pytest.importorskip("liger_kernel")
     env = os.environ | {

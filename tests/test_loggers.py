@@ -203,7 +203,13 @@ def assert_has_everything(run: Path, name: str) -> None:
         assert got[point] == pytest.approx(values), point
 
 
-@pytest.mark.parametrize("name", EVERY)
+ALSO_SLOW = [
+    pytest.param(*one.values, marks=[*one.marks, pytest.mark.slow]) if one.values != ("tensorboard",) else one
+    for one in EVERY
+]
+
+
+@pytest.mark.parametrize("name", ALSO_SLOW)
 def test_it_has_what_the_files_have_after_a_stop_and_a_kill(name, tmp_path):
     run = tmp_path / "run"
     train(run, [name], 1, 5)
