@@ -138,7 +138,8 @@ def hostile(mark: Path) -> dict[str, str]:
 @pytest.mark.parametrize("grader", ["boxed", "train", "deepscaler", "choice", "number"])
 @pytest.mark.parametrize("timeout_s", [0.5, pytest.param(4.5, marks=pytest.mark.slow)])
 def test_hostile_answers(grader, timeout_s, tmp_path):
-    """Each is settled within the clock and the next is graded right; memory stays below the limit; nothing is run."""
+    """Each is settled within the clock and the next is graded right; memory stays below the limit; nothing is run.
+    The clock of an answer is not that of a worker's start, which follows each that was killed."""
     mark = tmp_path / "mark"
     with VerifierPool(grader, workers=2, timeout_s=timeout_s) as pool:
         pool.grade([("\\boxed{1}", "1")] * 2)
@@ -152,6 +153,7 @@ def test_hostile_answers(grader, timeout_s, tmp_path):
         watcher.start()
         for name, answer in hostile(mark).items():
             for gold in ("2", "\\frac{1}{7}"):
+                start_workers(pool)
                 began = time.monotonic()
                 [verdict] = pool.grade([(f"<think></think> so \\boxed{{{answer}}}", gold)])
                 assert time.monotonic() - began < timeout_s + 0.5, (name, gold)
@@ -163,6 +165,13 @@ def test_hostile_answers(grader, timeout_s, tmp_path):
         assert 0 < max(peaks) < MEMORY_LIMIT_BYTES
         assert pool.status()["graded"] >= 3 * len(hostile(mark))
     assert not mark.exists()
+
+
+def start_workers(pool: VerifierPool) -> None:
+    """Until all are there: what a pool hears of them, it hears while it grades."""
+    while not all(slot.ready for slot in pool._slots):
+        time.sleep(0.05)
+        pool.grade([(f"<think>{time.monotonic()}</think> Answer: \\boxed{{3}}", "3")])
 
 
 def rss(pid: int) -> int:
@@ -186,6 +195,7 @@ def test_an_answer_that_is_as_hostile_as_its_gold():
             "an exponent",
             "a large binomial",
         ):
+            start_workers(pool)
             began = time.monotonic()
             [verdict] = pool.grade([(f"\\boxed{{{answers[name]}+1}}", answers[name])])
             assert time.monotonic() - began < 1.5, name
