@@ -67,11 +67,16 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     ours = QUIET.keys() - os.environ.keys()
     os.environ.update({variable: QUIET[variable] for variable in ours})
-    if "transformers" in sys.modules and "TRANSFORMERS_VERBOSITY" in ours:  # in a notebook: it has read them
+    if "transformers" in sys.modules:  # in a notebook: it and the hub's client have read them
+        from huggingface_hub.utils import logging as hub_logging
         from transformers.utils import logging as transformers_logging
 
-        transformers_logging.set_verbosity_error()
-        transformers_logging.disable_progress_bar()
+        if "HF_HUB_VERBOSITY" in ours:
+            hub_logging.set_verbosity_error()
+        if "TRANSFORMERS_VERBOSITY" in ours:
+            transformers_logging.set_verbosity_error()
+        if "HF_HUB_DISABLE_PROGRESS_BARS" in ours:
+            transformers_logging.disable_progress_bar()
 
 
 def say(text: str) -> None:

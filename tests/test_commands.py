@@ -136,14 +136,16 @@ def test_libraries_are_quiet_whether_they_are_imported_before_or_after(tmp_path)
     prepare = "from luffy.process import prepare_libraries; prepare_libraries()"
     look = (
         "import logging, transformers; from transformers.utils.logging import is_progress_bar_enabled as bars;"
-        "print(bars(), logging.getLogger('transformers').getEffectiveLevel())"
+        "print(bars(), *(logging.getLogger(name).getEffectiveLevel() for name in ('transformers', 'huggingface_hub')))"
     )
-    for code in (f"{prepare}; {look}", f"import transformers; {prepare}; {look}"):
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
-        assert done.stdout == f"False {logging.ERROR}\n"
-    told = os.environ | {"TRANSFORMERS_VERBOSITY": "info"}
-    done = subprocess.run([sys.executable, "-c", f"{prepare}; {look}"], capture_output=True, text=True, env=told)
-    assert done.stdout == f"False {logging.INFO}\n"
+    told = {"TRANSFORMERS_VERBOSITY": "info", "HF_HUB_VERBOSITY": "info", "HF_HUB_DISABLE_PROGRESS_BARS": "0"}
+    bare = {name: value for name, value in os.environ.items() if name not in told}
+    quiet, loud = f"False {logging.ERROR} {logging.ERROR}\n", f"True {logging.INFO} {logging.INFO}\n"
+    for env, said in ((bare, quiet), (bare | told, loud)):
+        for code in (f"{prepare}; {look}", f"import transformers; {prepare}; {look}"):
+            command = [sys.executable, "-c", code]
+            done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path, env=env)
+            assert done.stdout == said, code
 
 
 INTERRUPTED = """

@@ -114,7 +114,7 @@ def test_memory_that_the_quickstart_has_no_room_in(monkeypatch, free, few):
 
 def test_no_path_is_left_in_a_report():
     said = without_paths(
-        f"2.8: /opt/mine/x.so: undefined symbol, in (/usr/lib/y.so.1) and {Path.home()}/z; see https://a/b/c"
+        f"2.8: /usr/lib/x.so: undefined symbol, in (/usr/lib/y.so.1) and {Path.home()}/z; see https://a/b/c"
     )
     assert said == "2.8: PATH: undefined symbol, in (PATH) and PATH; see https://a/b/c"
 

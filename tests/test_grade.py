@@ -57,7 +57,7 @@ def test_a_timeout_is_said_and_written(tmp_path):
         ('{"id": "a", "response": "3", "answer": "3"}', ("id 'a' is also that of line 1",)),
         ("[1]", ("answers.jsonl, line 2: must be a JSON object, got list",)),
         ("\udcff", ("grade: ", "answers.jsonl, line 2: must be text in UTF-8, got byte 0xff at column 1")),
-        ("{", ("answers.jsonl, line 2", "not valid JSON", "mend the line")),
+        ("{", ("answers.jsonl, line 2", "not valid JSON", "at column 2", "mend the line")),
     ],
 )
 def test_a_line_that_cannot_be_graded(tmp_path, line, words):

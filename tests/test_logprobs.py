@@ -20,7 +20,7 @@ FLAGS = {
 }
 
 
-# The interpreter takes 10 s for some of these, and treats float16 as it does bfloat16.
+# The interpreter takes 10 s for some of these; test_device.py has Triton with float16 at smaller sizes.
 EVERY = [
     pytest.param(backend, dtype, marks=[pytest.mark.slow] if slow and not torch.cuda.is_available() else [])
     for backend in BACKENDS

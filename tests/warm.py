@@ -32,6 +32,8 @@ READ_AT_IMPORT = (
     "TOKENIZERS_",
     "TORCH_",
     "TRANSFORMERS_",
+    "TRITON_INTERPRET",
+    "XDG_",
 )
 AT_START = dict(os.environ)
 

@@ -132,7 +132,7 @@ def run_file(args: argparse.Namespace) -> int:
 def read_questions(path: Path) -> list[tuple[int, Sequence[Mapping[str, str]], dict[str, Any]]]:
     """(line number, turns, the line) of a file. Raises UserError where a line has no prompt, with its number."""
     from luffy.data import DataError
-    from luffy.data.columns import asked, conversation, whole
+    from luffy.data.columns import asked, conversation, encodable
     from luffy.data.json_lines import json_lines
     from luffy.files import reading
 
@@ -144,7 +144,7 @@ def read_questions(path: Path) -> list[tuple[int, Sequence[Mapping[str, str]], d
                     had = ", ".join(row) or "none"
                     raise DataError(f"{where}: no field `prompt`; the line has {had}: add it, or rename one")
                 turns = (asked if isinstance(row["prompt"], str) else conversation)(row, "prompt", where)
-                whole("".join(turn["content"] for turn in turns), where)
+                encodable("".join(turn["content"] for turn in turns), where)
                 found.append((number, turns, row))
     except DataError as error:
         raise UserError(f"generate: {error}") from error

@@ -71,7 +71,7 @@ def asked(row: Row, column: str, where: str) -> tuple[Mapping[str, str], ...]:
     return ({"role": "user", "content": question},)
 
 
-def whole(text: str, where: str) -> None:
+def encodable(text: str, where: str) -> None:
     """Raises DataError where half of a character is in it, which no tokenizer takes."""
     try:
         text.encode()

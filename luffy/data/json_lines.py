@@ -25,7 +25,7 @@ def json_lines(path: Path) -> Generator[tuple[int, str, dict[str, Any]], None, N
 
 def _object(line: bytes, where: str) -> dict[str, Any]:
     try:
-        row = json.loads(line.decode("utf-8", "surrogatepass"))
+        row = json.loads(line.rstrip().decode("utf-8", "surrogatepass"))  # without its end, which would count as a line
     except UnicodeDecodeError as error:
         raise DataError(
             f"{where}: must be text in UTF-8, got byte 0x{line[error.start]:02x} at column {error.start + 1}; save the "

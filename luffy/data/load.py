@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
-from luffy.data.columns import whole
+from luffy.data.columns import encodable
 from luffy.data.problem import DataError, Problem
 from luffy.data.rows import SourceRow, read_rows
 from luffy.data.schemas import Schema, find_schema
@@ -57,7 +57,7 @@ def convert(rows: Iterable[SourceRow]) -> Iterator[tuple[SourceRow, Schema, Prob
 
 def _read(schema: Schema, row: SourceRow) -> Problem:
     problem = schema.read(row.values, name=row.name, number=row.number, where=row.where)
-    whole("".join([*(turn["content"] for turn in problem.messages), *problem.traces, *problem.answer]), row.where)
+    encodable("".join([*(turn["content"] for turn in problem.messages), *problem.traces, *problem.answer]), row.where)
     return problem
 
 
